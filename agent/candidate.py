@@ -1,0 +1,85 @@
+"""A candidate's source, looked at without running it: does it parse, is it new, how long is it?
+
+Two sources with the same `identity` train the same model: comments, formatting, docstrings and the seed do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
+_SEED_CALLS = {"seed", "manual_seed", "manual_seed_all", "set_seed"}
+_ESCAPE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+class SourceError(Exception):
+    """The train file is not Python; the message names the line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """`identity` is a SHA-256, `lines` counts lines of code as Python itself would format them."""
+
+    identity: str
+    lines: int
+
+
+def inspect(path: Path) -> Source:
+    """Look at a train file. SourceError if it does not parse, OSError if it cannot be read."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=path.name)
+        tree = ast.fix_missing_locations(_Essence().visit(tree))
+        dump = ast.dump(tree, annotate_fields=False)
+        lines = ast.unparse(tree).count("\n") + 1
+    except SyntaxError as error:
+        text = (error.text or "").strip()
+        raise SourceError(f"{path.name}, line {error.lineno}: {error.msg}: {text}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SourceError(f"{path.name}: not a Python source: {error}") from None
+    return Source(hashlib.sha256(dump.encode("utf-8", "surrogatepass")).hexdigest(), lines)
+
+
+def one_line(text: str, limit: int = 120) -> str:
+    """Text of an agent as one harmless line: control characters, tabs and directional marks become spaces."""
+    clean = " ".join(_ESCAPE.sub(" ", text.encode("utf-8", "replace").decode()).split())
+    return clean if len(clean) <= limit else clean[: limit - 1].rstrip() + "…"
+
+
+class _Essence(ast.NodeTransformer):
+    """Drops what does not change a training: docstrings, and the value of everything called a seed."""
+
+    def _without_docstring(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        body = getattr(node, "body", [])
+        first = body[0] if body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+        return node
+
+    visit_Module = _without_docstring
+    visit_FunctionDef = _without_docstring
+    visit_AsyncFunctionDef = _without_docstring
+    visit_ClassDef = _without_docstring
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        self.generic_visit(node)
+        if all(isinstance(target, ast.Name) and _SEED_NAME.fullmatch(target.id) for target in node.targets):
+            node.value = ast.Constant(0)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Name) and _SEED_NAME.fullmatch(node.target.id):
+            node.value = ast.Constant(0)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in _SEED_CALLS:
+            node.args = [ast.Constant(0) if isinstance(arg, ast.Constant) else arg for arg in node.args]
+        return node
