@@ -244,7 +244,7 @@ class _Child:
     def _end(self) -> None:
         """End the family, if it has not ended by itself, and take the last of its output."""
         self.control.close()
-        deadline = time.monotonic() + self.grace + supervise.KILL_SECONDS + 5.0
+        deadline = time.monotonic() + self.grace + supervise.KILL_SECONDS + 2.0
         while self.supervised and time.monotonic() < deadline:
             self._read(TICK_SECONDS)
         if self._told("left") != 0:  # the supervisor was killed or stopped by its own child, or could not end it
