@@ -38,7 +38,7 @@ def parse(text: str, split: str = "val") -> dict[str, Any]:
             raise SummaryError(f"expected each key once in the summary block, found {key} twice")
         block[key] = value
     score = f"{split}_bpb"
-    wanted = (score, *NUMBERS, *TEXTS)
+    wanted: tuple[str, ...] = (score, *NUMBERS, *TEXTS)
     if split != "val":
         wanted = tuple(key for key in wanted if not key.startswith("val_"))
     if missing := [key for key in wanted if key not in block]:

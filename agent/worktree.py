@@ -94,6 +94,10 @@ class Repository:
                 f"{path} is not in commit {commit[:7]}; a night trains what is committed: git add {path} && git commit"
             ) from None
 
+    def has(self, commit: str, path: str) -> bool:
+        """Whether a commit holds a file."""
+        return bool(run_git(self.root, "ls-tree", "--name-only", commit, "--", path))
+
     def changed(self, *paths: str) -> list[str]:
         """Which of these files differ from HEAD in the user's checkout."""
         out = run_git(self.root, "status", "--porcelain", "--untracked-files=no", "-z", "--", *paths)

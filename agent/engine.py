@@ -1,0 +1,320 @@
+"""The night's steps. Each looks at the journal, does the next thing, writes it down; each may be repeated after a crash.
+
+Nothing is undone before what it was has been journalled, and the branch moves only after a verdict. So a driver that is
+killed anywhere finds its way: fold the journal, put git where the journal says it is, go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent import briefing, limits, views
+from agent.candidate import SourceError, inspect
+from agent.console import Console
+from agent.decision import Noise, Rule, decide, estimate_noise, fresh
+from agent.errors import BaselineError, NightError, Stopped
+from agent.journal import Journal
+from agent.leftovers import end_leftovers
+from agent.night import Experiment, apply, fold
+from agent.proposal import Bench, ask
+from agent.redact import redact
+from agent.settings import Settings
+from agent.stopping import Stopper
+from agent.trial import Lab, Result, check_import, run_trial, score
+from agent.worktree import Worktree
+
+MAX_INTERRUPTIONS = 5  # of one trial, in a row
+
+
+@dataclass
+class Engine:
+    """One driver session on one night."""
+
+    journal: Journal
+    worktree: Worktree
+    lab: Lab
+    bench: Bench
+    settings: Settings
+    stopper: Stopper
+    console: Console
+    program: Path  # read again for every experiment, so that the human can steer
+
+    def __post_init__(self) -> None:
+        self.night = fold(self.journal.events)
+        self.rule = Rule(baseline_trials=self.settings.baseline_seeds)
+        self.began = time.monotonic()
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Journal an event, without secrets, and move the state on by it."""
+        apply(self.night, self.journal.append(event, **_clean(fields)))
+
+    def recover(self) -> None:
+        """Make processes, git and views agree with the journal."""
+        for pid in end_leftovers(self.lab.folder):
+            self.console.say(f"ended process {pid}, left by a driver that was killed")
+        for left in self.lab.folder.glob("agent-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        at = self.night.leader.commit if self.night.best is not None else self.night.base
+        self.worktree.open(at or self.night.base)
+        for experiment in self.night.experiments:
+            if experiment.commit:
+                self.worktree.keep_ref(experiment.n, experiment.commit)
+        views.write_results(self.night, self.lab.folder / "results.tsv")
+        self.prune()
+
+    def run(self) -> tuple[str, str]:
+        """Work until a limit or a request ends the night: its name and its words."""
+        if self.night.best is None:
+            self.baseline()
+        while True:
+            if self.night.open is None:
+                if self.stopper.finishing():
+                    return "stopped", "stopped by request"
+                free = shutil.disk_usage(self.lab.folder).free / 1e9
+                seconds = time.monotonic() - self.began
+                if reason := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
+                    return reason
+                if wait := limits.pause(self.night, self.settings):
+                    kind, length = self.night.streak()
+                    self.console.say(f"{length} experiments in a row ended as {kind}; pausing {wait:.0f} s")
+                    self.stopper.sleep(wait, lambda left: self.console.show(f"pausing, {left:.0f} s left"))
+                    if self.stopper.finishing():
+                        continue
+            if reason := self.experiment():
+                return reason
+
+    def baseline(self) -> None:
+        """Measure the unchanged train file with several seeds. BaselineError if it does not train."""
+        if self.night.open is None:
+            self.record("experiment", n=0, parent=self.night.base)
+        experiment = self.night.experiments[0]
+        self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
+        if experiment.commit is None:
+            source = self._source()
+            self.record(
+                "candidate", n=0, commit=self.night.base, ast=source[0], lines=source[1], description="baseline",
+                usage={}, seconds=0.0,
+            )  # fmt: skip
+        while len(experiment.scores) < self.settings.baseline_seeds:
+            result = self.trial(experiment)
+            if result.status != "ok":
+                error = result.error or {}
+                self.record("note", text=f"the baseline ended as {result.status}: {error.get('message')}")
+                raise BaselineError(
+                    f"the unchanged {self.lab.train_file} ended as {result.status}: {error.get('message')}\n"
+                    f"{error.get('tail', '')}\nfull output: {self.lab.folder / 'logs'}"
+                )
+            if self.stopper.finishing() and len(experiment.scores) < self.settings.baseline_seeds:
+                raise Stopped
+        self.verdict(experiment, "keep", "baseline", None)
+
+    def experiment(self) -> tuple[str, str] | None:
+        """One experiment from proposal to verdict; a reason if the night cannot go on."""
+        if self.night.open is None:
+            self.record("experiment", n=len(self.night.experiments), parent=self.night.leader.commit)
+        experiment = self.night.experiments[-1]
+        self.console.stage(f"experiment {experiment.n}: the agent is at work")
+        if experiment.commit is None and (reason := self.propose(experiment)):
+            return reason
+        if experiment.status is None and experiment.commit is not None:
+            self.judge(experiment)
+        return None
+
+    def propose(self, experiment: Experiment) -> tuple[str, str] | None:
+        """Get a candidate (or a verdict without one); a reason to end the night if no agent can be asked."""
+        n, parent = experiment.n, experiment.parent
+        self.worktree.reset(parent)
+        if found := self.worktree.orphan(n, parent):  # committed by a driver that was killed before it could say so
+            self.worktree.show(parent, found[0], self.lab.train_file)
+            self.candidate(experiment, found[0], found[1], {}, 0.0)
+            return None
+        try:
+            program = self.program.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            program = ""
+        cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
+        proposal = ask(self.bench, briefing.write(self.night, program), parent, n, self.night.seed + n, cost_left)
+        if proposal.kind == "changed":
+            commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
+            self.candidate(experiment, commit, proposal.description, proposal.usage, proposal.seconds)
+            return None
+        if proposal.kind in ("rate_limit", "login", "missing"):
+            self.record(
+                "agent_failed", n=n, kind=proposal.kind, wait=proposal.wait, message=proposal.message,
+                usage=proposal.usage, seconds=proposal.seconds,
+            )  # fmt: skip
+            return self._no_agent(proposal.kind, proposal.message)
+        spent = {"usage": proposal.usage, "seconds": proposal.seconds}
+        self.verdict(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
+        return None
+
+    def candidate(self, experiment: Experiment, commit: str, about: str, usage: dict[str, Any], seconds: float) -> None:
+        """Journal what the worktree now holds as the candidate of this experiment."""
+        identity, lines = self._source()
+        self.record(
+            "candidate", n=experiment.n, commit=commit, ast=identity, lines=lines, description=about, usage=usage, seconds=seconds
+        )
+        self.console.say(f"experiment {experiment.n}: {about}")
+
+    def judge(self, experiment: Experiment) -> None:
+        """Train and score the candidate until there is a verdict."""
+        best = self.night.leader
+        self.worktree.show(experiment.parent, experiment.commit or "", self.lab.train_file)
+        if verdict := self._known(experiment) or self._broken(experiment):
+            status, reason, error = verdict
+            return self.verdict(experiment, status, reason, error)
+        while True:
+            subject = experiment
+            if experiment.scores:
+                decision = decide(
+                    best.evidence, experiment.scores, self._noise(experiment), rule=self.rule,
+                    lines_delta=experiment.lines - best.lines,
+                )  # fmt: skip
+                if decision.action != "again":
+                    gain = f"{decision.reason}, gain {decision.gain:+.4f}"
+                    return self.verdict(experiment, decision.action, gain, None)
+                subject = best if decision.remeasure_best else experiment
+                who = "the best is measured again" if subject is best else "trained again with another seed"
+                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
+            result = self.trial(subject)
+            if result.status == "ok":
+                continue
+            if subject is best:
+                return self.verdict(experiment, "discard", f"the best could not be measured again: {result.status}", result.error)
+            return self.verdict(experiment, result.status, (result.error or {}).get("message", ""), result.error)
+
+    def trial(self, experiment: Experiment) -> Result:
+        """Train and score one experiment's file with its next seed; repeated if the machine slept."""
+        k = len([trial for trial in experiment.trials if trial.status != "running"])
+        seed = self.night.seed + k  # trial k of every candidate has the same seed: a pair
+        run_dir = self.lab.folder / "trials" / f"{experiment.n:04d}-{seed}"
+        name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
+        baseline = self.night.experiments[0].summary() if experiment.n or k else {}
+        while True:
+            self.worktree.show(self._branch(), experiment.commit or "", self.lab.train_file)
+            self.console.stage(f"{name}, trial {k + 1}: {experiment.description}" if experiment.n else f"{name}, trial {k + 1}")
+            self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
+            result = run_trial(self.lab, run_dir, seed, baseline)
+            if result.status == "interrupted" and experiment.interruptions + 1 >= MAX_INTERRUPTIONS:
+                raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
+            self.record(
+                "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
+                summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
+            )  # fmt: skip
+            if result.status == "ok":
+                self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s)")
+            if result.status != "interrupted":
+                return result
+            self.console.say(f"{name}, trial {k + 1} is repeated: {(result.error or {}).get('message')}")
+
+    def verdict(
+        self, experiment: Experiment, status: str, reason: str, error: dict[str, Any] | None, description: str = "",
+        spent: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Journal the end of an experiment, then let git and the views follow."""
+        scores = experiment.evidence if status == "keep" else experiment.scores
+        mean = sum(scores) / len(scores) if scores else None
+        self.record(
+            "verdict", n=experiment.n, status=status, reason=reason, val_bpb=mean, description=description, error=error,
+            **(spent or {"usage": {}, "seconds": 0.0}),
+        )  # fmt: skip
+        self.worktree.reset(self._branch())
+        views.write_results(self.night, self.lab.folder / "results.tsv")
+        self.prune()
+        name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
+        shown = f" {mean:.4f}" if mean is not None else ""
+        self.console.say(f"{name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+
+    def prune(self) -> None:
+        """Remove run directories that nobody will ask for: all but the baseline's, the best's and the last one's."""
+        wanted = {0, self.night.best, len(self.night.experiments) - 1}
+        for folder in (self.lab.folder / "trials").glob("[0-9]*-*"):
+            number = folder.name.partition("-")[0]
+            if not (number.isdigit() and int(number) in wanted):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def held_out(self) -> None:
+        """Score baseline and best on the held-out test text, once each."""
+        for n in sorted({0, self.night.leader.n}):
+            experiment = self.night.experiments[n]
+            trial = next((t for t in experiment.trials if t.status == "ok" and self._folder(t.folder).is_dir()), None)
+            if n in self.night.tests or trial is None:
+                continue
+            self.console.stage(f"held-out test of {'the baseline' if n == 0 else f'experiment {n}'}")
+            result = score(self.lab, self._folder(trial.folder), "test")
+            if result.status == "interrupted":
+                return
+            self.record(
+                "test_score", n=n, split="test", val_bpb=trial.val_bpb, test_bpb=result.val_bpb, summary=result.summary,
+                error=result.error,
+            )  # fmt: skip
+
+    def _folder(self, name: str) -> Path:
+        return self.lab.folder / "trials" / name
+
+    def _branch(self) -> str:
+        return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
+
+    def _source(self) -> tuple[str, int]:
+        try:
+            source = inspect(self.worktree.path / self.lab.train_file)
+        except (SourceError, OSError):
+            return "", 0
+        return source.identity, source.lines
+
+    def _known(self, experiment: Experiment) -> tuple[str, str, dict[str, Any] | None] | None:
+        """The verdict on a file whose training would tell nothing new."""
+        if not experiment.ast:
+            return None
+        for earlier in self.night.experiments[:-1]:
+            if earlier.ast != experiment.ast:
+                continue
+            if earlier.commit == experiment.parent:
+                message = "only the seed, comments or formatting changed"
+                return "noop", message, {"kind": "noop", "message": message, "step": None, "tail": ""}
+            if earlier.status in ("keep", "discard") and earlier.mean is not None:
+                return "discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None
+            if earlier.status in ("crash", "oom", "nan", "timeout"):
+                return earlier.status, f"trained before as experiment {earlier.n}", earlier.error
+        return None
+
+    def _broken(self, experiment: Experiment) -> tuple[str, str, dict[str, Any] | None] | None:
+        """What can be found wrong before a budget is spent."""
+        if experiment.scores:
+            return None
+        try:
+            inspect(self.worktree.path / self.lab.train_file)
+        except (SourceError, OSError) as wrong:
+            return "crash", str(wrong), {"kind": "crash", "message": str(wrong), "step": None, "tail": ""}
+        error = check_import(self.lab)
+        return ("crash", error["message"], error) if error else None
+
+    def _noise(self, experiment: Experiment) -> Noise:
+        best = self.night.leader
+        earlier = [e.evidence if e.n == 0 else fresh(e.scores) for e in self.night.experiments[:-1] if e is not best]
+        return estimate_noise([best.evidence, *earlier, fresh(experiment.scores)])
+
+    def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
+        if kind != "rate_limit":
+            return kind, message
+        wait = limits.rate_limit_wait(self.night, self.settings)
+        if wait is None:
+            return "rate_limit", f"the rate limit has not lifted in {limits.GIVE_UP_WAITS} attempts: {message}"
+        if self.settings.hours is not None and time.monotonic() - self.began + wait > self.settings.hours * 3600:
+            return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
+        self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
+        self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
+        return ("stopped", "stopped by request") if self.stopper.finishing() else None
+
+
+def _clean(value: Any) -> Any:
+    """A journal keeps no secret, in whatever field an agent or a training managed to put it."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,52 @@
+"""When a night is over, and when it should pause. Pure, but for the numbers that are handed in."""
+
+from __future__ import annotations
+
+from agent.night import FAILURES, Night
+from agent.settings import Settings
+
+LONGEST_PAUSE = 600.0  # seconds, between failing experiments
+LONGEST_WAIT = 1800.0  # seconds, for a rate limit that does not say how long it lasts
+FIRST_WAIT = 60.0
+GIVE_UP_WAITS = 50  # a day of half hours: whoever limits the rate has no more for us
+
+
+def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: float) -> tuple[str, str] | None:
+    """Name and words of the limit that ends the night before its next experiment, None if it goes on."""
+    done = len(night.done)
+    best = night.leader.mean
+    if settings.experiments is not None and done >= settings.experiments:
+        return "experiments", f"{done} experiments done, as asked"
+    if settings.hours is not None and session_seconds >= settings.hours * 3600:
+        return "hours", f"{settings.hours:g} hours are over"
+    if settings.max_cost is not None and night.cost >= settings.max_cost:
+        return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}"
+    if settings.target is not None and best is not None and best <= settings.target:
+        return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"
+    if settings.patience is not None and night.since_keep() >= settings.patience:
+        return "patience", f"nothing kept in {night.since_keep()} experiments"
+    if free_gb < settings.disk_gb:
+        return "disk", f"{free_gb:.1f} GB free on the disk, {settings.disk_gb:g} GB wanted; free some and resume"
+    kind, length = night.streak()
+    if kind in FAILURES and length >= 2 * settings.breaker:
+        return "failures", f"{length} experiments in a row ended as {kind}; see the logs, mend it and resume"
+    return None
+
+
+def pause(night: Night, settings: Settings) -> float:
+    """Seconds to wait before the next experiment: 0, unless failures of one kind come in a row."""
+    kind, length = night.streak()
+    if kind not in FAILURES or length < settings.breaker:
+        return 0.0
+    return float(min(settings.backoff * 2.0 ** (length - settings.breaker), LONGEST_PAUSE))
+
+
+def rate_limit_wait(night: Night, settings: Settings) -> float | None:
+    """Seconds to wait after the newest rate limit; None once waiting has not helped for a day."""
+    failures = [f for f in night.agent_failures if f["kind"] == "rate_limit"]
+    if len(failures) >= GIVE_UP_WAITS:
+        return None
+    told = failures[-1].get("wait") if failures else None
+    if told is not None:
+        return float(max(told, 1.0))
+    return float(min(FIRST_WAIT * 2.0 ** (len(failures) - 1), LONGEST_WAIT))

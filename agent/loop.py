@@ -1,0 +1,192 @@
+"""`python -m agent.loop`: a night of experiments, from one command to results.tsv, a picture and a line that says what was won."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent import coders, process, start, views
+from agent.console import Console, complain
+from agent.engine import Engine
+from agent.environment import clean_env
+from agent.errors import NightError, Stopped, UsageError
+from agent.journal import Journal, holder, read
+from agent.night import fold
+from agent.power import battery_warning, stay_awake
+from agent.proposal import Bench
+from agent.settings import Settings
+from agent.stopping import Stopper, request_stop
+from agent.trial import Lab
+from agent.worktree import Repository, Worktree
+
+REPORT = Path(__file__).resolve().parent.parent / "scripts" / "report.py"
+INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--agent", help="A coding agent by name, or `search`, which needs no language model. Default: the first installed.")
+@click.option("--agent-cmd", help="Any command instead: it gets the prompt on standard input and edits the file.")
+@click.option("--agent-env", multiple=True, help="A further variable of your environment that the agent may see. Repeatable.")
+@click.option("--model", help="The agent's model.")
+@click.option("--base-url", help="The endpoint of --agent chat.")
+@click.option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today.")
+@click.option("--dataset", help="What prepare_mlx.py --dataset takes. Default: the last one prepared, else this machine's.")
+@click.option("--preset", help="What prepare_mlx.py --preset takes.")
+@click.option("--budget", help="Of one training: 300s, 200steps, 5Mtokens. Default: the preset's.")
+@click.option("--experiments", type=click.IntRange(0), help="End after so many experiments.")
+@click.option("--hours", type=click.FloatRange(0), help="Begin no experiment after so many hours. Default 8 without --experiments.")
+@click.option("--max-cost", type=click.FloatRange(0), help="End once the agent has cost so many US dollars.")
+@click.option("--max-agent-minutes", type=click.FloatRange(0), help="For the agent, in one experiment. Default 15.")
+@click.option("--target", type=float, help="End once val_bpb is this low.")
+@click.option("--patience", type=click.IntRange(1), help="End after so many experiments without a keep.")
+@click.option("--baseline-seeds", type=click.IntRange(2), help="Trainings of the unchanged file, for the noise.")
+@click.option("--startup", type=click.FloatRange(1), help="Seconds a training may take beyond its budget. Default 120.")
+@click.option("--memory-gb", type=click.FloatRange(0.1), help="Memory that a training may use.")
+@click.option("--disk-gb", type=click.FloatRange(0), help="End when less is free. Default 2.")
+@click.option("--breaker", type=click.IntRange(1), help="Failures of one kind in a row that pause; twice as many end. Default 5.")
+@click.option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default 30.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of a new night: trainings use it and the ones after it.")
+@click.option("--train-file", default="train_mlx.py", show_default=True, help="The file to improve.")
+@click.option("--resume", is_flag=True, help="Go on with a night: the one of --tag, or the latest.")
+@click.option("--status", is_flag=True, help="Show how the latest night (or --tag) stands, and exit.")
+@click.option("--stop", "stop_", is_flag=True, help="Ask the running night to stop after its experiment; twice: now.")
+def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: Any) -> None:
+    """Let a coding agent improve train_mlx.py overnight; better val_bpb is kept on a branch of its own."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
+    try:
+        code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
+    except NightError as error:
+        complain(str(error))
+        code = error.exit_code
+    except coders.CoderError as error:
+        complain(str(error))
+        code = UsageError.exit_code
+    sys.exit(code)
+
+
+def _inspect(tag: str | None, status: bool) -> int:
+    runs = Repository(Path.cwd()).root / "runs"
+    folder = runs / (tag or start.latest(runs))
+    events, torn = read(folder / "journal.jsonl")
+    if not events:
+        raise UsageError(f"there is no night in {folder}")
+    pid = holder(folder)
+    if status:
+        click.echo("\n".join(views.status(fold(events), pid)))
+        if torn:
+            click.echo(f"the last line of the journal is torn ({len(torn)} bytes); the next driver sets it aside")
+        return 0
+    if pid is None:
+        raise UsageError(f"no driver works on the night {folder.name}")
+    click.echo(f"asked process {pid} to stop: {request_stop(folder)}")
+    return 0
+
+
+def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
+    repository = Repository(Path.cwd())
+    runs = repository.root / "runs"
+    tag = start.choose_tag(runs, tag, resume)
+    folder = runs / tag
+    worktree = Worktree(repository, tag, folder / "worktree")
+    new = not read(folder / "journal.jsonl")[0]
+    warnings = start.refuse_unfit(repository, worktree, options["train_file"]) if new else []
+    if new:
+        _coder(options)  # before anything is made: a typing error leaves nothing behind
+    with Journal(folder) as journal, Console() as console:
+        (folder / ".gitignore").write_text("*\n")  # whatever the user ignores, a night is no part of their repository
+        (folder / "logs").mkdir(exist_ok=True)
+        stopper = Stopper(folder, console.say)
+        stopper.install()
+        for warning in (*warnings, *battery_warning()):
+            console.say(f"note: {warning}")
+        try:
+            return _session(journal, repository, worktree, stopper, console, options)
+        except Stopped:
+            return _interrupted(journal, console, tag)
+
+
+def _session(
+    journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any]
+) -> int:
+    folder, root = journal.folder, repository.root
+    night = fold(journal.events)
+    if journal.torn:
+        console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
+    if not night.base:
+        harness = start.lay_harness(repository, repository.head, folder)
+        console.stage("preparing data")
+        entry = start.dataset(
+            harness, root, options["dataset"], options["preset"], folder / "logs" / "prepare.log", stopper.now, console.show
+        )
+        entry["budget"] = options["budget"] or entry["budget"]
+        night = start.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
+    harness = start.lay_harness(repository, night.base, folder)
+    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    settings = Settings.from_json(night.settings).updated(given)
+    if settings.experiments is None and settings.hours is None:
+        settings = settings.updated({"hours": 8.0})
+    coder, about = _coder(settings.to_json())
+    journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name)
+    lab = Lab(
+        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
+        train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
+        vocab_size=int(night.dataset["vocab_size"]), startup_seconds=settings.startup,
+        memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, stop=stopper.now, show=console.metrics,
+    )  # fmt: skip
+    bench = Bench(folder, worktree.path, night.train_file, coder, settings, stopper.now)
+    engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
+    data = f"data {night.dataset['id']}, budget {lab.budget}"
+    console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
+    with stay_awake():
+        engine.recover()
+        try:
+            name, words = engine.run()
+            if name != "stopped" or not stopper.now():
+                engine.held_out()
+        except (Stopped, NightError) as error:
+            words = str(error) or "stopped at once by request"
+            engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
+            raise
+        engine.record("night_end", reason=name, text=words)
+    worktree.close()
+    console.stage("drawing the picture")
+    _picture(folder, root)
+    console.say(f"the night ends: {words}")
+    console.say(f"results: {folder / 'results.tsv'}, picture: {folder / 'progress.png'}")
+    console.say(views.last_line(engine.night))
+    return 0 if name not in ("failures", "login", "missing", "rate_limit") else 1
+
+
+def _interrupted(journal: Journal, console: Console, tag: str) -> int:
+    console.say(f"stopped; go on with: python -m agent.loop --resume --tag {tag}")
+    if journal.events:
+        console.say(views.last_line(fold(journal.events)))
+    return INTERRUPTED
+
+
+def _coder(options: dict[str, Any]) -> tuple[coders.Coder, str]:
+    """The coding agent and a line about it. CoderError if it is unknown."""
+    if options.get("agent") and options.get("agent_cmd"):
+        raise UsageError("--agent and --agent-cmd: expected one of them")
+    if options.get("agent_cmd"):
+        return coders.template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
+    if options.get("agent"):
+        return coders.get(options["agent"]), f"agent: {options['agent']}"
+    found = coders.detect(os.environ)
+    return found.coder, found.reason
+
+
+def _picture(folder: Path, cwd: Path) -> None:
+    """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
+    process.run(
+        [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
+        limits=process.Limits(wall_seconds=120), pidfile=folder / "report.pid",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Everything between the command line and the first step: which night, its data, its harness, its settings, its lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from agent import process
+from agent.environment import clean_env
+from agent.errors import HarnessError, Stopped, UsageError
+from agent.journal import Journal, holder, read
+from agent.night import Night, fold
+from agent.worktree import Repository, Worktree
+
+HARNESS = "prepare_mlx.py"
+HARNESS_PARTS = ("corpus.py",)  # what it reads from beside itself
+PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
+DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
+
+
+def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
+    """The night that is meant: the given tag; the latest with `resume`; else today's, continued if it was cut off."""
+    if tag:
+        if "/" in tag or tag.startswith(".") or not tag.strip():
+            raise UsageError(f"--tag {tag}: expected letters, digits and dashes")
+        if resume and not (runs / tag / "journal.jsonl").exists():
+            raise UsageError(f"--resume: there is no night runs/{tag}")
+        return tag
+    if resume:
+        return latest(runs)
+    today = time.strftime("%b%d").lower()
+    number = 1
+    while True:
+        name = today if number == 1 else f"{today}-{number}"
+        events, _ = read(runs / name / "journal.jsonl")
+        if not events or (fold(events).ended is None and holder(runs / name) is None):
+            return name
+        number += 1
+
+
+def latest(runs: Path) -> str:
+    """The tag of the night whose journal was written last. UsageError if there is none."""
+    journals = list(runs.glob("*/journal.jsonl"))
+    if not journals:
+        raise UsageError(f"there is no night in {runs}; start one: python -m agent.loop")
+    return max(journals, key=lambda path: path.stat().st_mtime).parent.name
+
+
+def dataset(
+    harness: Path, cwd: Path, name: str | None, preset: str | None, log: Path, stop: Callable[[], bool],
+    show: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The dataset of a new night: the named one, prepared if it is missing, else the last one prepared.
+
+    HarnessError with the harness's own words if it cannot be made ready.
+    """
+    current = Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx") / "current.json"
+    if name is None and preset is None and current.is_file():
+        found = _entry(current)
+        if Path(found["train_dir"]).is_dir() and Path(found["held_dir"]).is_dir():
+            return found
+    with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
+        answer = Path(scratch) / "dataset.json"
+        options = [*(("--dataset", name) if name else ()), *(("--preset", preset) if preset else ())]
+        shown = _LastLine(log, show)
+        outcome = process.run(
+            [sys.executable, "-B", str(harness), "--json", str(answer), *options], cwd=cwd, env=clean_env(network=True), log=log,
+            limits=process.Limits(wall_seconds=PREPARE_SECONDS), stop=stop, watch=shown, pidfile=log.parent.parent / "prepare.pid",
+        )  # fmt: skip
+        if outcome.reason == "stopped":
+            raise Stopped
+        if not outcome.ok:
+            ending = f"{outcome.reason}, exit code {outcome.exit_code}"
+            raise HarnessError(f"the data could not be prepared ({ending}):\n{outcome.tail(1000)}")
+        return _entry(answer)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return {**{key: entry[key] for key in DATASET_KEYS}, "name": entry.get("dataset")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HarnessError(f"{path}: expected a dataset as JSON, got {error!r}; run python {HARNESS} again") from None
+
+
+class _LastLine:
+    """A `watch` that shows what a child printed last."""
+
+    def __init__(self, log: Path, show: Callable[[str], None]) -> None:
+        self._log, self._show = log, show
+
+    def __call__(self) -> None:
+        try:
+            lines = self._log.read_bytes()[-2000:].decode("utf-8", "replace").replace("\r", "\n").split("\n")
+        except OSError:
+            return
+        if words := [line for line in lines if line.strip()]:
+            self._show(words[-1][:150])
+
+
+def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
+    """Write the base commit's harness to the night's folder, or put it back there; the scorer's path."""
+    place = folder / "harness"
+    place.mkdir(parents=True, exist_ok=True)
+    for name in (HARNESS, *HARNESS_PARTS):
+        if name != HARNESS and not repository.has(base, name):
+            continue
+        content = repository.file_at(base, name)
+        if not (place / name).is_file() or (place / name).read_bytes() != content:
+            (place / name).write_bytes(content)
+    return place / HARNESS
+
+
+def begin(
+    journal: Journal, repository: Repository, tag: str, train_file: str, entry: Mapping[str, Any], seed: int
+) -> Night:  # fmt: skip
+    """Journal the start of a new night and return its state."""
+    base = repository.head
+    sources = {name: hashlib.sha256(repository.file_at(base, name)).hexdigest() for name in (HARNESS, train_file)}
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
+    journal.append(
+        "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=dict(entry), sources=sources, machine=machine
+    )
+    return fold(journal.events)
+
+
+def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str) -> list[str]:
+    """UsageError where a new night cannot start; else what the user should know about their checkout."""
+    if Path(train_file).name != train_file:
+        raise UsageError(f"--train-file {train_file}: expected a file at the top of the repository")
+    for name in (HARNESS, train_file):
+        repository.file_at(repository.head, name)
+    worktree.check_free()
+    changed = repository.changed(HARNESS, train_file)
+    return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

@@ -1,0 +1,222 @@
+"""One trial: a training of the candidate, then its score, both as children; how it ended is read from evidence.
+
+Evidence is an exit code, a signal, the limit that the spawner had to enforce, the newest metrics, the harness's
+`error.json`. Words in a log are for people. The score is taken from the scorer's standard output and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent import process
+from agent.candidate import one_line
+from agent.environment import clean_env
+from agent.errors import HarnessError, Stopped
+from agent.metrics import Watch
+from agent.redact import redact
+from agent.summary import SummaryError, differences, parse
+
+TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "violation"}
+REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "crash", "nan": "nan"}
+SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
+IMPORT_SECONDS = 5.0
+SCORE_SECONDS = 900.0
+UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens
+GIB = 1 << 30
+_IMPORT = "import importlib.util as u, sys; s = u.spec_from_file_location('candidate', sys.argv[1]); m = u.module_from_spec(s); \
+sys.modules['candidate'] = m; sys.path.insert(0, ''); s.loader.exec_module(m)"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where trials of a night happen and what they may use."""
+
+    folder: Path  # runs/<tag>
+    worktree: Path
+    train_file: str
+    harness: Path  # the scorer that counts
+    train_dir: Path
+    held_dir: Path
+    budget: str  # "300s", "200steps", "5Mtokens"
+    vocab_size: int
+    startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget
+    memory_bytes: int | None = None
+    directory_bytes: int = 20 * GIB
+    stop: Callable[[], bool] = lambda: False
+    show: Callable[[dict[str, Any]], None] = lambda row: None
+    wrap: Callable[[list[str], Path], list[str]] = lambda argv, run_dir: argv  # the sandbox
+    environ: Mapping[str, str] = field(default_factory=clean_env)
+
+    @property
+    def wall_seconds(self) -> float:
+        """What one training may take from start to exit."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)s", self.budget)
+        return (float(match[1]) if match else UNTIMED_SECONDS) + self.startup_seconds
+
+    @property
+    def abort_loss(self) -> float:
+        """Nats a token; three times the loss of a model that knows nothing."""
+        return 3 * math.log(max(self.vocab_size, 2))
+
+
+@dataclass(frozen=True)
+class Result:
+    """`status` is ok, interrupted or a failure's name; `val_bpb` in bits per byte, only with ok."""
+
+    status: str
+    seconds: float
+    val_bpb: float | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+def check_import(lab: Lab) -> dict[str, Any] | None:
+    """Import the train file once, without a budget; the error if that fails. A slow import is no failure."""
+    log = lab.folder / "logs" / "import.log"
+    python = [sys.executable, "-B", "-c", _IMPORT, str(lab.worktree / lab.train_file)]
+    scratch = _fresh(lab.folder / "trials" / "import")
+    outcome = _child(lab, lab.wrap(python, scratch), log, scratch, IMPORT_SECONDS)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if outcome.reason != "exited" or outcome.exit_code == 0:
+        return None
+    return _error("crash", f"importing {lab.train_file} fails: {_last_words(outcome)}", outcome)
+
+
+def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] | None) -> Result:
+    """Train what the worktree holds with one seed and score it. `reference` is a summary it must be comparable with.
+
+    Stopped if the user wants to stop at once, HarnessError if there is no Python to start it with.
+    """
+    _fresh(run_dir)
+    name = run_dir.name
+    env = {
+        "AUTORESEARCH_DATA": str(lab.train_dir), "AUTORESEARCH_RUN_DIR": str(run_dir), "AUTORESEARCH_BUDGET": lab.budget,
+        "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_SCORE": "0",
+    }  # fmt: skip
+    watch = Watch(run_dir / "metrics.jsonl", lab.abort_loss, lab.show)
+    trainer = lab.wrap([sys.executable, "-B", lab.train_file], run_dir)
+    log = lab.folder / "logs" / f"{name}.train.log"
+    outcome = _child(lab, trainer, log, run_dir, lab.wall_seconds, env, watch)
+    if outcome.suspended_seconds > SUSPENDED_SECONDS:
+        slept = f"the machine slept for {outcome.suspended_seconds:.0f} s during the training"
+        return Result("interrupted", outcome.seconds, error=_error("interrupted", slept, outcome))
+    kind, message = _ending(lab, outcome, watch, run_dir)
+    if kind:
+        return Result(kind, outcome.seconds, error=_error(kind, message, outcome, watch.step))
+    scored = score(lab, run_dir, "val")
+    seconds = outcome.seconds + scored.seconds
+    if scored.status == "ok" and reference and (unlike := differences(scored.summary, reference)):
+        message = f"the score cannot be compared with the baseline's: {'; '.join(unlike)}"
+        return Result("violation", seconds, error={"kind": "violation", "message": message, "step": None, "tail": ""})
+    return Result(scored.status, seconds, scored.val_bpb, scored.summary, scored.error)
+
+
+def score(lab: Lab, run_dir: Path, split: str) -> Result:
+    """Score a finished run directory on `val` or `test` with the night's harness."""
+    out, log = (lab.folder / "logs" / f"{run_dir.name}.{split}.{kind}" for kind in ("out", "log"))
+    scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split, "--held", str(lab.held_dir)]
+    outcome = _child(lab, scorer, log, run_dir, SCORE_SECONDS, stdout_to=out)
+    if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
+        return Result("interrupted", outcome.seconds, error=_error("interrupted", "the machine slept", outcome))
+    if outcome.reason != "exited":
+        kind = REASONS.get(outcome.reason, "crash")
+        return Result(kind, outcome.seconds, error=_error(kind, f"scoring ended by the limit {outcome.reason}", outcome))
+    if outcome.exit_code != 0:
+        kind, message = _scorer_word(log)
+        kind = kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash")
+        return Result(kind, outcome.seconds, error=_error(kind, f"scoring failed: {message}", outcome))
+    try:
+        summary = parse(out.read_text(encoding="utf-8", errors="replace"), split)
+    except SummaryError as error:
+        return Result("crash", outcome.seconds, error=_error("crash", str(error), outcome))
+    return Result("ok", outcome.seconds, summary[f"{split}_bpb"], summary)
+
+
+def _ending(lab: Lab, outcome: process.Outcome, watch: Watch, run_dir: Path) -> tuple[str, str]:
+    """Kind of failure of a training, "" if it ended well, and what is known about it."""
+    watch()  # what it wrote in its last instant
+    if outcome.reason == "missing":
+        raise HarnessError(f"the trainer cannot be started: {outcome.tail(300)}")
+    if outcome.reason == "nan" or watch.message:
+        return "nan", watch.message
+    if outcome.reason != "exited":
+        limits = {
+            "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
+            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB", "memory": "used more memory than allowed",
+            "log": "printed without end",
+        }  # fmt: skip
+        return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
+    kind, message = _error_file(run_dir / "error.json")
+    if outcome.signal is not None:
+        # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night.
+        killed = "oom" if outcome.signal == signal.SIGKILL else "crash"
+        return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {message}".strip()
+    if outcome.exit_code:
+        return TRAINER_CODES.get(outcome.exit_code, "crash"), message or f"exit code {outcome.exit_code}: {_last_words(outcome)}"
+    if not (run_dir / "train.json").is_file():
+        return "crash", "exit code 0, but no train.json: the training did not come to its end"
+    return "", ""
+
+
+def _child(
+    lab: Lab, argv: list[str], log: Path, run_dir: Path, wall: float, env: Mapping[str, str] | None = None,
+    watch: Callable[[], str | None] = lambda: None, stdout_to: Path | None = None,
+) -> process.Outcome:  # fmt: skip
+    log.parent.mkdir(exist_ok=True)
+    limits = process.Limits(
+        wall_seconds=wall, memory_bytes=lab.memory_bytes, directory=run_dir, directory_bytes=lab.directory_bytes
+    )
+    outcome = process.run(
+        argv, cwd=lab.worktree, env={**lab.environ, **(env or {})}, log=log, limits=limits, stop=lab.stop, watch=watch,
+        stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
+    )  # fmt: skip
+    if outcome.reason == "stopped":
+        raise Stopped
+    return outcome
+
+
+def _error_file(path: Path) -> tuple[str, str]:
+    """Kind and message of the harness's error file. The candidate may have written it: only known kinds count."""
+    try:
+        with open(path, "rb") as file:
+            record = json.loads(file.read(65536))
+        kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "", ""
+    return (kind if kind in TRAINER_CODES.values() else ""), message
+
+
+def _scorer_word(log: Path) -> tuple[str, str]:
+    """The last JSON line {"kind", "message"} on the scorer's standard error."""
+    for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            record = json.loads(line)
+            kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return (kind if kind in TRAINER_CODES.values() else ""), message
+    return "", ""
+
+
+def _error(kind: str, message: str, outcome: process.Outcome, step: int | None = None) -> dict[str, Any]:
+    return {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
+
+
+def _last_words(outcome: process.Outcome) -> str:
+    """The last line that was printed, for people."""
+    return next((line for line in reversed(outcome.tail(1000).splitlines()) if line.strip()), "")
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
