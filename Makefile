@@ -1,0 +1,32 @@
+# make demo   a night in small, from nothing: set up, prepare, measure, run 8 experiments, draw
+# make test   lint, types and the test suite, as CI runs them
+# Both set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
+
+SHELL := /bin/bash
+PY := .venv/bin/python
+ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE
+
+.PHONY: demo test test-slow test-gpu test-agents test-browser soak lint clean
+
+demo: .venv/.ready
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --experiments 8 --tag demo-$$(date +%m%d-%H%M%S)
+
+test: lint
+	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q
+
+lint: .venv/.ready
+	$(PY) -m ruff check -q .
+	$(PY) -m mypy
+
+test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
+	$(PY) -m pytest -q -m $*
+
+soak: .venv/.ready
+	$(PY) -m pytest -q -m soak
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

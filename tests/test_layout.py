@@ -1,0 +1,66 @@
+"""The rules of the architecture: who may import whom, and how long a file may be. CONTRIBUTING.md states them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
+TRAIN_FILES = {"train_mlx", "train_torch"}
+HARNESS = {"prepare_mlx", "corpus"}
+AGENT = sorted((ROOT / "agent").rglob("*.py"))
+
+
+def imports(path: Path, module_level_only: bool = False) -> set[str]:
+    """Top-level names of what a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if module_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_harness_needs_only_numpy_to_be_imported() -> None:
+    third_party = imports(ROOT / "prepare_mlx.py", module_level_only=True) - set(sys.stdlib_module_names)
+    assert third_party == {"numpy"}
+    code = "import sys, prepare_mlx; print(sorted({m.split('.')[0] for m in sys.modules} & {'mlx', 'torch', 'agent', 'corpus'}))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"
+
+
+def test_the_harness_knows_no_train_file_and_no_driver() -> None:
+    for name in ("prepare_mlx.py", "corpus.py"):
+        assert not imports(ROOT / name) & (TRAIN_FILES | FRAMEWORKS | {"agent"})
+
+
+@pytest.mark.parametrize("name", ["train_mlx.py"])
+def test_a_train_file_imports_the_harness_and_its_framework_only(name: str) -> None:
+    ours = imports(ROOT / name) & ({p.stem for p in ROOT.glob("*.py")} | {"agent", "scripts", "tests"})
+    assert ours == {"prepare_mlx"}
+
+
+@pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path) -> None:
+    assert not imports(path) & (FRAMEWORKS | TRAIN_FILES | HARNESS)
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    limits = [("prepare_mlx.py", 700), ("corpus.py", 450), ("train_mlx.py", 650), *((str(p.relative_to(ROOT)), 260) for p in AGENT)]
+    too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits
+                if len((ROOT / name).read_text().splitlines()) > limit}
+    assert not too_long
+
+
+def test_no_file_records_a_registry_or_an_absolute_home() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    hosts = ["pypi" + ".org", "python" + "hosted", "registry." + "npmjs", "/ro" + "ot/"]
+    found = [(name, host) for name in tracked if name and (ROOT / name).is_file() for host in hosts
+             if host in (ROOT / name).read_bytes().decode("utf-8", "ignore")]
+    assert not found

@@ -1,0 +1,220 @@
+"""train_mlx.py: the step that trains is the step that was written (compiled, windowed, accumulated or not)."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import train_mlx
+from train_mlx import GPT, GPTConfig, attend, init_optimizer, make_step, schedule
+
+ROOT = Path(__file__).parent.parent
+CONFIG = GPTConfig(vocab_size=61, seq_len=16, n_layer=3, n_head=2, n_embd=32, window_pattern="SL", ngram_buckets=(97, 101))
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    mx.enable_compile()
+    yield
+    if not train_mlx.GPU:
+        mx.disable_compile()
+
+
+def fresh(seed: int = 3) -> tuple[GPT, dict[str, mx.array]]:
+    model = GPT(CONFIG)
+    model.init_weights(seed)
+    params = dict(tree_flatten(model.parameters()))
+    mx.eval(params)
+    return model, params
+
+
+def batches(rows: int, seed: int = 5) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    while True:
+        block = rng.integers(0, CONFIG.vocab_size, (rows, CONFIG.seq_len + 1), dtype=np.int32)
+        yield block[:, :-1], block[:, 1:]
+
+
+def steps(n: int, rows: int = 4, accumulate: int = 1) -> tuple[dict[str, mx.array], list[float]]:
+    model, params = fresh()
+    step, state, source, losses = make_step(model, CONFIG.n_embd, accumulate), init_optimizer(params), batches(rows), []
+    for i in range(n):
+        params, state, loss = step(params, state, schedule(i / n, i), source)
+        losses.append(loss.item())
+    return params, losses
+
+
+def distance(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
+    """The largest difference of two sets of weights, relative to each tensor's norm."""
+    return max((mx.linalg.norm(a[n] - b[n]) / (mx.linalg.norm(b[n]) + 1e-6)).item() for n in a)
+
+
+def test_compiled_step_equals_eager_step(compiled: None) -> None:
+    with_compile, losses = steps(5)
+    mx.disable_compile()
+    without, eager_losses = steps(5)
+    assert losses == pytest.approx(eager_losses, rel=1e-5)
+    assert distance(with_compile, without) < 1e-4
+    assert losses[-1] != losses[0]
+
+
+def test_a_moving_learning_rate_is_not_traced_again(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    original = train_mlx.cross_entropy
+    monkeypatch.setattr(train_mlx, "cross_entropy", lambda *a: (traces.append(1), original(*a))[1])
+    steps(12)
+    assert len(traces) == 1
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    model, params = fresh()
+    whole = next(batches(8))
+    halves = iter([(x, y) for x, y in zip(np.split(whole[0], 2), np.split(whole[1], 2), strict=True)])
+    at_once, _, loss = make_step(model, CONFIG.n_embd, 1)(params, init_optimizer(params), schedule(0, 0), iter([whole]))
+    in_parts, _, part_loss = make_step(model, CONFIG.n_embd, 2)(params, init_optimizer(params), schedule(0, 0), halves)
+    assert part_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    # Adam's first step is the sign of the gradient, so that an entry near zero may flip: compare the matrices
+    matrices = [n for n in params if train_mlx.is_matrix(n)]
+    assert distance({n: in_parts[n] for n in matrices}, {n: at_once[n] for n in matrices}) < 1e-4
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 15, 16, 40])
+def test_a_window_equals_a_dense_mask(window: int) -> None:
+    T = 16
+    q, k, v = (mx.random.normal((2, 3, T, 8), key=mx.random.key(i)) for i in range(3))
+    t, s = mx.arange(T)[:, None], mx.arange(T)[None, :]
+
+    def dense(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        mask = (s <= t) & (s >= t - window)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
+    assert mx.abs(attend(q, k, v, window) - dense(q, k, v)).max().item() < 1e-5
+    weights = mx.random.normal((2, 3, T, 8), key=mx.random.key(9))
+    ours, theirs = (mx.grad(lambda *a, f=f: (f(*a) * weights).sum(), argnums=(0, 1, 2))(q, k, v)
+                    for f in (lambda q, k, v: attend(q, k, v, window), dense))
+    assert max(mx.abs(a - b).max().item() for a, b in zip(ours, theirs, strict=True)) < 1e-5
+
+
+def test_warm_up_leaves_the_weights_as_they_were() -> None:
+    model, params = fresh()
+    before = {n: np.array(p) for n, p in params.items()}
+    mx.eval(make_step(model, CONFIG.n_embd, 1)(params, init_optimizer(params), schedule(0, 0), batches(4)))
+    assert all(np.array_equal(before[n], np.array(p)) for n, p in params.items())
+
+
+def test_active_memory_is_constant_over_steps() -> None:
+    model, params = fresh()
+    step, state, source = make_step(model, CONFIG.n_embd, 1), init_optimizer(params), batches(4)
+    sizes = []
+    for i in range(12):
+        params, state, loss = step(params, state, schedule(0, i), source)
+        mx.eval(params, state, loss)
+        sizes.append(mx.get_active_memory())
+    assert max(sizes[2:]) - min(sizes[2:]) < 100_000, sizes
+
+
+def test_no_token_sees_the_future() -> None:
+    model, _ = fresh()
+    a = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 16), dtype=np.int32)
+    b = a.copy()
+    b[0, 9:] = (b[0, 9:] + 7) % CONFIG.vocab_size
+    left, right = np.array(model(mx.array(a))), np.array(model(mx.array(b)))
+    assert np.abs(left[0, :9] - right[0, :9]).max() < 1e-6
+    assert np.abs(left[0, 9:] - right[0, 9:]).max() > 1e-6
+
+
+def test_n_grams_differ_and_the_first_position_has_no_past() -> None:
+    """The bigram row of position t depends on t-1 and t; the trigram row on t-2, t-1 and t."""
+    model = GPT(CONFIG)
+    model.wte.weight = mx.zeros_like(model.wte.weight)
+    model.ngrams[1].weight = mx.zeros_like(model.ngrams[1].weight)
+    model.ngrams[0].weight = mx.random.normal(model.ngrams[0].weight.shape, key=mx.random.key(0))
+    x = np.array(model.embed(mx.array([[1, 2, 3, 2, 3, 1]])).astype(mx.float32))[0]
+    assert np.allclose(x[2], x[4])
+    assert not np.allclose(x[1], x[3])
+    assert not np.allclose(x[0], x[5])
+
+
+def test_schedule_rises_falls_and_ends_where_it_should() -> None:
+    lr, momentum, decay, t = np.array(schedule(0.0, 0))
+    assert (lr, decay, t) == pytest.approx((1.0, train_mlx.WEIGHT_DECAY, 1.0))
+    assert momentum == pytest.approx(train_mlx.MUON_MOMENTUM[0])
+    lr, momentum, decay, t = np.array(schedule(1.0, 999))
+    assert (lr, decay, t) == pytest.approx((train_mlx.FINAL_LR_FRAC, 0.0, 1000.0))
+    assert momentum == pytest.approx(train_mlx.MUON_MOMENTUM[1])
+
+
+def run(tmp_path: Path, home: Path, source: str, **env: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """Train a changed copy of the file as a real process on the tiny dataset."""
+    (tmp_path / "train_mlx.py").write_text(source)
+    out = tmp_path / "run"
+    process = subprocess.run(
+        [sys.executable, "train_mlx.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "AUTORESEARCH_HOME": str(home), "AUTORESEARCH_RUN_DIR": str(out),
+             "AUTORESEARCH_SCORE": "0", "AUTORESEARCH_BUDGET": "30steps", **env})
+    return process, out
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    subprocess.run([sys.executable, ROOT / "prepare_mlx.py", "--preset", "tiny", "--dataset", "stories"], check=True,
+                   capture_output=True, env={**os.environ, "AUTORESEARCH_HOME": str(place)})
+    return place
+
+
+def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, home: Path) -> None:
+    process, out = run(tmp_path, home, (ROOT / "train_mlx.py").read_text())
+    assert process.returncode == 0, process.stderr
+    facts = json.loads((out / "train.json").read_text())
+    assert facts["num_steps"] == 30
+    assert facts["total_tokens"] == 30 * 1024
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] or len(lines) == 1
+    assert {"step", "tokens", "seconds", "loss", "lr", "tokens_per_second", "mfu_percent", "memory_mb"} <= set(lines[0])
+    model = train_mlx.load_model(out)
+    logits = model(np.zeros((2, 8), np.int32))
+    assert logits.shape == (2, 8, 320)
+    assert logits.dtype == np.float32
+
+
+def test_the_same_seed_trains_the_same_weights(tmp_path: Path, home: Path) -> None:
+    source = (ROOT / "train_mlx.py").read_text()
+    weights = []
+    for name, seed in (("a", "4"), ("b", "4"), ("c", "5")):
+        (tmp_path / name).mkdir()
+        _, out = run(tmp_path / name, home, source, AUTORESEARCH_SEED=seed, AUTORESEARCH_BUDGET="3steps")
+        weights.append((out / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def changed(before: str, after: str) -> str:
+    """The train file's source with one text replaced, which must be there."""
+    source = (ROOT / "train_mlx.py").read_text()
+    assert before in source
+    return source.replace(before, after)
+
+
+def test_a_diverging_run_ends_at_once_with_its_name(tmp_path: Path, home: Path) -> None:
+    process, out = run(tmp_path, home, changed("    return p - lr * update, m, v", "    return p * mx.inf, m, v"),
+                       AUTORESEARCH_BUDGET="100000steps")
+    assert process.returncode == 3, process.stderr
+    error = json.loads((out / "error.json").read_text())
+    assert error["kind"] == "nan"
+    assert "the loss became" in error["message"]
+    assert not (out / "train.json").exists()
+
+
+@pytest.mark.parametrize(("line", "kind", "exit_code"), [("np.zeros(1 << 60)", "oom", 4), ("1 / 0", "crash", 1)])
+def test_out_of_memory_is_told_apart_from_a_crash(tmp_path: Path, home: Path, line: str, kind: str, exit_code: int) -> None:
+    process, out = run(tmp_path, home, changed("    model = GPT(config)\n", f"    {line}\n    model = GPT(config)\n"))
+    assert process.returncode == exit_code, process.stderr
+    assert json.loads((out / "error.json").read_text())["kind"] == kind
+    assert "Traceback" in process.stderr
