@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from agent.errors import UsageError
+
 Failure = Literal["rate_limit", "login", "missing", "agent_error"]
 
 # What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
@@ -24,7 +26,7 @@ BASE_ENV = (
 PLAIN_OUTPUT = {"TERM": "dumb", "NO_COLOR": "1"}  # colours and spinners would only have to be stripped from the logs
 
 
-class CoderError(Exception):
+class CoderError(UsageError):
     """An agent that can't be asked: unknown, not installed, or given a job it can't do. The message says the mend."""
 
 
@@ -98,10 +100,11 @@ class Coder:
     login_hint: str  # the command that mends an expired login
     env_names: tuple[str, ...] = ()  # its own variables in the user's environment
     env_set: Mapping[str, str] = field(default_factory=dict)
-    env_job: Callable[[Job], dict[str, str]] = lambda job: {}
+    settings: Callable[[Job], dict[str, str]] | None = None  # variables made for the job; it may write to the scratch
     login_env: tuple[str, ...] = ()  # any of these set means logged in
     login_files: tuple[Login, ...] = ()
     prompt_on_stdin: bool = True
+    extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
     def command(self, job: Job, environ: Mapping[str, str]) -> Command:
@@ -114,8 +117,9 @@ class Coder:
         job.prompt_file.write_text(job.prompt, encoding="utf-8")
         names = (*BASE_ENV, *self.env_names, *job.pass_env)
         env = {name: environ[name] for name in names if name in environ}
-        env |= PLAIN_OUTPUT | dict(self.env_set) | self.env_job(job)
-        return Command([path, *self.arguments(job), *job.extra_args], env, job.prompt if self.prompt_on_stdin else "")
+        env |= PLAIN_OUTPUT | dict(self.env_set) | (self.settings(job) if self.settings else {})
+        extra = job.extra_args if self.extra_args_last else ()
+        return Command([path, *self.arguments(job), *extra], env, job.prompt if self.prompt_on_stdin else "")
 
     def report(self, stdout: str, log: str, job: Job) -> Report:
         """What the finished agent said. Never raises: output that can't be read is an `agent_error`."""
@@ -124,6 +128,8 @@ class Coder:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             detail = f"{self.name}: output of an unknown shape ({type(error).__name__}: {error})"
             return Report(failure="agent_error", detail=detail)
+        if report == Report():
+            report = Report(failure="agent_error", detail=f"{self.name} said nothing")
         return with_last_lines(report)
 
     def find(self, environ: Mapping[str, str]) -> str | None:

@@ -1,72 +1,243 @@
-"""The rows of the table: binary, arguments, environment and login of each coding agent."""
+"""The rows of the table: binary, arguments, environment and login of each coding agent.
+
+Wherever a CLI can be held to editing, it is: no shell, no network tools, no path outside the worktree. Each is told not to
+wait out rate limits for long, since the driver does that.
+"""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import json
+from typing import Any
 
 from agent.coders import shapes
 from agent.coders.base import Coder, Job, Login
 
-ROOT = str(Path(__file__).resolve().parent.parent.parent)  # our own agents run from here, not from the worktree's copy
-CLOUD = (
-    "AWS_PROFILE", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-    "AWS_BEARER_TOKEN_BEDROCK", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION",
-)  # fmt: skip
+AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+       "AWS_BEARER_TOKEN_BEDROCK")  # fmt: skip
+GOOGLE = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION", "GOOGLE_GENAI_USE_VERTEXAI",
+          "GOOGLE_API_KEY", "GEMINI_API_KEY")  # fmt: skip
+OPENAI = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+PROVIDERS = (*OPENAI, *GOOGLE, *AWS, "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "OPENROUTER_API_KEY", "DEEPSEEK_API_KEY",
+             "GROQ_API_KEY", "MISTRAL_API_KEY", "XAI_API_KEY", "TOGETHER_API_KEY", "OLLAMA_API_BASE",
+             "LM_STUDIO_API_BASE", "LM_STUDIO_API_KEY")  # fmt: skip
+PROVIDER_KEYS = tuple(name for name in PROVIDERS if name.endswith("_KEY"))
 
 
-def _model(job: Job, flag: str) -> list[str]:
+def model(job: Job, flag: str) -> list[str]:
     return [flag, job.model] if job.model else []
 
 
-def _claude(job: Job) -> list[str]:
-    # acceptEdits: without it the write is denied and the exit code is 0 all the same
-    limits = ["--max-budget-usd", f"{job.max_cost_usd:g}"] if job.max_cost_usd else []
+def settings_file(variable: str, content: dict[str, Any], job: Job) -> dict[str, str]:
+    """A settings file in the scratch directory, named to the CLI by an environment variable: HOME stays as it is."""
+    path = job.scratch_file("settings.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    return {variable: path}
+
+
+def claude(job: Job) -> list[str]:
+    # acceptEdits: without it the write is denied, and the exit code is 0 all the same
+    limit = ["--max-budget-usd", f"{job.max_cost_usd:g}"] if job.max_cost_usd else []
     return ["-p", "--output-format", "json", "--permission-mode", "acceptEdits", "--tools", "Read,Edit,Write,Grep,Glob",
             "--no-session-persistence", "--setting-sources", "", "--strict-mcp-config",
-            *_model(job, "--model"), *limits]  # fmt: skip
+            *model(job, "--model"), *limit]  # fmt: skip
 
 
-CLAUDE = Coder(
-    name="claude",
-    binary="claude",
-    arguments=_claude,
-    reader=shapes.claude,
-    install_hint="npm install -g @anthropic-ai/claude-code",
-    login_hint="run `claude` once and /login, or `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN",
-    env_names=(
-        "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL",
-        "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "ANTHROPIC_VERTEX_PROJECT_ID", "CLOUD_ML_REGION",
-        "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CONFIG_DIR", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", *CLOUD,
+def codex(job: Job) -> list[str]:
+    # The user's config.toml may loosen the sandbox or start MCP servers; the login is read all the same.
+    # There is no edit-only mode: the shell stays, inside a sandbox that writes to the worktree and has no network.
+    options = ["sandbox_workspace_write.exclude_slash_tmp=true", "sandbox_workspace_write.exclude_tmpdir_env_var=true",
+               "sandbox_workspace_write.network_access=false", "check_for_update_on_startup=false",
+               "analytics.enabled=false"]  # fmt: skip
+    given = [word for option in options for word in ("-c", option)]
+    return ["exec", "--json", "--ephemeral", "--ignore-user-config", "--sandbox", "workspace-write",
+            "-C", str(job.worktree), *given, *model(job, "-m"), *job.extra_args, "-"]  # fmt: skip
+
+
+def gemini(job: Job) -> list[str]:
+    return ["--skip-trust", "--approval-mode", "auto_edit", "--output-format", "json", *model(job, "-m")]
+
+
+def gemini_settings(job: Job) -> dict[str, str]:
+    content = {"general": {"maxAttempts": 2}, "privacy": {"usageStatisticsEnabled": False}}
+    return settings_file("GEMINI_CLI_SYSTEM_SETTINGS_PATH", content, job)
+
+
+def opencode(job: Job) -> list[str]:
+    # --print-logs: it retries a rate limit for ever, and says so nowhere else
+    return ["run", "--format", "json", "--pure", "--print-logs", "--log-level", "WARN", *model(job, "-m")]
+
+
+OPENCODE_CONFIG = {
+    "permission": {"edit": "allow", "bash": "deny", "webfetch": "deny", "websearch": "deny", "task": "deny",
+                   "external_directory": "deny"},
+    "share": "disabled",
+    "autoupdate": False,
+}  # fmt: skip
+
+
+def aider(job: Job) -> list[str]:
+    histories = [word for name in ("input", "chat", "llm")
+                 for word in (f"--{name}-history-file", job.scratch_file(f"aider.{name}.history"))]  # fmt: skip
+    return ["--message-file", str(job.prompt_file), "--yes-always", "--no-auto-commits", "--no-dirty-commits",
+            "--no-gitignore", "--no-stream", "--no-pretty", "--no-check-update", "--no-show-release-notes",
+            "--analytics-disable", "--no-suggest-shell-commands", "--no-detect-urls", "--map-tokens", "0", *histories,
+            *model(job, "--model"), job.train_file]  # fmt: skip
+
+
+def qwen(job: Job) -> list[str]:
+    # not auto-edit, which writes outside the worktree: what the settings don't allow is asked, and nobody answers
+    return ["--approval-mode", "default", "--output-format", "json", "--chat-recording", "false", *model(job, "-m")]
+
+
+def qwen_settings(job: Job) -> dict[str, str]:
+    permissions = {"allow": ["Edit(/**)", "Read(/**)"], "deny": ["Bash", "WebFetch", "Agent"]}
+    content = {"permissions": permissions, "privacy": {"usageStatisticsEnabled": False}}
+    return settings_file("QWEN_CODE_SYSTEM_SETTINGS_PATH", content, job)
+
+
+def copilot(job: Job) -> list[str]:
+    # --disallow-temp-dir: the system's temporary directory would be writable without being asked for
+    return ["--available-tools", "view", "create", "edit", "grep", "glob", "--allow-tool", "write",
+            "--disallow-temp-dir", "--disable-builtin-mcps", "--output-format", "json", "--no-ask-user",
+            "--no-auto-update", "--usage-output-file", job.scratch_file("usage.json"),
+            *model(job, "--model")]  # fmt: skip
+
+
+def cursor(job: Job) -> list[str]:
+    return ["-p", "--force", "--trust", "--output-format", "json", "--workspace", str(job.worktree),
+            *model(job, "--model"), job.prompt]  # fmt: skip
+
+
+def goose(job: Job) -> list[str]:
+    return ["run", "--no-session", "--with-builtin", "developer", "-q", "--output-format", "json",
+            *model(job, "--model"), "-i", "-"]  # fmt: skip
+
+
+CLIS = (
+    Coder(
+        name="claude",
+        binary="claude",
+        arguments=claude,
+        reader=shapes.claude,
+        install_hint="npm install -g @anthropic-ai/claude-code",
+        login_hint="run `claude` and /login, or `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN",
+        env_names=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL",
+                   "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_CUSTOM_HEADERS", "ANTHROPIC_VERTEX_PROJECT_ID",
+                   "CLOUD_ML_REGION", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CONFIG_DIR", "CLAUDE_CODE_USE_BEDROCK",
+                   "CLAUDE_CODE_USE_VERTEX", *AWS, *GOOGLE[:2]),
+        env_set={"DISABLE_AUTOUPDATER": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+                 "CLAUDE_CODE_MAX_RETRIES": "2"},
+        login_env=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
+                   "CLAUDE_CODE_USE_VERTEX"),
+        login_files=(Login(".claude/.credentials.json"), Login(".credentials.json", below="CLAUDE_CONFIG_DIR"),
+                     Login(".claude.json", '"oauthAccount"')),  # macOS keeps the token itself in its keychain
+        edit_only="tools are Read, Edit, Write, Grep, Glob; edits are accepted in the working directory only",
     ),
-    env_set={"DISABLE_AUTOUPDATER": "1", "DISABLE_TELEMETRY": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-    login_env=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
-               "CLAUDE_CODE_USE_VERTEX"),
-    login_files=(
-        Login(".claude/.credentials.json"),
-        Login(".credentials.json", below="CLAUDE_CONFIG_DIR"),
-        Login(".claude.json", '"oauthAccount"'),  # macOS keeps the token itself in the keychain
+    Coder(
+        name="codex",
+        binary="codex",
+        arguments=codex,
+        reader=shapes.codex,
+        install_hint="npm install -g @openai/codex",
+        login_hint="codex login",
+        env_names=("CODEX_HOME", "CODEX_API_KEY", *OPENAI),
+        login_env=("CODEX_API_KEY",),
+        login_files=(Login(".codex/auth.json"), Login("auth.json", below="CODEX_HOME")),
+        edit_only="its own sandbox: writes to the worktree only, no network; the shell stays",
+        extra_args_last=False,
     ),
-    edit_only="its tools are Read, Edit, Write, Grep and Glob; acceptEdits covers the working directory only",
+    Coder(
+        name="gemini",
+        binary="gemini",
+        arguments=gemini,
+        reader=shapes.gemini,
+        install_hint="npm install -g @google/gemini-cli",
+        login_hint="run `gemini` and /auth, or set GEMINI_API_KEY",
+        env_names=(*GOOGLE, "GOOGLE_GEMINI_BASE_URL", "GOOGLE_GENAI_USE_GCA", "GEMINI_MODEL", "GEMINI_CLI_HOME"),
+        settings=gemini_settings,
+        login_env=("GEMINI_API_KEY", "GOOGLE_GENAI_USE_VERTEXAI"),
+        login_files=(Login(".gemini/oauth_creds.json"), Login(".gemini/gemini-credentials.json")),
+        edit_only="auto_edit: edits in the workspace; a shell command would have to be asked, and nobody answers",
+    ),
+    Coder(
+        name="opencode",
+        binary="opencode",
+        arguments=opencode,
+        reader=shapes.opencode,
+        install_hint="npm install -g opencode-ai",
+        login_hint="opencode auth login",
+        env_names=("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "OPENCODE_API_KEY", *PROVIDERS),
+        env_set={"OPENCODE_CONFIG_CONTENT": json.dumps(OPENCODE_CONFIG), "OPENCODE_DISABLE_AUTOUPDATE": "1"},
+        login_env=("OPENCODE_API_KEY",),
+        login_files=(Login(".local/share/opencode/auth.json", '"type"'),
+                     Login("opencode/auth.json", '"type"', below="XDG_DATA_HOME")),
+        edit_only="permissions: edit allowed; bash, web and directories outside the worktree denied",
+    ),
+    Coder(
+        name="aider",
+        binary="aider",
+        arguments=aider,
+        reader=shapes.aider,
+        install_hint="python -m pip install aider-chat, or uv tool install aider-chat",
+        login_hint="set the key of your provider, such as OPENAI_API_KEY, and --model",
+        env_names=("AIDER_MODEL", "AIDER_OPENAI_API_BASE", "AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDERS),
+        login_env=("AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDER_KEYS),
+        login_files=(Login(".aider.conf.yml", "key"), Login(".aider/oauth-keys.env")),
+        prompt_on_stdin=False,
+        edit_only="the train file is what it is given; a path outside the repository is refused; no shell commands",
+    ),
+    Coder(
+        name="qwen",
+        binary="qwen",
+        arguments=qwen,
+        reader=shapes.qwen,
+        install_hint="npm install -g @qwen-code/qwen-code",
+        login_hint="run `qwen auth`, or set OPENAI_API_KEY and OPENAI_BASE_URL",
+        env_names=("DASHSCOPE_API_KEY", "BAILIAN_CODING_PLAN_API_KEY", "OPENAI_MODEL", "QWEN_HOME", *OPENAI, *GOOGLE,
+                   "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"),
+        settings=qwen_settings,
+        login_env=("BAILIAN_CODING_PLAN_API_KEY", "DASHSCOPE_API_KEY"),
+        login_files=(Login(".qwen/oauth_creds.json"), Login(".qwen/settings.json", "selectedType")),
+        edit_only="permission rules: edit below the worktree; anything else would be asked, and nobody answers",
+    ),
+    Coder(
+        name="copilot",
+        binary="copilot",
+        arguments=copilot,
+        reader=shapes.copilot,
+        install_hint="npm install -g @github/copilot",
+        login_hint="copilot login, or set COPILOT_GITHUB_TOKEN",
+        env_names=("COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "GH_HOST", "COPILOT_HOME", "COPILOT_MODEL",
+                   "COPILOT_OFFLINE", "COPILOT_PROVIDER_BASE_URL", "COPILOT_PROVIDER_TYPE", "COPILOT_PROVIDER_API_KEY",
+                   "COPILOT_PROVIDER_BEARER_TOKEN"),
+        login_env=("COPILOT_GITHUB_TOKEN", "COPILOT_PROVIDER_BASE_URL"),
+        login_files=(Login(".copilot/config.json", "ogged"), Login("config.json", "ogged", below="COPILOT_HOME")),
+        edit_only="tools are view, create, edit, grep, glob; paths outside the worktree are denied",
+    ),
+    Coder(
+        name="cursor",
+        binary="cursor-agent",
+        arguments=cursor,
+        reader=shapes.claude,
+        install_hint="see https://cursor.com/cli",
+        login_hint="cursor-agent login, or set CURSOR_API_KEY",
+        env_names=("CURSOR_API_KEY", "CURSOR_CONFIG_DIR"),
+        login_env=("CURSOR_API_KEY",),
+        login_files=(Login(".cursor/cli-config.json", "authInfo"), Login(".config/cursor/auth.json")),
+        prompt_on_stdin=False,
+    ),
+    Coder(
+        name="goose",
+        binary="goose",
+        arguments=goose,
+        reader=shapes.goose,
+        install_hint="see https://block.github.io/goose",
+        login_hint="goose configure",
+        env_names=("GOOSE_PROVIDER", "GOOSE_MODEL", "OPENAI_HOST", "OPENAI_BASE_PATH", *PROVIDERS),
+        env_set={"GOOSE_MODE": "auto"},
+        login_env=("GOOSE_PROVIDER",),
+        login_files=(Login(".config/goose/config.yaml", "GOOSE_PROVIDER"),
+                     Login("goose/config.yaml", "GOOSE_PROVIDER", below="XDG_CONFIG_HOME")),
+    ),
 )  # fmt: skip
-
-
-def _own(module: str, reader_note: str) -> Coder:
-    def arguments(job: Job) -> list[str]:
-        named = _model(job, "--model") + (["--base-url", job.base_url] if job.base_url else [])
-        return ["-m", f"agent.{module}", *named, *(["--train-file", job.train_file] if module != "search" else [])]
-
-    return Coder(
-        name=module,
-        binary=sys.executable,
-        arguments=arguments,
-        reader=shapes.plain,
-        install_hint="it comes with this project",
-        login_hint=reader_note,
-        # PYTHONSAFEPATH: the worktree, the working directory, must not shadow the driver's own modules
-        env_set={"PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        edit_only="it writes the train file and nothing else",
-    )
-
-
-CLIS = (CLAUDE, _own("search", "it needs no login"))

@@ -1,4 +1,8 @@
-"""Readers of what the command lines print: one function for each agent's output format."""
+"""Readers of what the command lines print: one function for each agent's output format.
+
+A reader may raise on a shape it doesn't know; `Coder.report` turns that into an `agent_error`. Text that an agent's model
+wrote is never searched for failures: only error fields and standard error are.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +10,187 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from agent.coders.base import Job, Report
-from agent.coders.failures import name_failure
-
-
-def _failed(text: str, known: Report | None = None) -> Report:
-    named = name_failure(text)
-    known = known or Report()
-    return replace(known, failure=named.failure, detail=named.detail, wait_seconds=named.wait_seconds)
+from agent.coders.failures import LIMIT_OR_LOGIN, name_failure
 
 
 def plain(stdout: str, log: str, job: Job) -> Report:
     """A program that reports nothing: its output is the message."""
-    return Report(message=stdout.strip() or None)
+    report = Report(message=stdout.strip() or None)
+    return _failed(log, report) if LIMIT_OR_LOGIN.search(log) else report
 
 
 def claude(stdout: str, log: str, job: Job) -> Report:
-    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`."""
-    result = _last_object(stdout)
+    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage."""
+    result = _object(stdout)
     if result is None:
         return _failed(log or stdout)
     usage = result.get("usage") or {}
     inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    message = (result.get("result") or "").strip() or None
     known = Report(
-        tokens_in=sum(usage.get(key) or 0 for key in inputs) if usage else None,
+        tokens_in=_total(usage, *inputs),
         tokens_out=usage.get("output_tokens"),
         cost_usd=result.get("total_cost_usd"),
-        message=message,
+        message=_text(result.get("result")),
     )
     if result.get("is_error"):
-        return _failed(f"{result.get('api_error_status') or ''} {message or result.get('subtype')}", known)
+        return _failed(f"{result.get('api_error_status') or ''} {known.message or result.get('subtype')}", known)
     return known
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a text that has one a line; other lines are somebody's warnings."""
+def codex(stdout: str, log: str, job: Job) -> Report:
+    """JSON lines: `agent_message` items, `turn.completed` with usage, `turn.failed` and `error` with a message.
+
+    Items of type `error` are warnings: a turn that has completed has not failed."""
+    known, errors, completed = Report(), [], False
+    for event in _lines(stdout):
+        kind = event.get("type")
+        item = event.get("item") or {}
+        if kind == "item.completed" and item.get("type") == "agent_message":
+            known = replace(known, message=_text(item.get("text")))
+        elif kind == "turn.completed":
+            completed = True
+            known = _add(known, _total(event["usage"], "input_tokens"), _total(event["usage"], "output_tokens"))
+        elif kind in ("error", "turn.failed"):
+            errors.append(str(event.get("message") or (event.get("error") or {}).get("message")))
+    return known if completed else _failed("\n".join(errors) or log or stdout, known)
+
+
+def gemini(stdout: str, log: str, job: Job) -> Report:
+    """One JSON object: `response`, `stats.models.*.tokens`; on failure an `error` object, on standard error."""
+    result = _object(stdout)
+    if result is None:
+        error = (_object(log) or {}).get("error")
+        return _failed(f"{error.get('code')} {error.get('message')}" if error else log or stdout)
+    known = Report(message=_text(result.get("response")))
+    for model in (result.get("stats") or {}).get("models", {}).values():
+        known = _add(known, _total(model["tokens"], "prompt"), _total(model["tokens"], "candidates", "thoughts"))
+    error = result.get("error")
+    return _failed(f"{error.get('code')} {error.get('message')}", known) if error else known
+
+
+def opencode(stdout: str, log: str, job: Job) -> Report:
+    """JSON lines: `text`, `step_finish` with tokens and cost, `error` with status and headers."""
+    known, error, cost, finished = Report(), "", 0.0, False
+    for event in _lines(stdout):
+        part = event.get("part") or {}
+        if event.get("type") == "text":
+            known = replace(known, message=_text(part.get("text")))
+        elif event.get("type") == "step_finish":
+            tokens, finished = part["tokens"], part.get("reason") == "stop"
+            cache = _total(tokens.get("cache") or {}, "read", "write") or 0
+            known = _add(known, (_total(tokens, "input") or 0) + cache, _total(tokens, "output", "reasoning"))
+            cost += part.get("cost") or 0
+        elif event.get("type") == "error":
+            data = event["error"].get("data") or {}
+            wait = (data.get("responseHeaders") or {}).get("retry-after")
+            error = f"{data.get('statusCode') or ''} {data.get('message') or event['error'].get('name')}"
+            error += f" (retry-after: {wait})" if wait else ""
+    known = replace(known, cost_usd=cost or None)  # 0 is what it says of a model whose price it doesn't know
+    return known if finished and not error else _failed(error or log or stdout, known)
+
+
+def qwen(stdout: str, log: str, job: Job) -> Report:
+    """A JSON array whose last element is the result. An API error is a result like any other, marked in its text."""
+    start = re.search(r"^\[", stdout, re.M)
+    if start is None:
+        return _failed(log or stdout)
+    result = json.loads(stdout[start.start() :])[-1]
+    usage = result.get("usage") or {}
+    known = Report(
+        tokens_in=_total(usage, "input_tokens"),
+        tokens_out=_total(usage, "output_tokens"),
+        message=_text(result.get("result")),
+    )
+    if result.get("is_error") or (known.message or "").startswith("[API Error"):
+        return _failed(known.message or str(result.get("error")), known)
+    return known
+
+
+def copilot(stdout: str, log: str, job: Job) -> Report:
+    """JSON lines: `assistant.message`, `session.error`; tokens in the usage file."""
+    known, error, ended = Report(), "", False
+    for event in _lines(stdout):
+        data = event.get("data") or {}
+        if event.get("type") == "assistant.message" and _text(data.get("content")):
+            known, error = replace(known, message=_text(data.get("content"))), ""
+        elif event.get("type") == "session.error":
+            error = f"{data.get('statusCode') or ''} {data.get('message') or data.get('errorType')}"
+        ended = ended or event.get("type") == "result"
+    for model in _file(job.scratch_file("usage.json")).get("modelMetrics", {}).values():
+        known = _add(known, _total(model["usage"], "inputTokens"), _total(model["usage"], "outputTokens"))
+    return known if ended and not error else _failed(error or log or stdout, known)
+
+
+_AIDER_TOKENS = re.compile(
+    r"^Tokens: ([\d.,]+)([kM]?) sent.*?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
+)
+
+
+def aider(stdout: str, log: str, job: Job) -> Report:
+    """Plain text: `Tokens: 1.2k sent, 50 received. Cost: $0.01 message, ...` after every answer."""
+    known = Report(message=_text(stdout.rpartition(" to the chat.\n")[2]))
+    cost, end = 0.0, 0
+    for line in _AIDER_TOKENS.finditer(stdout):
+        known = _add(known, _abbreviated(line[1], line[2]), _abbreviated(line[3], line[4]))
+        cost, end = cost + float(line[5] or 0), line.end()
+    if end:
+        return replace(known, cost_usd=cost or None)
+    errors = re.findall(r"^(?:litellm\.|The API provider)[^\n]*(?:\n(?!The API|Retrying)[^\n]+)*", stdout, re.M)
+    return _failed("\n".join(errors) or log or stdout, known)
+
+
+def goose(stdout: str, log: str, job: Job) -> Report:
+    """One JSON object with `messages`, as documented; its totals don't tell input from output."""
+    result = _object(stdout)
+    if result is None:
+        return _failed(log or stdout)
+    said = [part.get("text") for message in result.get("messages") or [] if message.get("role") == "assistant"
+            for part in message.get("content") or []]  # fmt: skip
+    return Report(message=_text("\n".join(text for text in said if text)))
+
+
+def own(stdout: str, log: str, job: Job) -> Report:
+    """This project's own agents: the last line of standard output is a Report as JSON."""
+    last = stdout.strip().rpartition("\n")[2]
+    if not last.startswith("{"):
+        return _failed(log or stdout)
+    fields = json.loads(last)
+    return Report(**{key: value for key, value in fields.items() if key in Report.__dataclass_fields__})
+
+
+def _failed(text: str, known: Report | None = None) -> Report:
+    named = name_failure(text)
+    detail = named.detail or "it said nothing"
+    return replace(known or Report(), failure=named.failure, detail=detail, wait_seconds=named.wait_seconds)
+
+
+def _add(report: Report, tokens_in: int | None, tokens_out: int | None) -> Report:
+    return replace(
+        report,
+        tokens_in=(report.tokens_in or 0) + (tokens_in or 0),
+        tokens_out=(report.tokens_out or 0) + (tokens_out or 0),
+    )
+
+
+def _total(counts: dict[str, Any], *keys: str) -> int | None:
+    """The sum of the counts that are there, or None where none of them is."""
+    present = [int(counts[key]) for key in keys if counts.get(key) is not None]
+    return sum(present) if present else None
+
+
+def _text(value: object) -> str | None:
+    return (value.strip() or None) if isinstance(value, str) else None
+
+
+def _abbreviated(number: str, unit: str) -> int:
+    return round(float(number.replace(",", "")) * {"": 1, "k": 1_000, "M": 1_000_000}[unit])
+
+
+def _lines(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a text that has one a line; other lines are warnings, or cut off by a kill."""
     for line in text.splitlines():
         if line.lstrip().startswith("{"):
             try:
@@ -55,11 +201,11 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
                 yield item
 
 
-def _last_object(text: str) -> dict[str, Any] | None:
-    """The last JSON object at the end of `text`, on one line or on many, or None."""
-    for start in [hit.start() for hit in re.finditer(r"^[ \t]*\{", text, re.M)]:
+def _object(text: str) -> dict[str, Any] | None:
+    """The first JSON object that starts a line of `text`, however many lines it has, or None."""
+    for start in re.finditer(r"^[ \t]*(?=\{\s*\")", text, re.M):
         try:
-            item = json.loads(text[start:])
+            item = json.JSONDecoder().raw_decode(text, start.end())[0]
         except ValueError:
             continue
         if isinstance(item, dict):
@@ -67,9 +213,10 @@ def _last_object(text: str) -> dict[str, Any] | None:
     return None
 
 
-def scratch_json(job: Job, name: str) -> dict[str, Any]:
+def _file(path: str) -> dict[str, Any]:
     try:
-        item = json.loads(Path(job.scratch_file(name)).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            item = json.load(file)
     except (OSError, ValueError):
         return {}
     return item if isinstance(item, dict) else {}

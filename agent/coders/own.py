@@ -1,0 +1,60 @@
+"""The rows of the agents that come with this project: `search`, `chat` and `local`, each a module run as a program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.coders import shapes
+from agent.coders.base import Coder, Job
+from agent.coders.clis import OPENAI, model
+
+ROOT = str(Path(__file__).resolve().parent.parent.parent)
+# The worktree is the working directory; its copy of our modules must not be the one that runs.
+OURS = {"PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+EDITS = "it writes the train file and nothing else"
+
+
+def module(name: str) -> Callable[[Job], list[str]]:
+    def arguments(job: Job) -> list[str]:
+        endpoint = ["--base-url", job.base_url] if job.base_url else []
+        return ["-m", f"agent.{name}", job.train_file, *model(job, "--model"), *endpoint]
+
+    return arguments
+
+
+OWN = (
+    Coder(
+        name="search",
+        binary=sys.executable,
+        arguments=lambda job: ["-m", "agent.search"],
+        reader=shapes.plain,
+        install_hint="it comes with this project",
+        login_hint="it needs no login",
+        env_set=OURS,
+        edit_only=EDITS,
+    ),
+    Coder(
+        name="chat",
+        binary=sys.executable,
+        arguments=module("chat"),
+        reader=shapes.own,
+        install_hint="it comes with this project",
+        login_hint="set OPENAI_API_KEY to a key for the endpoint given with --base-url",
+        env_names=("AUTORESEARCH_API_KEY", *OPENAI),
+        env_set=OURS,
+        edit_only=EDITS,
+    ),
+    Coder(
+        name="local",
+        binary=sys.executable,
+        arguments=module("local"),
+        reader=shapes.own,
+        install_hint="python -m pip install mlx-lm",
+        login_hint="it needs no login",
+        env_names=("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "MLX_METAL_FAST_SYNCH"),
+        env_set=OURS,
+        edit_only=EDITS,
+    ),
+)
