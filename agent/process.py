@@ -164,7 +164,8 @@ class _Child:
                 file.write(self.stdin.encode("utf-8", "replace"))
                 file.seek(0)
                 source = file.fileno()
-            command = [sys.executable, "-I", supervise.__file__, str(status_theirs), str(control_theirs), str(self.grace)]
+            words = (status_theirs, control_theirs, self.grace, Path(psutil.__file__).parent.parent)
+            command = [sys.executable, "-I", supervise.__file__, *map(str, words)]
             self.process = subprocess.Popen(
                 [*command, *self.argv], cwd=self.cwd, env=self.env, stdin=source, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if self.out is self.log else subprocess.PIPE,

@@ -98,7 +98,8 @@ def available() -> Cover:
 
 def _rules(writable: Iterable[Path], readable_only: Iterable[Path], hidden: Iterable[Path]) -> dict[str, str]:
     # later ones win: a caller may hide even Python's own folders, or open one of the private ones
-    rules = {os.path.realpath(path): READ for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+    packages = [path for path in sys.path if path.endswith("-packages")]  # of the user, or linked from another environment
+    rules = {os.path.realpath(path): READ for path in (sys.prefix, sys.base_prefix, *packages) if os.path.isdir(path)}
     private = (Path.home() / name for name in PRIVATE)
     rules |= {os.path.realpath(path): HIDDEN for path in [*private, *hidden] if os.path.exists(path)}
     for right, paths in ((READ, readable_only), (WRITE, writable)):

@@ -1,8 +1,9 @@
 """Stands between the driver and one child, so that the child's whole family ends with it, and with the driver.
 
-`agent/process.py` starts this file as a program: `python -I supervise.py STATUS_FD CONTROL_FD GRACE COMMAND...`. It starts the
-command in a session of its own, tells its fate on STATUS_FD (JSON lines), and when the command exits, or CONTROL_FD closes
-(the driver wants it, or the driver is dead), ends whatever the command has left: TERM, GRACE seconds, KILL.
+`agent/process.py` starts this file as a program: `python -I supervise.py STATUS_FD CONTROL_FD GRACE PACKAGES COMMAND...`. It
+starts the command in a session of its own, tells its fate on STATUS_FD (JSON lines), and when the command exits, or CONTROL_FD
+closes (the driver wants it, or the driver is dead), ends whatever the command has left: TERM, GRACE seconds, KILL. PACKAGES is
+where psutil is installed.
 
 What is found: on Linux every descendant, since this process is their subreaper, whatever sessions or double forks they hide
 behind. On macOS the descendants that still hang in the tree or in the command's process group, and those whose environment
@@ -175,4 +176,5 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    _Supervisor(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]).run()
+    sys.path.append(sys.argv[4])  # isolated Python does not look into the user's own packages
+    _Supervisor(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[5:]).run()
