@@ -3,11 +3,11 @@
 Scores are validation bits per byte (bpb), lower is better; a `gain` is bpb of the best minus bpb of the candidate, so
 positive is better. Everything here is a pure function of scores; the caller trains, and asks again:
 
-    best = [rule.baseline_trials scores of the baseline]
-    noise = estimate_noise([best, *(fresh(scores) for scores in every candidate of the night, this one too)])
+    best = baseline = [rule.baseline_trials scores]
+    noise = estimate_noise([baseline, *(fresh(scores) for scores in every candidate of the night, this one too)])
     verdict = decide(best, candidate, noise, lines_delta=-3)
     if verdict.action == "again": train one more trial of the best if verdict.remeasure_best, else of the candidate
-    if verdict.action == "keep":  best = fresh(candidate), and the old best's scores stay a group of the noise
+    if verdict.action == "keep":  best = candidate, with all its trials
 
 The rule is a sequential probability ratio test (Wald 1945, "Sequential tests of statistical hypotheses") of "gains
 `worth` sigmas" against "gains nothing", made for very unequal prices: of all tests with the same risks it trains the
@@ -23,10 +23,12 @@ The error of the best's own mean is common to all candidates of the night: a luc
 would open it to luck. So the best is trained again too, but lazily: up to `best_trials` when that could turn the verdict,
 and up to 1.5 times the candidate's trials while a candidate lasts. These trials stay with the best and are paid once.
 
-Selection is corrected where it enters. A candidate's first trial is what got it looked at. It counts in the test, whose
-bar was simulated with it, but not afterwards: `fresh` drops it from the new best's mean (the winner's curse) and from
-the noise, which it would inflate. Seeds are paired by the driver, but the pairs aren't used: with two edits
-of one file the correlation of equal seeds may be nil, and pairs would then throw away most trials of the best.
+Selection: the candidate's first trial, which got it looked at, counts in full in the test, whose bar was simulated with
+it. In the noise it doesn't (`fresh`): a lucky first trial and a sober second one look like more noise than there is. A
+new best is flattered (the winner's curse, 0.1 to 0.4 sigmas): leaving out its first trial was tried and cured nothing,
+for the trial that ends a test is as selected as the one that began it. Repeats at later close calls wear it off. Seeds
+are paired by the driver, but the pairs aren't used: with two edits of one file the correlation of equal seeds may be
+nil, and pairs would then throw away most trials of the best.
 
 `scripts/operating_curve.py` shows what this costs and finds, `tests/test_decision.py` holds it to that. Scores are taken
 to be normal with one sigma all night. Tails as heavy as Student's t with 3 degrees of freedom and slow outliers (a busy
@@ -44,7 +46,8 @@ from typing import Literal
 PRIOR_SIGMA = 0.0003  # bpb; the quietest machine seen. One squared deviation of it is added to those measured
 UNKNOWN_SIGMA = 0.03  # bpb; the noisiest machine reported, believed until something was measured twice
 
-LOOKS = 1.5  # looks at one candidate, as if independent; by simulation, under 4 % of nights then keep falsely for 5 % asked
+LOOKS = 1.4  # looks at one candidate, as if independent; by simulation, about 4 % of nights keep falsely for 5 % asked
+SIMPLER_LOOKS = 2.0  # the same for the margin, where the floor ends fewer tests early
 BEST_PER_TRIAL = 1.5  # trials of the best for one of a candidate: dearer than 1 now, and of use to the next candidate
 WITHOUT_LUCK = 0.8  # of the bar, to be cleared without the luckiest trial; by simulation with heavy tails
 REACH = 2.0  # standard deviations that the best's mean may still move when it is trained again
@@ -70,7 +73,7 @@ class Rule:
     worth: float = 2.0  # sigmas of gain that should be found, four times in five
     give_up: float = 0.45  # discard below this likelihood ratio of a gain of `worth` to none
     baseline_trials: int = 6  # of the first best, before any candidate
-    best_trials: int = 9  # of any best, when they could turn a first look
+    best_trials: int = 10  # of any best, when they could turn a first look
     max_best_trials: int = 20
     min_trials: int = 2  # of a candidate before it may be kept, 2 or more: one number is never enough
     max_trials: int = 16  # of a candidate; a gain of 2 sigmas takes 5 on average
@@ -86,7 +89,7 @@ class Rule:
     @property
     def margin_bar(self) -> float:
         """The z that a simpler candidate must clear above the margin."""
-        return NormalDist().inv_cdf(1 - self.margin_risk / LOOKS)
+        return NormalDist().inv_cdf(1 - self.margin_risk / SIMPLER_LOOKS)
 
     def floor(self, trials: int, shorter: bool = False) -> float:
         """Sigmas of mean gain below which a candidate with so many trials is discarded."""
@@ -120,7 +123,7 @@ class Verdict:
 
 
 def fresh(trials: Sequence[float]) -> list[float]:
-    """The trials of a candidate that did not help to select it: all but the first."""
+    """The trials of a candidate that may speak for the noise: all but the first, which selected it."""
     return list(trials[1:])
 
 

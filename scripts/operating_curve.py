@@ -65,8 +65,9 @@ class Ours:
 
     def start(self, bench: Bench) -> None:
         self.best = [bench.train_best() for _ in range(self.rule.baseline_trials)]
-        self.groups = [self.best]  # of the night, for its noise
-        self.noise: Noise = estimate_noise(self.groups)
+        self.baseline = self.best
+        self.candidates: list[list[float]] = []
+        self.noise: Noise = estimate_noise([self.baseline])
         self.reasons: list[str] = []
 
     def keeps(self, bench: Bench) -> bool:
@@ -79,12 +80,12 @@ class Ours:
                 self.best.append(bench.train_best())
             else:
                 scores.append(bench.train_candidate())
-            self.noise = estimate_noise([*self.groups, fresh(scores)])
+            self.noise = estimate_noise([self.baseline, *map(fresh, self.candidates), fresh(scores)])
         self.reasons.append(verdict.reason)
-        if len(scores) > 1:
-            self.groups.append(fresh(scores))
+        if len(scores) > 2 or verdict.action == "keep":  # else it has no say in the noise
+            self.candidates.append(scores)
         if verdict.action == "keep":
-            self.best = self.groups[-1]
+            self.best = scores
         return verdict.action == "keep"
 
 
