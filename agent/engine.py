@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent import briefing, limits, views
-from agent.candidate import SourceError, inspect
+from agent import briefing, judgement, limits, views
 from agent.console import Console
-from agent.decision import Noise, Rule, decide, estimate_noise, fresh
+from agent.decision import Rule, decide
 from agent.errors import BaselineError, NightError, Stopped
+from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
-from agent.leftovers import end_leftovers
 from agent.night import Experiment, apply, fold
 from agent.proposal import Bench, ask
-from agent.redact import redact
 from agent.settings import Settings
 from agent.stopping import Stopper
-from agent.trial import Lab, Result, check_import, run_trial, score
+from agent.trial import Lab, Result, run_trial, score
 from agent.worktree import Worktree
 
 MAX_INTERRUPTIONS = 5  # of one trial, in a row
@@ -45,26 +43,24 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.night = fold(self.journal.events)
-        self.rule = Rule(baseline_trials=self.settings.baseline_seeds)
+        self.rule = Rule(baseline_trials=self.settings.baseline_seeds, experiments=self.settings.experiments or Rule.experiments)
         self.began = time.monotonic()
 
     def record(self, event: str, **fields: Any) -> None:
         """Journal an event, without secrets, and move the state on by it."""
-        apply(self.night, self.journal.append(event, **_clean(fields)))
+        apply(self.night, self.journal.append(event, **clean(fields)))
 
     def recover(self) -> None:
         """Make processes, git and views agree with the journal."""
-        for pid in end_leftovers(self.lab.folder):
+        for pid in sweep(self.lab.folder):
             self.console.say(f"ended process {pid}, left by a driver that was killed")
-        for left in self.lab.folder.glob("agent-*"):
-            shutil.rmtree(left, ignore_errors=True)
         at = self.night.leader.commit if self.night.best is not None else self.night.base
         self.worktree.open(at or self.night.base)
         for experiment in self.night.experiments:
             if experiment.commit:
                 self.worktree.keep_ref(experiment.n, experiment.commit)
         views.write_results(self.night, self.lab.folder / "results.tsv")
-        self.prune()
+        prune(self.night, self.lab.folder / "trials")
 
     def run(self) -> tuple[str, str]:
         """Work until a limit or a request ends the night: its name and its words."""
@@ -94,11 +90,7 @@ class Engine:
         experiment = self.night.experiments[0]
         self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
         if experiment.commit is None:
-            source = self._source()
-            self.record(
-                "candidate", n=0, commit=self.night.base, ast=source[0], lines=source[1], description="baseline",
-                usage={}, seconds=0.0,
-            )  # fmt: skip
+            self.candidate(experiment, self.night.base, "baseline", {}, 0.0)
         while len(experiment.scores) < self.settings.baseline_seeds:
             result = self.trial(experiment)
             if result.status != "ok":
@@ -117,7 +109,7 @@ class Engine:
         if self.night.open is None:
             self.record("experiment", n=len(self.night.experiments), parent=self.night.leader.commit)
         experiment = self.night.experiments[-1]
-        self.console.stage(f"experiment {experiment.n}: the agent is at work")
+        self.console.stage(f"experiment {experiment.n} (best {self.night.leader.mean:.4f}): the agent is at work")
         if experiment.commit is None and (reason := self.propose(experiment)):
             return reason
         if experiment.status is None and experiment.commit is not None:
@@ -154,26 +146,26 @@ class Engine:
 
     def candidate(self, experiment: Experiment, commit: str, about: str, usage: dict[str, Any], seconds: float) -> None:
         """Journal what the worktree now holds as the candidate of this experiment."""
-        identity, lines = self._source()
+        source = judgement.source(self.worktree.path / self.lab.train_file)
         self.record(
-            "candidate", n=experiment.n, commit=commit, ast=identity, lines=lines, description=about, usage=usage, seconds=seconds
-        )
-        self.console.say(f"experiment {experiment.n}: {about}")
+            "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about, usage=usage,
+            seconds=round(seconds, 1),
+        )  # fmt: skip
+        if experiment.n:
+            self.console.say(f"experiment {experiment.n}: {about}")
 
     def judge(self, experiment: Experiment) -> None:
         """Train and score the candidate until there is a verdict."""
         best = self.night.leader
         self.worktree.show(experiment.parent, experiment.commit or "", self.lab.train_file)
-        if verdict := self._known(experiment) or self._broken(experiment):
-            status, reason, error = verdict
-            return self.verdict(experiment, status, reason, error)
+        known = None if experiment.scores else judgement.recall(self.night, experiment) or judgement.broken(self.lab)
+        if known:
+            return self.verdict(experiment, *known)
         while True:
             subject = experiment
             if experiment.scores:
-                decision = decide(
-                    best.evidence, experiment.scores, self._noise(experiment), rule=self.rule,
-                    lines_delta=experiment.lines - best.lines,
-                )  # fmt: skip
+                shorter = experiment.lines - best.lines
+                decision = decide(best.scores, experiment.scores, judgement.noise(self.night), lines_delta=shorter, rule=self.rule)
                 if decision.action != "again":
                     gain = f"{decision.reason}, gain {decision.gain:+.4f}"
                     return self.verdict(experiment, decision.action, gain, None)
@@ -216,26 +208,17 @@ class Engine:
         spent: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Journal the end of an experiment, then let git and the views follow."""
-        scores = experiment.evidence if status == "keep" else experiment.scores
-        mean = sum(scores) / len(scores) if scores else None
+        mean = experiment.mean
         self.record(
             "verdict", n=experiment.n, status=status, reason=reason, val_bpb=mean, description=description, error=error,
             **(spent or {"usage": {}, "seconds": 0.0}),
         )  # fmt: skip
         self.worktree.reset(self._branch())
         views.write_results(self.night, self.lab.folder / "results.tsv")
-        self.prune()
+        prune(self.night, self.lab.folder / "trials")
         name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
         shown = f" {mean:.4f}" if mean is not None else ""
         self.console.say(f"{name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
-
-    def prune(self) -> None:
-        """Remove run directories that nobody will ask for: all but the baseline's, the best's and the last one's."""
-        wanted = {0, self.night.best, len(self.night.experiments) - 1}
-        for folder in (self.lab.folder / "trials").glob("[0-9]*-*"):
-            number = folder.name.partition("-")[0]
-            if not (number.isdigit() and int(number) in wanted):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def held_out(self) -> None:
         """Score baseline and best on the held-out test text, once each."""
@@ -259,45 +242,6 @@ class Engine:
     def _branch(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
-    def _source(self) -> tuple[str, int]:
-        try:
-            source = inspect(self.worktree.path / self.lab.train_file)
-        except (SourceError, OSError):
-            return "", 0
-        return source.identity, source.lines
-
-    def _known(self, experiment: Experiment) -> tuple[str, str, dict[str, Any] | None] | None:
-        """The verdict on a file whose training would tell nothing new."""
-        if not experiment.ast:
-            return None
-        for earlier in self.night.experiments[:-1]:
-            if earlier.ast != experiment.ast:
-                continue
-            if earlier.commit == experiment.parent:
-                message = "only the seed, comments or formatting changed"
-                return "noop", message, {"kind": "noop", "message": message, "step": None, "tail": ""}
-            if earlier.status in ("keep", "discard") and earlier.mean is not None:
-                return "discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None
-            if earlier.status in ("crash", "oom", "nan", "timeout"):
-                return earlier.status, f"trained before as experiment {earlier.n}", earlier.error
-        return None
-
-    def _broken(self, experiment: Experiment) -> tuple[str, str, dict[str, Any] | None] | None:
-        """What can be found wrong before a budget is spent."""
-        if experiment.scores:
-            return None
-        try:
-            inspect(self.worktree.path / self.lab.train_file)
-        except (SourceError, OSError) as wrong:
-            return "crash", str(wrong), {"kind": "crash", "message": str(wrong), "step": None, "tail": ""}
-        error = check_import(self.lab)
-        return ("crash", error["message"], error) if error else None
-
-    def _noise(self, experiment: Experiment) -> Noise:
-        best = self.night.leader
-        earlier = [e.evidence if e.n == 0 else fresh(e.scores) for e in self.night.experiments[:-1] if e is not best]
-        return estimate_noise([best.evidence, *earlier, fresh(experiment.scores)])
-
     def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
         if kind != "rate_limit":
             return kind, message
@@ -310,11 +254,3 @@ class Engine:
         self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
         return ("stopped", "stopped by request") if self.stopper.finishing() else None
 
-
-def _clean(value: Any) -> Any:
-    """A journal keeps no secret, in whatever field an agent or a training managed to put it."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, (list, tuple)) else value

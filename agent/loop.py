@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from agent import coders, process, start, views
+from agent import coders, process, sandbox, start, views
 from agent.console import Console, complain
 from agent.engine import Engine
 from agent.environment import clean_env
 from agent.errors import NightError, Stopped, UsageError
+from agent.housekeeping import neighbours
 from agent.journal import Journal, holder, read
 from agent.night import fold
 from agent.power import battery_warning, stay_awake
@@ -46,6 +47,7 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--baseline-seeds", type=click.IntRange(2), help="Trainings of the unchanged file, for the noise.")
 @click.option("--startup", type=click.FloatRange(1), help="Seconds a training may take beyond its budget. Default 120.")
 @click.option("--memory-gb", type=click.FloatRange(0.1), help="Memory that a training may use.")
+@click.option("--sandbox/--no-sandbox", default=None, help="Train without network, writing to the run folder only. Default: on.")
 @click.option("--disk-gb", type=click.FloatRange(0), help="End when less is free. Default 2.")
 @click.option("--breaker", type=click.IntRange(1), help="Failures of one kind in a row that pause; twice as many end. Default 5.")
 @click.option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default 30.")
@@ -93,7 +95,7 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
     new = not read(folder / "journal.jsonl")[0]
-    warnings = start.refuse_unfit(repository, worktree, options["train_file"]) if new else []
+    warnings = start.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
     if new:
         _coder(options)  # before anything is made: a typing error leaves nothing behind
     with Journal(folder) as journal, Console() as console:
@@ -101,7 +103,8 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
         (folder / "logs").mkdir(exist_ok=True)
         stopper = Stopper(folder, console.say)
         stopper.install()
-        for warning in (*warnings, *battery_warning()):
+        busy = [f"the night {other} is running too: both share the machine's time" for other in neighbours(folder)]
+        for warning in (*warnings, *battery_warning(), *busy):
             console.say(f"note: {warning}")
         try:
             return _session(journal, repository, worktree, stopper, console, options)
@@ -124,6 +127,7 @@ def _session(
         )
         entry["budget"] = options["budget"] or entry["budget"]
         night = start.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
+    start.check_data(night.dataset)
     harness = start.lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     settings = Settings.from_json(night.settings).updated(given)
@@ -135,12 +139,14 @@ def _session(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
         train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
         vocab_size=int(night.dataset["vocab_size"]), startup_seconds=settings.startup,
-        memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, stop=stopper.now, show=console.metrics,
+        memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
+        show=console.metrics,
     )  # fmt: skip
     bench = Bench(folder, worktree.path, night.train_file, coder, settings, stopper.now)
     engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
+    console.say(f"sandbox of trainings: {sandbox.available()}" if settings.sandbox else "sandbox of trainings: off, as asked")
     with stay_awake():
         engine.recover()
         try:
@@ -153,6 +159,7 @@ def _session(
             raise
         engine.record("night_end", reason=name, text=words)
     worktree.close()
+    (folder / "stop").unlink(missing_ok=True)
     console.stage("drawing the picture")
     _picture(folder, root)
     console.say(f"the night ends: {words}")

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.decision import fresh
 from agent.errors import JournalError
 
 FAILURES = ("crash", "oom", "nan", "timeout", "violation", "noop", "agent_error")
@@ -68,15 +67,9 @@ class Experiment:
         return [trial.val_bpb for trial in self.trials if trial.val_bpb is not None]
 
     @property
-    def evidence(self) -> list[float]:
-        """The scores that did not help to select this candidate: what it is judged by once it is the best."""
-        return self.scores if self.n == 0 else fresh(self.scores) or self.scores
-
-    @property
     def mean(self) -> float | None:
         """The best estimate of its val_bpb (bits per byte), None if it has none."""
-        scores = self.evidence if self.status == "keep" else self.scores
-        return sum(scores) / len(scores) if scores else None
+        return sum(self.scores) / len(self.scores) if self.scores else None
 
     def summary(self) -> dict[str, Any]:
         """The summary of the last finished trial, {} if there is none."""

@@ -59,7 +59,7 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
     scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=bench.folder))
     settings = bench.settings
     job = Job(
-        worktree=bench.worktree, train_file=bench.train_file, prompt=prompt, scratch=scratch, model=settings.model,
+        worktree=bench.worktree, train_file=bench.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
         base_url=settings.base_url, max_cost_usd=cost_left, pass_env=settings.agent_env,
     )  # fmt: skip
     try:
@@ -80,8 +80,13 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     usage = {"cost": report.cost_usd, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
-    violations = guard.check(bench.worktree, base, bench.train_file, seen)
-    return _judge(bench, outcome, report, usage, [str(violation) for violation in violations], before)
+    violations = [str(violation) for violation in guard.check(bench.worktree, base, bench.train_file, seen)]
+    if not violations and _holds_secret(train_file):
+        violations = [f"{bench.train_file}: holds the value of a variable that looks like a key"]
+    proposal = _judge(bench, outcome, report, usage, violations, before)
+    if violations:
+        guard.scrub(bench.worktree, base, seen)
+    return proposal
 
 
 def _judge(
@@ -96,18 +101,21 @@ def _judge(
     if violations:
         return proposal("violation", "; ".join(violations[:5]))
     after = (bench.worktree / bench.train_file).read_bytes()
-    detail = report.detail or one_line(report.message or outcome.tail(300), 300)
+    last = one_line(outcome.tail(300), 300)
+    detail = report.detail or one_line(report.message or "", 300) or last
     if outcome.reason != "exited":
         return proposal("agent_error", f"the agent was ended by the limit {outcome.reason} after {outcome.seconds:.0f} s")
     if after != before:
         return proposal("changed", description=_describe(report, before, after))
     if report.failure == "login":
         return proposal("login", f"{detail}; {bench.coder.login_hint}")
-    if report.failure:
-        return proposal(report.failure, detail or report.failure)
+    if report.failure in ("rate_limit", "missing"):
+        return proposal(report.failure, detail)
     if outcome.exit_code != 0:
         ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {outcome.signal}"
-        return proposal("agent_error", f"the agent failed with {ending} and changed nothing: {detail}")
+        return proposal("agent_error", f"the agent failed with {ending} and changed nothing: {last or detail}")
+    if report.failure:
+        return proposal(report.failure, detail)
     return proposal("noop", f"the agent left {bench.train_file} as it was: {detail}")
 
 
@@ -123,6 +131,12 @@ def _describe(report: Report, before: bytes, after: bytes) -> str:
         if line[:1] in "+-" and line[:3] not in ("+++", "---") and line[1:].strip():
             return f"{line[0]} {line[1:].strip()}"
     return "whitespace"
+
+
+def _holds_secret(path: Path) -> bool:
+    """Candidates are committed, and commits are pushed: a key must not get into one."""
+    text = path.read_bytes().decode("utf-8", "replace")
+    return redact(text) != text
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -119,6 +120,14 @@ def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
     return place / HARNESS
 
 
+def check_data(entry: Mapping[str, Any]) -> None:
+    """HarnessError if the night's data is not where it was."""
+    for key in ("train_dir", "held_dir"):
+        if not Path(entry[key]).is_dir():
+            again = f"python {HARNESS} --dataset {entry.get('name') or 'NAME'} --preset {entry['preset']}"
+            raise HarnessError(f"the night's data is gone: expected {entry[key]}; prepare it again: {again}")
+
+
 def begin(
     journal: Journal, repository: Repository, tag: str, train_file: str, entry: Mapping[str, Any], seed: int
 ) -> Night:  # fmt: skip
@@ -132,8 +141,10 @@ def begin(
     return fold(journal.events)
 
 
-def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str) -> list[str]:
+def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:
     """UsageError where a new night cannot start; else what the user should know about their checkout."""
+    if budget is not None and not re.fullmatch(r"[0-9.]*[1-9][0-9.]*[kM]?(s|steps|tokens)", budget):
+        raise UsageError(f"--budget {budget}: expected something like 300s, 200steps or 5Mtokens")
     if Path(train_file).name != train_file:
         raise UsageError(f"--train-file {train_file}: expected a file at the top of the repository")
     for name in (HARNESS, train_file):

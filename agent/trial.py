@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent import process
+from agent import process, sandbox
 from agent.candidate import one_line
 from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped
@@ -53,14 +53,30 @@ class Lab:
     directory_bytes: int = 20 * GIB
     stop: Callable[[], bool] = lambda: False
     show: Callable[[dict[str, Any]], None] = lambda row: None
-    wrap: Callable[[list[str], Path], list[str]] = lambda argv, run_dir: argv  # the sandbox
+    sandboxed: bool = True
     environ: Mapping[str, str] = field(default_factory=clean_env)
+
+    def confined(self, argv: list[str], run_dir: Path) -> list[str]:
+        """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `run_dir`.
+
+        An empty command gives the words to put before one."""
+        self.scratch.mkdir(exist_ok=True)
+        if not self.sandboxed:
+            return argv
+        readable = [self.worktree, self.harness.parent, self.train_dir]
+        return sandbox.wrap(argv, writable=[run_dir, self.scratch], readable_only=readable, hidden=[self.held_dir])[0]
+
+    @property
+    def scratch(self) -> Path:
+        """TMPDIR of trainings: it stays for the night, since MLX compiles its kernels there."""
+        return self.folder / "tmp"
 
     @property
     def wall_seconds(self) -> float:
         """What one training may take from start to exit."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)s", self.budget)
-        return (float(match[1]) if match else UNTIMED_SECONDS) + self.startup_seconds
+        match = re.fullmatch(r"([0-9.]+)([kM]?)s", self.budget)
+        seconds = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match else UNTIMED_SECONDS
+        return seconds + self.startup_seconds
 
     @property
     def abort_loss(self) -> float:
@@ -84,7 +100,7 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
     log = lab.folder / "logs" / "import.log"
     python = [sys.executable, "-B", "-c", _IMPORT, str(lab.worktree / lab.train_file)]
     scratch = _fresh(lab.folder / "trials" / "import")
-    outcome = _child(lab, lab.wrap(python, scratch), log, scratch, IMPORT_SECONDS)
+    outcome = _child(lab, lab.confined(python, scratch), log, scratch, IMPORT_SECONDS)
     shutil.rmtree(scratch, ignore_errors=True)
     if outcome.reason != "exited" or outcome.exit_code == 0:
         return None
@@ -103,7 +119,7 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
         "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_SCORE": "0",
     }  # fmt: skip
     watch = Watch(run_dir / "metrics.jsonl", lab.abort_loss, lab.show)
-    trainer = lab.wrap([sys.executable, "-B", lab.train_file], run_dir)
+    trainer = lab.confined([sys.executable, "-B", lab.train_file], run_dir)
     log = lab.folder / "logs" / f"{name}.train.log"
     outcome = _child(lab, trainer, log, run_dir, lab.wall_seconds, env, watch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS:
@@ -123,7 +139,10 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
 def score(lab: Lab, run_dir: Path, split: str) -> Result:
     """Score a finished run directory on `val` or `test` with the night's harness."""
     out, log = (lab.folder / "logs" / f"{run_dir.name}.{split}.{kind}" for kind in ("out", "log"))
+    # The scorer is ours and reads the held-out text; its logits server is the candidate's and gets the sandbox.
+    server = json.dumps(lab.confined([], run_dir))
     scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split, "--held", str(lab.held_dir)]
+    scorer += ["--wrap", server]
     outcome = _child(lab, scorer, log, run_dir, SCORE_SECONDS, stdout_to=out)
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
         return Result("interrupted", outcome.seconds, error=_error("interrupted", "the machine slept", outcome))
@@ -176,8 +195,8 @@ def _child(
         wall_seconds=wall, memory_bytes=lab.memory_bytes, directory=run_dir, directory_bytes=lab.directory_bytes
     )
     outcome = process.run(
-        argv, cwd=lab.worktree, env={**lab.environ, **(env or {})}, log=log, limits=limits, stop=lab.stop, watch=watch,
-        stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
+        argv, cwd=lab.worktree, env={**lab.environ, "TMPDIR": str(lab.scratch), **(env or {})}, log=log, limits=limits,
+        stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":
         raise Stopped

@@ -165,8 +165,14 @@ class Worktree:
             pointer.write_text(content)
         run_git(self.repository.root, "update-ref", self._ref, commit)
         self._git("symbolic-ref", "HEAD", self._ref)
-        self._git("reset", "--quiet", "--hard", commit)
-        self._git("clean", "-ffdxq")
+        try:
+            self._git("reset", "--quiet", "--hard", commit)
+            self._git("clean", "-ffdxq")
+        except GitFailed:
+            for folder, _, _ in os.walk(self.path):  # one that its maker has locked
+                os.chmod(folder, 0o755)
+            self._git("reset", "--quiet", "--hard", commit)
+            self._git("clean", "-ffdxq")
 
     def show(self, best: str, commit: str, file: str) -> None:
         """The train file of `commit` in a worktree that is otherwise at `best`, clean."""

@@ -17,7 +17,7 @@ from agent.errors import NightError, UsageError
 from agent.journal import holder, read
 from agent.night import FAILURES, Experiment, Night, fold
 
-KEEP, DISCARD, FAILED = "#1a7f37", "#9aa4ad", "#cf222e"
+BASELINE, KEEP, DISCARD, FAILED = "#24292f", "#1a7f37", "#9aa4ad", "#cf222e"
 
 
 def load(folder: Path) -> Night:
@@ -38,13 +38,16 @@ def draw(night: Night, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 5.2), dpi=120)
     scored = [e for e in night.experiments if e.val_bpb is not None and e.status is not None]
+    wins = [e for e in scored if e.status == "keep" and e.n > 0]
+    losses = [e for e in scored if e.status == "discard"]
     groups: list[tuple[str, str, list[Experiment]]] = [
-        ("kept", KEEP, [e for e in scored if e.status == "keep"]),
-        ("discarded", DISCARD, [e for e in scored if e.status == "discard"]),
+        ("baseline", BASELINE, scored[:1]),
+        (f"kept ({len(wins)})", KEEP, wins),
+        (f"discarded ({len(losses)})", DISCARD, losses),
     ]
     for label, colour, group in groups:
         numbers, scores = [e.n for e in group], [e.val_bpb for e in group]
-        axes.scatter(numbers, scores, s=34, color=colour, label=f"{label} ({len(group)})", zorder=3)
+        axes.scatter(numbers, scores, s=34, color=colour, label=label, zorder=3)
     kept = [e for e in scored if e.status == "keep" and e.mean is not None]
     last = max((e.n for e in night.experiments), default=0)
     if kept:
@@ -52,7 +55,7 @@ def draw(night: Night, path: Path) -> None:
         axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
         spread = kept[0].scores
         if len(spread) > 1:
-            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"baseline, {len(spread)} seeds")
+            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"its {len(spread)} seeds")
         # One diverged training must not flatten all others: the axis ends a little above the baseline.
         values = [e.val_bpb for e in scored if e.val_bpb is not None]
         first, low = kept[0].mean or 0.0, min(values)
