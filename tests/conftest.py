@@ -1,0 +1,84 @@
+"""What several test files share: the real programs run as processes, and a small dataset prepared once in a home of its own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 120
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """The environment of a program under test: nothing of ours from outside, no network, MLX without compiling."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "HF_"))}
+    return {**kept, "AUTORESEARCH_HOME": str(home), "MLX_DISABLE_COMPILE": "1", "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
+
+
+def program(*argv: object, home: Path, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
+    """Run Python on `argv` to its end; both outputs as text."""
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=environment(home, **more), timeout=SECONDS,
+                          capture_output=True, text=True)
+
+
+def prepare(*argv: object, home: Path, **more: str) -> subprocess.CompletedProcess:
+    return program(ROOT / "prepare_mlx.py", *argv, home=home, **more)
+
+
+def summary_of(output: str) -> dict[str, str]:
+    """The keys of the one summary block in a program's output."""
+    _, block = output.split("---\n")
+    return dict(line.split(":", 1) for line in block.replace(" ", "").splitlines())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset and the home it lies in."""
+    home: Path
+    entry: dict
+
+    @property
+    def train(self) -> Path:
+        return Path(self.entry["train_dir"])
+
+    @property
+    def held(self) -> Path:
+        return Path(self.entry["held_dir"])
+
+
+def some_text(size: int, seed: int = 1) -> str:
+    """`size` characters of sentences in paragraphs: learnable, all different, not only ASCII."""
+    rng = random.Random(seed)
+    words = ["tree", "house", "river", "small", "green", "runs", "sleeps", "über", "naïve", "cats", "dogs", "3", "1984", "don't"]
+    lines, length = [], 0
+    while length < size:
+        line = " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))).capitalize() + rng.choice([".", "!", "?", " …"])
+        lines.append(line + ("\n\n" if rng.random() < 0.3 else "\n"))
+        length += len(lines[-1])
+    return "".join(lines)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Dataset:
+    """400 KB of generated text, prepared with the preset `tiny` (320 tokens, rows of 32)."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "text.txt").write_text(some_text(400_000), encoding="utf-8")
+    done = prepare("--dataset", f"text:{home / 'text.txt'}", "--preset", "tiny", "--json", home / "entry.json", home=home)
+    assert done.returncode == 0, done.stderr
+    return Dataset(home, json.loads((home / "entry.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Path:
+    """The run directory of train_mlx.py after 20 steps on `tiny`, not scored."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    done = program(ROOT / "train_mlx.py", home=tiny.home, AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_RUN_DIR=str(run_dir),
+                   AUTORESEARCH_BUDGET="20steps", AUTORESEARCH_SCORE="0")
+    assert done.returncode == 0, done.stderr
+    return run_dir

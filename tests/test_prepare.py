@@ -1,0 +1,52 @@
+"""Preparation, end to end through the command line: what lies on disk is whole, disjoint, and made once."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+from conftest import prepare
+
+from corpus import NOT_A_WORD
+from prepare_mlx import Tokenizer
+
+
+def documents(folder, split, tokenizer):
+    """The texts of a shard, cut at the document marks."""
+    tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    return [tokenizer.decode(part[1:]) for part in np.split(tokens, starts)[1:]]
+
+
+def test_splits_are_disjoint_and_together_they_are_the_text(tiny):
+    tokenizer = Tokenizer((tiny.train / "tokenizer.model").read_bytes())
+    train, val, test = (documents(d, s, tokenizer) for d, s in ((tiny.train, "train"), (tiny.held, "val"), (tiny.held, "test")))
+    normal = [{NOT_A_WORD.sub(" ", d).strip().lower() for d in docs} for docs in (train, val, test)]
+    assert not normal[0] & normal[1]
+    assert not normal[0] & normal[2]
+    assert not normal[1] & normal[2]
+    text = (tiny.home / "text.txt").read_text(encoding="utf-8")
+    assert all(d in text for d in train + val + test)
+    assert len(train) > 100
+    assert len(val) > 1
+    assert len(test) > 1
+    meta = json.loads((tiny.held / "meta.json").read_text())
+    assert meta["val_bytes"] == sum(len(d.encode()) for d in val)
+    assert meta["val_sha256"] == hashlib.sha256("".join(val).encode()).hexdigest()
+
+
+def test_preparing_again_changes_nothing_and_says_the_same(tiny):
+    def state():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for d in (tiny.train, tiny.held) for p in sorted(d.iterdir())}
+    before = state()
+    done = prepare("--dataset", f"text:{tiny.home / 'text.txt'}", "--preset", "tiny", "--json", tiny.home / "again.json",
+                   home=tiny.home)
+    assert done.returncode == 0
+    assert state() == before
+    assert json.loads((tiny.home / "again.json").read_text()) == tiny.entry
+
+
+def test_the_trainer_is_given_no_held_out_text(tiny):
+    assert {p.name for p in tiny.train.iterdir()} == {"meta.json", "tokenizer.model", "train.bin"}
+    assert str(tiny.held) not in (tiny.train / "meta.json").read_text()
+    assert os.path.commonpath([tiny.train, tiny.held]) == str(tiny.home)
