@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from prepare_mlx import HarnessError, Tokenizer
 
 AWKWARD = [
-    "\x00\x01\x7f\x85\u2028", "e\u0301\u0301 \u0301alone", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪", "a\r\nb\rc\n\n\n", "\t\ttab\t", "    run   of      spaces ",
-    "שלום עולם \u202eabc\u202c", "مرحبا", "\ufeffbom", "\u2581 meta \u2581\u2581", "<s></s><unk><0x41><pad>", "𝕏𐍈", "日本語テキスト",
-    "\u00a0\u3000", "1234567890 3.14", "don't DON'T", "",
+    "\x00\x01\x7f\x85\u2028", "e\u0301\u0301 \u0301alone", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪",
+    "a\r\nb\rc\n\n\n", "\t\ttab\t", "    run   of      spaces ",
+    "שלום עולם \u202eabc\u202c", "مرحبا", "\ufeffbom", "\u2581 meta \u2581\u2581",
+    "<s></s><unk><0x41><pad>", "𝕏𐍈", "日本語テキスト", "\u00a0\u3000", "1234567890 3.14", "don't DON'T", "",
 ]
 any_text = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(AWKWARD), st.text(" \n\r\t\u2581", max_size=9))).map("".join)
 
