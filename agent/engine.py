@@ -90,6 +90,7 @@ class Engine:
         experiment = self.night.experiments[0]
         self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
         if experiment.commit is None:
+            self.worktree.keep_ref(0, self.night.base)  # also if the user rebases it away
             self.candidate(experiment, self.night.base, "baseline", {}, 0.0)
         while len(experiment.scores) < self.settings.baseline_seeds:
             result = self.trial(experiment)
