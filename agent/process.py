@@ -208,7 +208,7 @@ class _Child:
                 self.selector.unregister(key.fd)
                 self.supervised = self.supervised and sink is not None
             elif sink is None:
-                self.status += chunk
+                self.status = (self.status + chunk)[-_CHUNK:]
                 self.record.write(self.process.pid, *[pid for pid in [self._told("pid")] if isinstance(pid, int)])
             else:
                 sink.write(chunk)
@@ -216,11 +216,13 @@ class _Child:
         return self.supervised
 
     def _told(self, name: str) -> object:
-        """A fact from the supervisor, None if it did not tell."""
-        facts: dict[str, object] = {}
+        """A fact from the supervisor, None if it did not tell. A child may find the pipe and write to it as well."""
+        told = None
         for line in self.status.split(b"\n")[:-1]:
-            facts.update(json.loads(line))
-        return facts.get(name)
+            with contextlib.suppress(ValueError, RecursionError):
+                facts = json.loads(line)
+                told = facts.get(name, told) if isinstance(facts, dict) else told
+        return told
 
     def _over_limit(self, now: float) -> str | None:
         limits = self.limits

@@ -285,6 +285,22 @@ def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child):
         assert living(marker) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(child):
+    code = r"""
+        import os
+        pipes = f"/proc/{os.getppid()}/fd"
+        for name in os.listdir(pipes):
+            try:
+                pipe = os.open(f"{pipes}/{name}", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(pipe, b'[' * 5000 + b'\n\xff\n[1]\n{"exit": "x", "left": []}\n{"pid": -1}\n{"peak_kb": {}}\n')
+            except OSError:
+                pass
+        raise SystemExit(5)
+        """
+    assert child(code).exit_code == 5
+
+
 def test_sleep_of_the_machine_is_measured_and_not_charged(child, monkeypatch):
     readings = iter([100.0, 100.0, 107.5])
     monkeypatch.setattr(process, "seconds_asleep", lambda: next(readings))

@@ -1,0 +1,233 @@
+"""`python -m agent.doctor`: can a night run here? A line a check: ok, or how to mend it.
+
+Exit code 0 if a night could run; what only makes it worse or slower is a note.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from agent import coders, power, sandbox
+from agent.environment import clean_env
+from agent.errors import NightError
+from agent.process import Limits, run
+
+GIB = 1 << 30
+_SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
+_OLDEST_GIT = (2, 31)  # rev-parse --path-format
+# Asked in a child, since nothing here imports a framework or the harness. BLAS first: it must be there before MLX.
+_ASK = """
+import json, sys
+sys.path.insert(0, "")
+answer = {}
+try:
+    import prepare_mlx
+    answer["blas"] = prepare_mlx.load_fast_blas()
+except Exception as error:
+    answer["harness"] = f"{type(error).__name__}: {error}"
+if sys.argv[1] == "mlx":
+    import mlx.core as mx
+    answer["version"] = mx.__version__
+    answer["sum"] = mx.sum(mx.ones((64, 64)) @ mx.ones((64, 64))).item()
+    answer["device"] = str(mx.default_device())
+else:
+    import torch
+    answer["version"] = torch.__version__
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    answer["sum"] = (torch.ones(64, 64, device=name) @ torch.ones(64, 64, device=name)).sum().item()
+    answer["device"] = torch.cuda.get_device_name() if name == "cuda" else name
+print(json.dumps(answer))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`state` is ok, note (a night runs all the same) or bad (it cannot)."""
+
+    subject: str
+    state: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.state:<5}{self.subject:<10} {self.text}"
+
+
+def examine(folder: Path, train_file: str, environ: Mapping[str, str]) -> Iterable[Finding]:
+    """All checks, for a night from the checkout `folder`."""
+    yield check_python()
+    yield check_git(folder, train_file)
+    yield from check_agents(environ)
+    yield check_data(environ)
+    yield from check_framework(folder, "torch" if "torch" in train_file else "mlx")
+    yield check_disk(folder)
+    yield from check_power()
+    yield check_sandbox()
+
+
+def check_python() -> Finding:
+    version = f"{platform.python_version()} on {sys.platform} {platform.machine()}"
+    if sys.platform == "darwin" and platform.machine() != "arm64":
+        return Finding("python", "bad", f"{version}: MLX needs an arm64 Python; install one from python.org, or let uv do it")
+    return Finding("python", "ok", version)
+
+
+def check_git(folder: Path, train_file: str) -> Finding:
+    if shutil.which("git") is None:
+        mend = "run xcode-select --install" if sys.platform == "darwin" else "install the package git"
+        return Finding("git", "bad", f"not found on PATH; {mend}")
+    import git  # fails to import where there is no git
+
+    from agent.worktree import Repository
+
+    found = git.cmd.Git().version_info[:2]
+    words = ".".join(map(str, found))
+    if found < _OLDEST_GIT:
+        return Finding("git", "bad", f"version {words}; {'.'.join(map(str, _OLDEST_GIT))} or newer is needed, please upgrade")
+    try:
+        repository = Repository(folder)
+        repository.file_at(repository.head, train_file)
+    except NightError as error:
+        return Finding("git", "bad", str(error))
+    changed = repository.changed(train_file, "prepare_mlx.py")
+    if changed:
+        return Finding("git", "note", f"{', '.join(changed)} differs from HEAD; a night starts from what is committed")
+    return Finding("git", "ok", f"{words}, {repository.root} at {repository.head[:7]}")
+
+
+def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
+    """Each installed agent: does it start, is there a sign of a login? None is needed: `search` is built in."""
+    absent = []
+    for coder in coders.TABLE.values():
+        if not coder.login_env and not coder.login_files:
+            continue  # built in
+        path = coder.find(environ)
+        if path is None:
+            absent.append(coder.name)
+            continue
+        code, said = _ask([path, "--version"], Path.cwd())
+        if code != 0:
+            yield Finding(coder.name, "note", f"{path} --version fails ({_first_line(said)}); reinstall it: {coder.install_hint}")
+        elif not coder.logged_in(environ):
+            yield Finding(coder.name, "note", f"installed, but there is no sign of a login: {coder.login_hint}")
+        else:
+            yield Finding(coder.name, "ok", f"{_first_line(said)}, with a login")
+    others = f"; not installed: {', '.join(absent)}" if absent else ""
+    yield Finding("agent", "ok", f"without --agent a night takes {coders.detect(environ).coder.name}{others}")
+
+
+def check_data(environ: Mapping[str, str]) -> Finding:
+    home = Path(environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")
+    current = home / "current.json"
+    if not current.exists():
+        return Finding("data", "note", f"none prepared in {home}; a night prepares it, or: python prepare_mlx.py --dataset stories")
+    again = "prepare it again: python prepare_mlx.py --dataset "
+    try:
+        entry: dict[str, Any] = json.loads(current.read_text("utf-8"))
+        dataset = str(entry.get("dataset", "stories"))
+        wanted = [Path(entry["train_dir"]) / name for name in ("meta.json", "train.bin")]
+        wanted += [Path(entry["held_dir"]) / name for name in ("meta.json", "val.bin", "test.bin")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Finding("data", "bad", f"{current} cannot be read ({type(error).__name__}: {error}); {again}stories")
+    for file in wanted:
+        if not file.is_file() or file.stat().st_size == 0:
+            return Finding("data", "bad", f"{file} is missing or empty; {again}{dataset}")
+    return Finding("data", "ok", f"{entry.get('id')}, {sum(file.stat().st_size for file in wanted) / 2**20:.0f} MiB in {home}")
+
+
+def check_framework(folder: Path, module: str) -> Iterable[Finding]:
+    code, said = _ask([sys.executable, "-c", _ASK, module], folder)
+    try:
+        answer: dict[str, Any] = json.loads(said.splitlines()[-1]) if code == 0 else {}
+    except (ValueError, IndexError):
+        answer = {}
+    mend = "pip install -e '.[torch]'" if module == "torch" else "scripts/setup.sh"
+    if not answer or answer.get("sum") != 64.0**3:
+        why = said.strip().splitlines()[-1] if said.strip() else "no answer"
+        yield Finding(module, "bad", f"does not work here ({why[:200]}); run {mend}")
+        return
+    if "harness" in answer:
+        yield Finding("harness", "bad", f"prepare_mlx.py does not import ({answer['harness']}); run this in the project's folder")
+    device = str(answer["device"])
+    on_cpu = "cpu" in device.lower()
+    slow = "; no GPU in use: fine for the demo, slow for a night" if on_cpu else ""
+    yield Finding(module, "note" if on_cpu else "ok", f"{answer['version']} on {device}{slow}")
+    if sys.platform == "linux" and on_cpu and module == "mlx":
+        blas = answer.get("blas")
+        none = "none found, products run about 50 times slower: `pip install mkl` (x86-64) or install the package libopenblas0"
+        yield Finding("blas", "ok" if blas else "note", blas or none)
+
+
+def check_disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / GIB
+    text = f"{free:.0f} GiB free in {folder}"
+    if free < 2:
+        return Finding("disk", "bad", f"{text}; a night needs 2 at the very least, 10 to be safe: remove old runs/ or clear space")
+    return Finding("disk", "ok" if free >= 10 else "note", text if free >= 10 else f"{text}; 10 or more are safe")
+
+
+def check_power() -> Iterable[Finding]:
+    warnings = power.battery_warning()
+    yield from (Finding("power", "note", f"{warning}; plug it in") for warning in warnings)
+    if not warnings:
+        yield Finding("power", "ok", "not on battery")
+    if sys.platform == "darwin":
+        awake = shutil.which("caffeinate") is not None
+        told = "a night holds off idle sleep; keep the lid open" if awake else "caffeinate is missing; set sleep to never"
+        yield Finding("sleep", "ok" if awake else "note", told)
+    elif _has_battery():
+        yield Finding("sleep", "note", "a laptop may suspend; start with: systemd-inhibit --what=sleep:idle python -m agent.loop")
+
+
+def check_sandbox() -> Finding:
+    cover = sandbox.available()
+    return Finding("sandbox", "ok" if cover.present else "note", str(cover))
+
+
+def _has_battery() -> bool:
+    try:
+        return psutil.sensors_battery() is not None
+    except (OSError, RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:
+    """Exit code of a child and what it said: its output, or what it complained of."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "out"
+        log = Path(name) / "log"
+        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, limits=Limits(_SECONDS))
+        said = out.read_text("utf-8", "replace").strip() if out.exists() else ""
+        return outcome.exit_code, said or outcome.tail(1000)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no answer"])[0][:100]
+
+
+@click.command()
+@click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
+def main(train_file: str) -> None:
+    """Check whether a night could run here; each line says ok or how to mend it."""
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    bad = []
+    for finding in examine(Path.cwd(), train_file, os.environ):
+        click.echo(click.style(f"{finding.state:<5}", fg=colours[finding.state]) + str(finding)[5:])
+        bad += [finding.subject] if finding.state == "bad" else []
+    click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The doctor's lines, from real children, repositories and programs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import git
+import pytest
+
+from agent import doctor, sandbox
+from agent.doctor import Finding, check_agents, check_data, check_disk, check_framework, check_git
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A user's checkout of the project, as far as the doctor looks."""
+    folder = tmp_path / "my project"
+    repo = git.Repo.init(folder)
+    repo.git.config("user.email", "t@localhost")
+    repo.git.config("user.name", "t")
+    (folder / "train_mlx.py").write_text("LR = 1\n")
+    (folder / "prepare_mlx.py").write_text("def load_fast_blas():\n    return 'libfast.so'\n")
+    repo.git.add("-A")
+    repo.git.commit("-qm", "base")
+    repo.close()
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A prepared dataset; the environment that names it."""
+    home = tmp_path / "data"
+    for split, files in {"train": ("meta.json", "train.bin"), "held": ("meta.json", "val.bin", "test.bin")}.items():
+        (home / split / "x").mkdir(parents=True)
+        for name in files:
+            (home / split / "x" / name).write_bytes(b"12345678")
+    entry = {"id": "x", "dataset": "tinystories", "train_dir": str(home / "train" / "x"), "held_dir": str(home / "held" / "x")}
+    (home / "current.json").write_text(json.dumps(entry))
+    return {"AUTORESEARCH_HOME": str(home), "HOME": str(tmp_path)}
+
+
+def call(folder: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "agent.doctor", *options]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **env}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_machine_that_can_run_a_night(checkout, data):
+    pytest.importorskip("mlx.core")
+    result = call(checkout, data)
+    assert result.returncode == 0, result.stdout + result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert last == "a night could run: python -m agent.loop"
+    assert all(re.match(r"(ok|note) +\w+ +\S", line) for line in lines), lines
+    subjects = [line.split()[1] for line in lines]
+    assert [name for name in ("python", "git", "agent", "data", "mlx", "disk", "power", "sandbox") if name not in subjects] == []
+    assert re.search(r"^ok +git .*my project at [0-9a-f]{7}$", result.stdout, re.MULTILINE)
+
+
+def test_what_is_bad_is_named_at_the_end_and_in_the_exit_code(checkout, data):
+    (Path(data["AUTORESEARCH_HOME"]) / "held" / "x" / "val.bin").unlink()
+    result = call(checkout, data)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "a night cannot run yet: mend data"
+
+
+def test_without_git_it_says_how_to_get_it(checkout, data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = call(checkout, {**data, "PATH": str(tmp_path / "empty")})
+    assert result.returncode == 1
+    assert re.search(r"^bad +git +not found on PATH; (install|run)", result.stdout, re.MULTILINE), result.stdout + result.stderr
+
+
+def test_a_repository_a_night_can_start_from(checkout, tmp_path):
+    assert check_git(checkout, "train_mlx.py").state == "ok"
+    (checkout / "train_mlx.py").write_text("LR = 2\n")
+    dirty = check_git(checkout, "train_mlx.py")
+    assert dirty.state == "note"
+    assert "train_mlx.py differs from HEAD" in dirty.text
+    missing = check_git(checkout, "train_torch.py")
+    assert missing.state == "bad"
+    assert "git add train_torch.py" in missing.text
+    (tmp_path / "plain").mkdir()
+    assert "git init" in check_git(tmp_path / "plain", "train_mlx.py").text
+    git.Repo.init(tmp_path / "new").close()
+    assert "no commit" in check_git(tmp_path / "new", "train_mlx.py").text
+
+
+def test_an_old_git_is_refused(checkout, tmp_path, monkeypatch):
+    script = tmp_path / "bin" / "git"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\necho git version 2.20.1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    finding = check_git(checkout, "train_mlx.py")
+    assert finding.state == "bad"
+    assert "2.20" in finding.text
+    assert "2.31 or newer" in finding.text
+
+
+def test_data(data):
+    home = Path(data["AUTORESEARCH_HOME"])
+    assert check_data(data).state == "ok"
+    (home / "train" / "x" / "train.bin").write_bytes(b"")
+    empty = check_data(data)
+    assert empty.state == "bad"
+    assert empty.text.endswith("train.bin is missing or empty; prepare it again: python prepare_mlx.py --dataset tinystories")
+    for broken in ("{", "[]", "{}", '{"train_dir": 1, "held_dir": 2}'):
+        (home / "current.json").write_text(broken)
+        assert check_data(data).state == "bad"
+        assert "current.json cannot be read" in check_data(data).text
+    (home / "current.json").unlink()
+    absent = check_data(data)
+    assert absent.state == "note"
+    assert "python prepare_mlx.py --dataset" in absent.text
+
+
+def test_agents_are_started_and_their_login_looked_for(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    scripts = {"claude": "echo '2.1.0 (Claude Code)'", "codex": "echo codex-cli 1.0", "gemini": "echo cannot load >&2; exit 3"}
+    for name, body in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    findings = {one.subject: one for one in check_agents({"PATH": str(programs), "HOME": str(tmp_path), "CODEX_API_KEY": "x"})}
+    assert findings["claude"].state == "note"
+    assert "no sign of a login: " in findings["claude"].text
+    assert str(findings["codex"]) == "ok   codex      codex-cli 1.0, with a login"
+    assert findings["gemini"].state == "note"
+    assert "--version fails (cannot load); reinstall it: " in findings["gemini"].text
+    assert findings["agent"].text.startswith("without --agent a night takes codex; not installed: ")
+    assert "claude" not in findings["agent"].text
+
+
+def test_framework_device_and_blas(checkout):
+    pytest.importorskip("mlx.core")
+    findings = {one.subject: one for one in check_framework(checkout, "mlx")}
+    assert re.match(r"\d+\.\d+.* on Device", findings["mlx"].text)
+    assert findings["mlx"].state == ("note" if "cpu" in findings["mlx"].text else "ok")
+    if sys.platform == "linux" and "cpu" in findings["mlx"].text:
+        assert findings["blas"] == Finding("blas", "ok", "libfast.so")
+
+
+def test_a_framework_that_does_not_import_and_a_broken_harness(checkout):
+    (checkout / "prepare_mlx.py").write_text("def load_fast_blas(:\n")
+    (checkout / "torch.py").write_text("raise ImportError('libcuda.so.1: cannot open')\n")
+    (finding,) = check_framework(checkout, "torch")
+    assert finding.state == "bad"
+    assert "ImportError: libcuda.so.1: cannot open" in finding.text
+    assert "pip install -e '.[torch]'" in finding.text
+    pytest.importorskip("mlx.core")
+    harness, *_ = check_framework(checkout, "mlx")
+    assert (harness.subject, harness.state) == ("harness", "bad")
+    assert "SyntaxError" in harness.text
+
+
+@pytest.mark.parametrize(("free", "state"), [(1, "bad"), (5, "note"), (50, "ok")])
+def test_disk(tmp_path, monkeypatch, free, state):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free << 30))
+    finding = check_disk(tmp_path)
+    assert finding.state == state
+    assert f"{free} GiB free" in finding.text
+
+
+@pytest.mark.parametrize(("cover", "state"), [(sandbox.BUBBLEWRAP, "ok"), (sandbox.Cover("none", (), ("anything",)), "note")])
+def test_sandbox(monkeypatch, cover, state):
+    monkeypatch.setattr(sandbox, "available", lambda: cover)
+    assert doctor.check_sandbox().state == state
+    assert "Not covered: " in doctor.check_sandbox().text
+
+
+def test_power_never_stops_a_night():
+    findings = list(doctor.check_power())
+    assert "power" in [one.subject for one in findings]
+    assert {one.state for one in findings} <= {"ok", "note"}
