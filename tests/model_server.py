@@ -28,7 +28,8 @@ class Script:
     new: str = "LR = 0.2"
     edits: bool = True
     status: int = 200
-    retry_after: int | None = None  # seconds, in the header and in the text
+    retry_after: int | str | None = None  # seconds (or a date), in the header and in the text
+    location: str = ""  # of a redirect
     endless: bool = False
     replies: list[str] = field(default_factory=list)  # plain texts, one a request, instead of all of the above
 
@@ -36,8 +37,10 @@ class Script:
 class ModelServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, script: Script) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    pages: dict[str, Any] = {}  # noqa: RUF012  what GET answers besides the list of models
+
+    def __init__(self, script: Script, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.script, self.closing = script, False
         self.requests: list[dict[str, Any]] = []
         self.refused: list[str] = []  # hosts that somebody wanted to reach through this server as a proxy
@@ -227,9 +230,10 @@ class Handler(BaseHTTPRequestHandler):
             self.whole(502, {"error": "nothing but loopback"})
 
     def do_GET(self) -> None:
-        models = [{"id": "scripted", "object": "model"}]
-        known = self.path.split("?")[0].endswith("/models")
-        self.whole(200 if known else 404, {"object": "list", "data": models} if known else {"error": "not here"})
+        models = {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+        pages = {"/v1/models": models, "/models": models, "/health": {"status": "ok"}, **self.server.pages}
+        page = pages.get(self.path.split("?")[0])
+        self.whole(404 if page is None else 200, page or {"error": {"message": "not here"}})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
@@ -255,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, script: Script) -> None:
         limited = script.status == 429
         message = "Rate limit reached for requests." if limited else "Invalid API key: authentication failed."
-        headers = {}
+        headers = {"Location": script.location} if script.location else {}
         if script.retry_after is not None:
             message += f" Please try again in {script.retry_after}s."
             headers["Retry-After"] = str(script.retry_after)
