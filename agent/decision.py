@@ -46,7 +46,7 @@ from typing import Literal
 PRIOR_SIGMA = 0.0003  # bpb; the quietest machine seen. One squared deviation of it is added to those measured
 UNKNOWN_SIGMA = 0.03  # bpb; the noisiest machine reported, believed until something was measured twice
 
-LOOKS = 1.4  # looks at one candidate, as if independent; by simulation, about 4 % of nights keep falsely for 5 % asked
+LOOKS = 1.7  # looks at one candidate, as if independent; by simulation, under 4 % of nights keep falsely for 5 % asked
 SIMPLER_LOOKS = 2.0  # the same for the margin, where the floor ends fewer tests early
 BEST_PER_TRIAL = 1.5  # trials of the best for one of a candidate: dearer than 1 now, and of use to the next candidate
 WITHOUT_LUCK = 0.8  # of the bar, to be cleared without the luckiest trial; by simulation with heavy tails
