@@ -109,21 +109,22 @@ def test_a_missing_working_directory_is_named(child, tmp_path):
     assert "gone does not exist" in outcome.tail()
 
 
-def test_a_child_that_ignores_term_is_killed_after_the_grace(child):
+def test_a_child_that_ignores_term_is_killed_after_the_grace(child, tmp_path):
     outcome = child(
         """
         import signal, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print('up', flush=True)
+        print('deaf', flush=True)
+        open('up', 'w')
         time.sleep(1000)
         """,
-        limits={"wall_seconds": 1.5},
+        stop=(tmp_path / "up").exists,
     )
-    assert (outcome.reason, outcome.signal) == ("wall", signal.SIGKILL)
-    assert outcome.tail() == "up\n"
+    assert (outcome.reason, outcome.signal) == ("stopped", signal.SIGKILL)
+    assert outcome.tail() == "deaf\n"
 
 
-def test_a_child_may_tidy_up_on_term(child):
+def test_a_child_may_tidy_up_on_term(child, tmp_path):
     outcome = child(
         """
         import signal, sys, time
@@ -131,13 +132,20 @@ def test_a_child_may_tidy_up_on_term(child):
             print('tidied', flush=True)
             sys.exit(9)
         signal.signal(signal.SIGTERM, tidy)
+        open('up', 'w')
         time.sleep(1000)
         """,
-        limits={"wall_seconds": 1.5},
+        stop=(tmp_path / "up").exists,
         grace=20.0,
     )
-    assert (outcome.reason, outcome.exit_code) == ("wall", 9)
+    assert (outcome.reason, outcome.exit_code) == ("stopped", 9)
     assert outcome.tail() == "tidied\n"
+
+
+def test_the_wall_clock_is_a_limit(child):
+    outcome = child("import time; time.sleep(1000)", limits={"wall_seconds": 1.0})
+    assert (outcome.reason, outcome.signal) == ("wall", signal.SIGTERM)
+    assert outcome.seconds >= 1.0
 
 
 FORK_AWAY = """
@@ -231,8 +239,8 @@ def test_any_bytes_have_a_tail_that_can_be_shown(tmp_path_factory, raw, limit):
 
 
 def test_silence_ends_a_child_and_output_keeps_it_alive(child):
-    chatty = "import time\nfor _ in range(8): print('.', flush=True); time.sleep(0.5)"
-    assert child(chatty, limits={"idle_seconds": 3.0}).ok
+    chatty = "import time\nfor _ in range(20): print('.', flush=True); time.sleep(0.5)"
+    assert child(chatty, limits={"idle_seconds": 8.0}).ok
     assert child("import time; time.sleep(1000)", limits={"idle_seconds": 1.0}).reason == "idle"
 
 

@@ -36,7 +36,7 @@ def rooms(tmp_path):
 def inside(rooms, tmp_path):
     """Run a Python program as the trainer is run."""
 
-    def start(code: str, seconds: float = 60.0, network: bool = False, **env: str) -> Outcome:
+    def start(code: str, stop=lambda: False, network: bool = False, **env: str) -> Outcome:
         argv, _ = sandbox.wrap(
             [sys.executable, "-c", textwrap.dedent(code)],
             writable=[rooms["run"], rooms["tmp"]],
@@ -46,8 +46,8 @@ def inside(rooms, tmp_path):
         )
         where = {name.upper(): str(folder) for name, folder in rooms.items()}
         environment = clean_env({"TMPDIR": str(rooms["tmp"]), **where, **env})
-        limits = Limits(seconds)
-        return run(argv, cwd=rooms["worktree"], env=environment, log=tmp_path / "log", limits=limits, grace=0.3)
+        log, limits = tmp_path / "log", Limits(120)
+        return run(argv, cwd=rooms["worktree"], env=environment, log=log, limits=limits, stop=stop, grace=0.3)
 
     return start
 
@@ -152,19 +152,21 @@ def test_shared_memory_and_child_processes_work(inside):
 
 
 @needs_sandbox
-def test_limits_reach_into_the_sandbox(inside, tmp_path):
+def test_an_end_reaches_into_the_sandbox(inside, rooms):
     marker = f"boxed-{os.getpid()}"
     outcome = inside(
         f"""
-        import signal, subprocess, sys, time
+        import os, signal, subprocess, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         block = bytearray(80 << 20)
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "{marker}"], start_new_session=True)
+        time.sleep(1.5)  # for memory to be measured
+        open(os.environ["RUN"] + "/up", "w")
         time.sleep(1000)
         """,
-        seconds=2.5,
+        stop=(rooms["run"] / "up").exists,
     )
-    assert outcome.reason == "wall"
+    assert outcome.reason == "stopped"
     assert outcome.peak_rss_mb > 80
     deadline = time.monotonic() + 20
     while any(marker in one.info["cmdline"] for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"]):
@@ -215,8 +217,7 @@ def test_a_trainer_on_mlx_runs_inside(inside, rooms):
         """
         import mlx.core as mx
         print(mx.compile(lambda x: mx.tanh(x) * 2 + 1)(mx.zeros(8)).sum().item())
-        """,
-        seconds=120,
+        """
     )
     assert outcome.tail() == "8.0\n"
 
