@@ -95,6 +95,7 @@ class Night:
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
     notes: list[str] = field(default_factory=list)
+    rested: int = 0  # experiments with a verdict when this session began: it has its own patience with failures
     ended: str | None = None  # the reason, None while a driver works or after one was killed
     started: float = 0.0
     last: float = 0.0
@@ -122,8 +123,8 @@ class Night:
         return self.experiments[self.best]
 
     def streak(self) -> tuple[str, int]:
-        """The status of the last experiment and how many in a row had it, newest first."""
-        done = self.done
+        """The status of this session's last experiment and how many in a row had it, newest first."""
+        done = self.done[self.rested :]
         if not done:
             return "", 0
         status = done[-1].status or ""
@@ -166,6 +167,8 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
     night.settings, night.ended = event["settings"], None
+    night.rested = len(night.done)
+    night.agent_failures.clear()
 
 
 def _experiment(night: Night, event: Mapping[str, Any]) -> None:
