@@ -15,6 +15,7 @@ from typing import Any
 from agent import briefing, judgement, limits, views
 from agent.console import Console
 from agent.decision import Rule, decide
+from agent.digest import family
 from agent.errors import BaselineError, NightError, Stopped
 from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
@@ -149,8 +150,8 @@ class Engine:
         """Journal what the worktree now holds as the candidate of this experiment."""
         source = judgement.source(self.worktree.path / self.lab.train_file)
         self.record(
-            "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about, usage=usage,
-            seconds=round(seconds, 1),
+            "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about,
+            family=family(about, self.worktree.diff(experiment.parent, commit)), usage=usage, seconds=round(seconds, 1),
         )  # fmt: skip
         if experiment.n:
             self.console.say(f"experiment {experiment.n}: {about}")

@@ -2,15 +2,17 @@
 
 Events, all with `v`, `seq`, `t` and `sum` (agent/journal.py):
 
-    night_start  tag, base, train_file, seed, dataset, sources         once; `base` is the commit the night began at
-    session      settings, pid                                         a driver began or resumed the night
+    night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
+    session      settings, pid, agent                                  a driver began or resumed the night
     experiment   n, parent                                             number `n` is being worked on; 0 is the baseline
-    agent_failed n, kind, wait, message, mend, usage, seconds          no candidate came; `n` is tried again
-    candidate    n, commit, ast, lines, description, usage, seconds    what the agent left, kept under a ref
+    agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
+    candidate    n, commit, ast, lines, description, family, usage, seconds
+                                                                       what the agent left, kept under a ref
     trial_start  n, k, seed, dir
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
                                                                        status: ok, a failure's name, or interrupted
-    verdict      n, status, reason, val_bpb, description, error        ends experiment `n`
+    verdict      n, status, reason, val_bpb, description, error, usage, seconds
+                                                                       ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
     night_end    reason, text                                          a driver ended in good order; may be resumed
     note         text
@@ -53,6 +55,7 @@ class Experiment:
     ast: str = ""
     lines: int = 0
     description: str = ""
+    family: str = ""  # kind of idea, by words and diff
     trials: list[Trial] = field(default_factory=list)
     status: str | None = None
     reason: str = ""
@@ -208,7 +211,7 @@ def _candidate(night: Night, event: Mapping[str, Any]) -> None:
     if experiment.commit is not None:
         raise JournalError(f"event {event['seq']}: experiment {experiment.n} has two candidates")
     experiment.commit, experiment.ast, experiment.lines = event["commit"], event["ast"], event["lines"]
-    experiment.description = event["description"]
+    experiment.description, experiment.family = event["description"], event.get("family", "")
     night.agent_failures.clear()
     _spend(night, event)
 

@@ -190,6 +190,10 @@ class Worktree:
         self.keep_ref(n, commit)
         return commit
 
+    def diff(self, old: str, new: str) -> str:
+        """The change between two commits, without context."""
+        return run_git(self.repository.root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "-U0", old, new)
+
     def keep_ref(self, n: int, commit: str) -> None:
         """Candidate `n` stays reachable."""
         run_git(self.repository.root, "update-ref", f"refs/autoresearch/{self.tag}/{n:04d}", commit)
