@@ -16,16 +16,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from agent import supervise
-from agent.capture import BoundedLog, safe_tail
+from agent.capture import BoundedLog
 from agent.environment import clean_env
 from agent.leftovers import Record, end_leftovers, end_processes
 from agent.measure import descendants, directory_bytes, resident_bytes, seconds_asleep
+from agent.outcome import FLOOD, Limits, Outcome
 from agent.redact import secrets_in
 
 __all__ = ["Limits", "Outcome", "clean_env", "end_leftovers", "run"]
@@ -33,45 +33,7 @@ __all__ = ["Limits", "Outcome", "clean_env", "end_leftovers", "run"]
 TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
 SAMPLE_SECONDS = 0.5  # how often memory and directory are measured
 GRACE_SECONDS = 1.0  # between TERM and KILL
-FLOOD = 100  # a child that prints more than this many times `log_bytes` is ended
 _CHUNK = 256 * 1024
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a child may use; None is no limit."""
-
-    wall_seconds: float
-    idle_seconds: float | None = None  # without a byte of output
-    log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
-    memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
-    directory: Path | None = None
-    directory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a child ended.
-
-    `reason` is `exited`, or what made the driver end it: `wall`, `idle`, `log`, `memory`, `disk`, `stopped`, or the word that
-    `watch` returned; or `missing`: it could not be started, and the log says why.
-    """
-
-    exit_code: int | None  # None if it died by a signal or never ran
-    signal: int | None
-    reason: str
-    seconds: float  # awake, by the monotonic clock
-    peak_rss_mb: float  # resident memory of the family, sampled; on Apple GPUs this leaves out most of Metal's buffers
-    log: Path
-    suspended_seconds: float  # for which the machine slept meanwhile
-
-    @property
-    def ok(self) -> bool:
-        return self.reason == "exited" and self.exit_code == 0
-
-    def tail(self, max_chars: int = 2000) -> str:
-        """The end of the log as safe text: no control characters, no secrets."""
-        return safe_tail(self.log, max_chars)
 
 
 def run(
