@@ -32,7 +32,7 @@ nil, and pairs would then throw away most trials of the best.
 
 `scripts/operating_curve.py` shows what this costs and finds, `tests/test_decision.py` holds it to that. Scores are taken
 to be normal with one sigma all night. Tails as heavy as Student's t with 3 degrees of freedom and slow outliers (a busy
-machine) are held, sudden excellent scores are not: where noise is a long tail towards low bpb, false keeps triple.
+machine) are held, sudden excellent scores are not: where noise is a long tail towards low bpb, false keeps quadruple.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from typing import Literal
 PRIOR_SIGMA = 0.0003  # bpb; the quietest machine seen. One squared deviation of it is added to those measured
 UNKNOWN_SIGMA = 0.03  # bpb; the noisiest machine reported, believed until something was measured twice
 
-LOOKS = 1.7  # looks at one candidate, as if independent; by simulation, under 4 % of nights keep falsely for 5 % asked
+LOOKS = 1.7  # looks at one candidate, as if independent; by simulation, 3 to 4 % of nights keep falsely for 5 % asked
 SIMPLER_LOOKS = 2.0  # the same for the margin, where the floor ends fewer tests early
 BEST_PER_TRIAL = 1.5  # trials of the best for one of a candidate: dearer than 1 now, and of use to the next candidate
 WITHOUT_LUCK = 0.8  # of the bar, to be cleared without the luckiest trial; by simulation with heavy tails
@@ -76,7 +76,7 @@ class Rule:
     best_trials: int = 10  # of any best, when they could turn a first look
     max_best_trials: int = 20
     min_trials: int = 2  # of a candidate before it may be kept, 2 or more: one number is never enough
-    max_trials: int = 16  # of a candidate; a gain of 2 sigmas takes 5 on average
+    max_trials: int = 16  # of a candidate; a gain of 2 sigmas takes 6 on average, one of 1 sigma at worst all
     margin: float = 1.0  # sigmas that a simpler candidate may be worse
     margin_risk: float = 0.05  # chance to keep a simpler one that is worse by the whole margin
     simpler_trials: int = 8  # of a candidate that has only its brevity for it
