@@ -26,6 +26,7 @@ class Script:
     path: str = "train_mlx.py"
     old: str = "LR = 0.1"
     new: str = "LR = 0.2"
+    creates: str = ""  # a further file to write
     edits: bool = True
     status: int = 200
     retry_after: int | str | None = None  # seconds (or a date), in the header and in the text
@@ -105,7 +106,17 @@ def calls_for(script: Script, tools: dict[str, set[str]]) -> list[Call]:
         if calls and name in tools and (path := pick(tools[name], "file_path", "filePath", "path", "absolute_path")):
             calls.insert(0, (name, {path: script.path}))
             break
-    return calls
+    return calls + ([created] if script.creates and (created := create_call(script.creates, tools)) else [])
+
+
+def create_call(path: str, tools: dict[str, set[str]]) -> Call | None:
+    for name, has in tools.items():
+        where, what = pick(has, "file_path", "filePath", "path"), pick(has, "content", "file_text")
+        if where and what:
+            return name, {where: path, what: "X = 1\n"}
+        if key := pick(has, "cmd"):
+            return name, {key: f"printf 'X = 1' > {path}"}
+    return None
 
 
 def results_so_far(body: dict[str, Any]) -> int:

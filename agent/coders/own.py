@@ -28,7 +28,7 @@ OWN = (
     Coder(
         name="search",
         binary=sys.executable,
-        arguments=lambda job: ["-m", "agent.search"],
+        arguments=lambda job: ["-m", "agent.search", "--train-file", job.train_file],
         reader=shapes.plain,
         install_hint="it comes with this project",
         login_hint="it needs no login",

@@ -1,0 +1,262 @@
+"""The real command lines against the scripted model: `make test-agents`.
+
+They are installed from npm and PyPI into a cache (AUTORESEARCH_AGENTS_DIR, or one below the user's cache directory), run with an
+empty HOME and a clean environment, and reach this machine's loopback only: every proxy variable points at the scripted server,
+which refuses to pass anything on. What each of them did is printed as a table at the end (`-rP`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from model_server import CLOSING, TOKENS_IN, TOKENS_OUT, ModelServer, Script
+
+from agent import coders, process
+
+pytestmark = [pytest.mark.agents, pytest.mark.timeout(900)]
+PROMPT = "Improve the training file train_mlx.py. MARKER-7 of the prompt."
+SOURCE = "LR = 0.1\n"
+
+
+def no_setup(home: Path, url: str) -> None:
+    """Most need nothing in their HOME."""
+
+
+def gemini_home(home: Path, url: str) -> None:
+    (home / ".gemini").mkdir()
+    (home / ".gemini/settings.json").write_text('{"security": {"auth": {"selectedType": "gemini-api-key"}}}')
+
+
+def opencode_home(home: Path, url: str) -> None:
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "x", "models": {"m": {"name": "m"}},
+                "options": {"baseURL": f"{url}/v1", "apiKey": "k"}}  # fmt: skip
+    (home / ".config/opencode").mkdir(parents=True)
+    (home / ".config/opencode/opencode.json").write_text(json.dumps({"provider": {"x": provider}}))
+
+
+@dataclass(frozen=True)
+class Real:
+    package: str
+    version: str  # what the adapters were read from
+    env: dict[str, str] = field(default_factory=dict)  # {url} is filled in
+    model: str | None = None
+    extra: tuple[str, ...] = ()
+    setup: Callable[[Path, str], None] = no_setup
+    limited_seconds: float = 40  # for a rate limit: some go on trying, and are ended
+    tells_wait: bool = True  # whether a rate limit's wait can be read from what it prints
+
+
+CODEX = ("-c", "model_provider=x", "-c", 'model_providers.x.base_url="{url}/v1"', "-c", 'model_providers.x.name="x"',
+         "-c", 'model_providers.x.wire_api="responses"', "-c", "model_providers.x.request_max_retries=1",
+         "-c", "model_providers.x.stream_max_retries=1")  # fmt: skip
+REAL = {
+    "claude": Real(
+        "@anthropic-ai/claude-code", "2.1.197", {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "key"}
+    ),
+    "codex": Real("@openai/codex", "0.169.0", {"OPENAI_API_KEY": "key"}, "gpt-5", CODEX, tells_wait=False),
+    "gemini": Real(
+        "@google/gemini-cli", "0.61.0", {"GEMINI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": "{url}"}, "gemini-2.5-flash",
+        setup=gemini_home,
+    ),
+    "opencode": Real("opencode-ai", "1.18.33", model="x/m", setup=opencode_home),
+    "aider": Real(
+        "aider-chat", "0.86.2", {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "key"}, "openai/m",
+        ("--edit-format", "diff", "--no-show-model-warnings"),
+    ),
+    "qwen": Real(
+        "@qwen-code/qwen-code", "0.15.10", {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "key"}, "m",
+        ("--auth-type", "openai"), limited_seconds=150,
+    ),
+    "copilot": Real(
+        "@github/copilot", "1.0.102",
+        {"COPILOT_PROVIDER_BASE_URL": "{url}/v1", "COPILOT_MODEL": "m", "COPILOT_OFFLINE": "true"},
+    ),
+}  # fmt: skip
+
+
+def cache() -> Path:
+    if given := os.environ.get("AUTORESEARCH_AGENTS_DIR"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoresearch-agents"
+
+
+def install(name: str) -> Path:
+    """The directory of the program, installed if need be; skips the test, by name, where that can't be done."""
+    real = REAL[name]
+    folder = cache() / f"{name}-{real.version}"
+    bin_folder = folder / ("bin" if name == "aider" else "node_modules/.bin")
+    if (folder / "ready").exists():
+        return bin_folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if name == "aider":
+        steps = [[sys.executable, "-m", "venv", str(folder)],
+                 [str(bin_folder / "python"), "-m", "pip", "install", "-q", f"{real.package}=={real.version}"]]  # fmt: skip
+    elif npm := shutil.which("npm"):
+        steps = [[npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", f"{real.package}@{real.version}"]]
+    else:
+        pytest.skip(f"{name}: npm is not installed")
+    for step in steps:
+        done = subprocess.run(step, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
+        if done.returncode:
+            pytest.skip(f"{name}: can't be installed here: {(done.stderr or done.stdout).strip()[-300:]}")
+    version = subprocess.run(
+        [str(bin_folder / name), "--version"], env={"PATH": os.environ["PATH"], "HOME": str(folder)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if version.returncode or real.version not in version.stdout:
+        pytest.skip(f"{name}: installed but does not run here: {(version.stderr or version.stdout).strip()[-300:]}")
+    (folder / "ready").touch()
+    return bin_folder
+
+
+@dataclass
+class Session:
+    """What one run of a command line left behind."""
+
+    report: coders.Report
+    outcome: process.Outcome
+    text: str  # of the train file
+    outside: dict[str, str]  # files beside the worktree
+    worktree: list[str]
+    server: ModelServer
+    stdout: str
+
+    def __str__(self) -> str:
+        return f"{self.outcome}\n{self.report}\n--- out\n{self.stdout[-3000:]}\n--- log\n{self.outcome.tail(3000)}"
+
+
+def run(name: str, script: Script, seconds: float = 60) -> Session:
+    """One job, run by the driver's own spawner."""
+    programs, real = install(name), REAL[name]
+    (cache() / "work").mkdir(exist_ok=True)
+    # not in the system's temporary directory: some treat that as a free-for-all, others refuse a HOME there
+    with tempfile.TemporaryDirectory(dir=cache() / "work", prefix=f"{name}-", ignore_cleanup_errors=True) as temporary:
+        base = Path(temporary)
+        home, worktree, scratch, beside = (base / part for part in ("home", "worktree", "scratch", "beside"))
+        for folder in (home, worktree, scratch, beside):
+            folder.mkdir()
+        (worktree / "train_mlx.py").write_text(SOURCE)
+        (beside / "outside.py").write_text(SOURCE)
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=main"]
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "base"]):
+            subprocess.run([*git, *words], cwd=worktree, env={"PATH": os.environ["PATH"], "HOME": str(home)}, check=True)
+        script.path = str((beside if script.path == "outside.py" else worktree) / script.path)
+        script.creates = script.creates and str(beside / script.creates)
+        with ModelServer(script) as server:
+            real.setup(home, server.url)
+            environ = {
+                "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "HOME": str(home),
+                **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), server.url),
+                **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
+                **{key: value.format(url=server.url) for key, value in real.env.items()},
+            }  # fmt: skip
+            extra = tuple(word.replace("{url}", server.url) for word in real.extra)
+            job = coders.Job(worktree, "train_mlx.py", PROMPT, scratch, model=real.model, extra_args=extra)
+            coder = coders.get(name)
+            command = coder.command(job, environ)
+            outcome = process.run(
+                command.argv, cwd=worktree, env=command.env, log=base / "log", stdin=command.stdin,
+                stdout_to=base / "out", limits=process.Limits(wall_seconds=seconds),
+            )  # fmt: skip
+            stdout = (base / "out").read_text()
+            report = coder.report(stdout, (base / "log").read_text(), job)
+            outside = {path.name: path.read_text() for path in beside.iterdir()}
+            files = sorted(path.name for path in worktree.iterdir())
+            session = Session(report, outcome, (worktree / "train_mlx.py").read_text(), outside, files, server, stdout)
+            ROWS.append((name, real.version, script, session))
+            print(session, file=sys.stderr)
+            return session
+
+
+ROWS: list[tuple[str, str, Script, Session]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Prints what was seen, past pytest's capture."""
+    started = time.monotonic()
+    yield
+    lines = [f"\nreal command lines, {time.monotonic() - started:.0f} s"]
+    for name, version, script, seen in ROWS:
+        case = {200: "endless" if script.endless else "outside" if script.creates else "edit" if script.edits else "no edit"}
+        wait = f" wait {script.retry_after}" if script.retry_after else ""
+        ended = seen.outcome.exit_code if seen.outcome.reason == "exited" else seen.outcome.reason
+        report = seen.report
+        lines.append(
+            f"{name:9} {version:9} {case.get(script.status, f'{script.status}{wait}'):11} exit {ended!s:5} "
+            f"{seen.outcome.seconds:5.1f} s  changed {seen.text != SOURCE!s:5} failure {report.failure!s:11} "
+            f"wait {report.wait_seconds!s:5} in {report.tokens_in!s:5} out {report.tokens_out!s:5} usd {report.cost_usd} "
+            f"elsewhere {sorted(set(seen.server.refused))}"
+        )
+    path = cache() / "table.txt"
+    path.write_text("\n".join(lines) + "\n")
+    os.write(2, ("\n".join(lines) + "\n").encode())
+
+
+@pytest.fixture(params=list(REAL))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_it_reads_the_prompt_and_edits_with_its_own_tools(name: str) -> None:
+    seen = run(name, Script())
+    assert "MARKER-7" in seen.server.prompts
+    assert seen.text == "LR = 0.2\n"
+    assert seen.worktree == [".git", "train_mlx.py"]
+    assert seen.report.failure is None
+    assert seen.report.message
+    assert seen.report.message.endswith(CLOSING) or name == "aider"  # whose message is all it printed
+    assert seen.report.hypothesis == "a larger step learns faster"
+    assert seen.report.description == "double the learning rate"
+    turns = sum("tools" in request["body"] for request in seen.server.requests) or len(seen.server.requests)
+    assert (seen.report.tokens_in, seen.report.tokens_out) == (turns * TOKENS_IN, turns * TOKENS_OUT)
+    assert (seen.report.cost_usd is not None) == (name == "claude")
+
+
+def test_an_answer_without_an_edit_is_no_failure(name: str) -> None:
+    seen = run(name, Script(edits=False))
+    assert seen.text == SOURCE
+    assert seen.report.failure is None
+    assert seen.report.tokens_out == TOKENS_OUT
+    assert seen.report.description == "double the learning rate"
+
+
+def test_nothing_outside_the_worktree_is_written(name: str) -> None:
+    seen = run(name, Script(path="outside.py", creates="new.py"))
+    assert seen.outside == {"outside.py": SOURCE}
+    assert seen.text == SOURCE
+    assert len(seen.server.requests) >= 2  # the edit was tried
+    assert seen.report.failure in (None, "agent_error")
+
+
+def test_an_expired_login_is_a_login(name: str) -> None:
+    seen = run(name, Script(status=401))
+    assert seen.text == SOURCE
+    assert seen.report.failure == "login", seen.report
+    assert seen.report.detail
+
+
+@pytest.mark.parametrize("wait", [None, 3])
+def test_a_rate_limit_is_named_with_its_wait(name: str, wait: int | None) -> None:
+    seen = run(name, Script(status=429, retry_after=wait), REAL[name].limited_seconds)
+    assert seen.text == SOURCE
+    assert seen.report.failure == "rate_limit", seen.report
+    assert seen.report.wait_seconds == (wait if REAL[name].tells_wait else None)
+
+
+def test_a_stream_without_an_end_is_ended_and_still_read(name: str) -> None:
+    seen = run(name, Script(endless=True), seconds=12)
+    assert seen.outcome.reason == "wall"
+    assert seen.text == SOURCE
+    assert seen.report.failure == "agent_error"
