@@ -153,17 +153,24 @@ def _has_login(login: Login, environ: Mapping[str, str]) -> bool:
         return False
 
 
-_LAST_LINE = re.compile(r"^[\s>*_`#-]*(HYPOTHESIS|DESCRIPTION)[*_`]*\s*:[*_`]*\s*(.+?)[\s*_`]*$", re.I | re.M)
+_LAST_LINE = re.compile(r"^[ \t>*_`#-]*(HYPOTHESIS|DESCRIPTION)[*_`]*[ \t]*:(.*)$", re.I | re.M)
 
 
 def with_last_lines(report: Report) -> Report:
     """Fills in `hypothesis` and `description` from the last HYPOTHESIS: and DESCRIPTION: line of the message."""
-    found = {key.lower(): text for key, text in _LAST_LINE.findall(report.message or "")}
+    found = {key.lower(): _unquoted(text) for key, text in _LAST_LINE.findall(report.message or "")}
     return replace(
         report,
         hypothesis=report.hypothesis or found.get("hypothesis"),
         description=report.description or found.get("description"),
     )
+
+
+def _unquoted(text: str) -> str | None:
+    text = text.strip(" \t\r*")
+    if text.startswith("`") and text.endswith("`") and text.count("`") == 2:
+        text = text[1:-1].strip()
+    return text or None
 
 
 def cost_usd(report: Report, price_in: float | None, price_out: float | None) -> float | None:
