@@ -13,7 +13,7 @@ from agent import decision
 from agent.decision import PRIOR_SIGMA, UNKNOWN_SIGMA, Noise, Rule, decide, estimate_noise, fresh
 from scripts.operating_curve import Bench, Bootstrap, Greedy, Night, Ours, Policy, mixed, simulate
 
-NIGHTS = 1500
+NIGHTS = 1000
 SIGMAS = (0.0003, 0.003, 0.03)  # bpb
 
 
@@ -145,7 +145,7 @@ class SlowOutliers(random.Random):
 
 @pytest.mark.parametrize(("draw", "limit"), [(HeavyTails(1), 0.07), (SlowOutliers(1), 0.05)], ids=["t3", "slow"])
 def test_tails(draw: random.Random, limit: float) -> None:
-    assert false_nights(nights(Ours, [0.0] * 100, draw=draw, number=1000)) <= limit
+    assert false_nights(nights(Ours, [0.0] * 100, draw=draw, number=600)) <= limit
     assert power(nights(Ours, [0.0] * 20 + [2.0], draw=draw, number=500)) >= 0.8
 
 
@@ -164,7 +164,7 @@ def test_a_simpler_candidate_is_kept_unless_it_is_worse_by_the_margin() -> None:
     """One sigma worse is kept in at most 5 % of cases, equal in 2 of 5, and brevity is the reason."""
 
     def kept(gain: float, lines: int) -> float:
-        return power(nights(lambda: Ours(lines_delta=lines), [gain], number=1500))
+        return power(nights(lambda: Ours(lines_delta=lines), [gain], number=1200))
 
     assert kept(-1.0, -5) <= 0.05
     assert kept(-2.0, -5) <= 0.005
