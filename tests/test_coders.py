@@ -317,6 +317,12 @@ def test_one_that_was_ended_while_it_waited_is_read_from_its_log(coder: Coder, j
     assert report.detail == f"ERROR stream error: AI_APICallError: {LIMIT}"
 
 
+def test_gemini_stopping_a_loop_is_an_agent_error(job: Job) -> None:
+    stopped = {"response": "more more more", "stats": {"models": {}}, "warnings": ["Loop detected, stopping execution"]}
+    report = coders.get("gemini").report(json.dumps(stopped), "", job)
+    assert (report.failure, report.detail) == ("agent_error", "Loop detected, stopping execution")
+
+
 def test_what_the_model_wrote_is_no_evidence_of_a_failure(job: Job) -> None:
     said = "I looked at a 429, too many requests, and at an invalid API key."
     assert coders.template("mine").report(said, "", job).failure is None

@@ -257,6 +257,6 @@ def test_a_rate_limit_is_named_with_its_wait(name: str, wait: int | None) -> Non
 
 def test_a_stream_without_an_end_is_ended_and_still_read(name: str) -> None:
     seen = run(name, Script(endless=True), seconds=12)
-    assert seen.outcome.reason == "wall"
+    assert seen.outcome.reason == ("exited" if name == "gemini" else "wall")  # gemini notices that it goes round in circles
     assert seen.text == SOURCE
     assert seen.report.failure == "agent_error"

@@ -67,8 +67,11 @@ def gemini(stdout: str, log: str, job: Job) -> Report:
     known = Report(message=_text(result.get("response")))
     for model in (result.get("stats") or {}).get("models", {}).values():
         known = _add(known, _total(model["tokens"], "prompt"), _total(model["tokens"], "candidates", "thoughts"))
-    error = result.get("error")
-    return _failed(f"{error.get('code')} {error.get('message')}", known) if error else known
+    if error := result.get("error"):
+        return _failed(f"{error.get('code')} {error.get('message')}", known)
+    if known.tokens_out is None:  # it has stopped a model that went round in circles
+        return _failed("; ".join(map(str, result.get("warnings") or [])) or log or "no answer was finished", known)
+    return known
 
 
 def opencode(stdout: str, log: str, job: Job) -> Report:
