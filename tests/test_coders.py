@@ -130,6 +130,13 @@ def test_our_own_run_from_the_driver_not_from_the_worktree(job: Job, environ: di
     assert command.argv[3:] == ["train_mlx.py", "--base-url", "http://127.0.0.1:1/v1"]
     assert Path(command.env["PYTHONPATH"], "agent", "chat.py").exists()
     assert command.env["PYTHONSAFEPATH"] == "1"
+    assert argv("local", replace(job, base_url="http://x", model="m"), environ) == [
+        "-m",
+        "agent.local",
+        "train_mlx.py",
+        "--model",
+        "m",
+    ]
     assert argv("search", job, environ) == ["-m", "agent.search", "--train-file", "train_mlx.py"]
 
 

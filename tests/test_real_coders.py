@@ -2,11 +2,12 @@
 
 They are installed from npm and PyPI into a cache (AUTORESEARCH_AGENTS_DIR, or one below the user's cache directory), run with an
 empty HOME and a clean environment, and reach this machine's loopback only: every proxy variable points at the scripted server,
-which refuses to pass anything on. What each of them did is printed as a table at the end (`-rP`).
+which refuses to pass anything on. What each of them did is printed as a table at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -183,7 +184,7 @@ ROWS: list[tuple[str, str, Script, Session]] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
+def table(pytestconfig: pytest.Config) -> Iterator[None]:
     """Prints what was seen, past pytest's capture."""
     started = time.monotonic()
     yield
@@ -199,9 +200,9 @@ def table() -> Iterator[None]:
             f"wait {report.wait_seconds!s:5} in {report.tokens_in!s:5} out {report.tokens_out!s:5} usd {report.cost_usd} "
             f"elsewhere {sorted(set(seen.server.refused))}"
         )
-    path = cache() / "table.txt"
-    path.write_text("\n".join(lines) + "\n")
-    os.write(2, ("\n".join(lines) + "\n").encode())
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        print("\n".join(lines))
 
 
 @pytest.fixture(params=list(REAL))

@@ -169,7 +169,7 @@ CLIS = (
         login_hint="opencode auth login",
         env_names=("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "OPENCODE_API_KEY", *PROVIDERS),
         env_set={"OPENCODE_CONFIG_CONTENT": json.dumps(OPENCODE_CONFIG), "OPENCODE_DISABLE_AUTOUPDATE": "1"},
-        login_env=("OPENCODE_API_KEY",),
+        login_env=("OPENCODE_API_KEY", *PROVIDER_KEYS),
         login_files=(Login(".local/share/opencode/auth.json", '"type"'),
                      Login("opencode/auth.json", '"type"', below="XDG_DATA_HOME")),
         edit_only="permissions: edit allowed; bash, web and directories outside the worktree denied",
@@ -184,6 +184,7 @@ CLIS = (
         env_names=("AIDER_MODEL", "AIDER_OPENAI_API_BASE", "AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDERS),
         login_env=("AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDER_KEYS),
         login_files=(Login(".aider.conf.yml", "key"), Login(".aider/oauth-keys.env")),
+        env_set={"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else every start fetches a price list
         prompt_on_stdin=False,
         edit_only="the train file is what it is given; a path outside the repository is refused; no shell commands",
     ),
@@ -212,7 +213,7 @@ CLIS = (
                    "COPILOT_OFFLINE", "COPILOT_PROVIDER_BASE_URL", "COPILOT_PROVIDER_TYPE", "COPILOT_PROVIDER_API_KEY",
                    "COPILOT_PROVIDER_BEARER_TOKEN"),
         login_env=("COPILOT_GITHUB_TOKEN", "COPILOT_PROVIDER_BASE_URL"),
-        login_files=(Login(".copilot/config.json", "ogged"), Login("config.json", "ogged", below="COPILOT_HOME")),
+        login_files=(Login(".copilot/config.json", '"login"'), Login("config.json", '"login"', below="COPILOT_HOME")),
         edit_only="tools are view, create, edit, grep, glob; paths outside the worktree are denied",
     ),
     Coder(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from agent.coders import shapes
@@ -16,12 +15,13 @@ OURS = {"PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1
 EDITS = "it writes the train file and nothing else"
 
 
-def module(name: str) -> Callable[[Job], list[str]]:
-    def arguments(job: Job) -> list[str]:
-        endpoint = ["--base-url", job.base_url] if job.base_url else []
-        return ["-m", f"agent.{name}", job.train_file, *model(job, "--model"), *endpoint]
+def chat(job: Job) -> list[str]:
+    endpoint = ["--base-url", job.base_url] if job.base_url else []
+    return ["-m", "agent.chat", job.train_file, *model(job, "--model"), *endpoint]
 
-    return arguments
+
+def local(job: Job) -> list[str]:
+    return ["-m", "agent.local", job.train_file, *model(job, "--model")]
 
 
 OWN = (
@@ -38,7 +38,7 @@ OWN = (
     Coder(
         name="chat",
         binary=sys.executable,
-        arguments=module("chat"),
+        arguments=chat,
         reader=shapes.own,
         install_hint="it comes with this project",
         login_hint="set OPENAI_API_KEY to a key for the endpoint given with --base-url",
@@ -49,7 +49,7 @@ OWN = (
     Coder(
         name="local",
         binary=sys.executable,
-        arguments=module("local"),
+        arguments=local,
         reader=shapes.own,
         install_hint="python -m pip install mlx-lm",
         login_hint="it needs no login",
