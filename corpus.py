@@ -101,7 +101,7 @@ class Storyteller:
         rng, hero, friend, animal = self.rng, self.someone(), self.someone(), self.word("animal")
         he, his = rng.choice([("he", "his"), ("she", "her"), ("it", "its")])
         treasure, place, hiding, feeling = self.thing("the"), self.word("place"), self.where(), self.word("felt")
-        trait, count = self.word("adjective"), rng.randint(2, 9)
+        trait, numbers = self.word("adjective"), NUMBERS[: rng.randint(2, 9)]
 
         def line() -> str:
             first, second = self.clause(), self.clause()
@@ -112,7 +112,7 @@ class Storyteller:
                 f'"Have you seen {treasure}?" asked {hero}. "No," said {other}, "but I {first} {self.word("when")}."',
                 f'"I am {self.word("felt")}," said {other}. "I {first}, and {self.word("when")} I {second}."',
                 f"There was {self.thing('a')} {self.where()}, and {hero} {second}.",
-                f"{hero} counted {his} {self.word('noun')}s: {', '.join(NUMBERS[:count])}. {NUMBERS[count - 1].capitalize()} of them!",
+                f"{hero} counted {his} {self.word('noun')}s: {', '.join(numbers)}. {numbers[-1].capitalize()} of them!",
                 f"They ate {self.word('food')} and {self.word('food')} {self.where()}."])
         opening = rng.choice([
             f"Once upon a time there was a {trait} {animal} named {hero}. {hero} lived near the {place}.",
@@ -284,6 +284,14 @@ def tokenize_block(block: Block, splits: bytes, model: bytes, part: Path) -> tup
     return chosen[VAL], chosen[TEST]
 
 
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int) -> str:
     """What a prepared dataset depends on, as 10 hex digits: its name, the user's files byte by byte, and the preset."""
     digest = hashlib.sha256(json.dumps([FORMAT, dataset, asdict(preset), field, shards]).encode())
@@ -293,6 +301,19 @@ def fingerprint(dataset: str, preset: Preset, field: str, shards: int) -> str:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:10]
+
+
+def damage(train: Path, held: Path) -> str:
+    """What is wrong with a prepared dataset, "" if nothing: every file has to have the size and SHA-256 of meta.json."""
+    for place in (train, held):
+        try:
+            meta = json.loads((place / "meta.json").read_text())
+            for name, (size, digest) in meta["prepared"].items():
+                if not (place / name).is_file() or (place / name).stat().st_size != size or sha256_of(place / name) != digest:
+                    return f"{place / name} is not the file that was prepared ({size:,} bytes)"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{place / 'meta.json'} cannot be used ({type(error).__name__}: {error})"
+    return ""
 
 
 def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> None:
@@ -351,12 +372,13 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
     meta = {"format": FORMAT, "dataset": dataset, **origin, **counts, "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id, "seq_len": preset.seq_len, "budget": preset.budget,
             "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-            "train_bytes_on_disk": (target / "train.bin").stat().st_size, "data_hash": everything.hexdigest()[:16],
+            "data_hash": everything.hexdigest()[:16],
             "tokenizer_hash": sha256(tokenizer.model)[:16] if tokenizer.model else "bytes"}
     keep_held_out(home() / "held" / ident, meta, tokenizer, preset, held_out)
     (target / "tokenizer.model").write_bytes(tokenizer.model)
-    (target / "meta.json").write_text(json.dumps(meta, indent=1))
+    finish(target, meta)
     (home() / "train").mkdir(exist_ok=True)
+    shutil.rmtree(home() / "train" / ident, ignore_errors=True)
     os.replace(target, home() / "train" / ident)  # from here on it is ready
     shutil.rmtree(work)
     print(f"{dataset}: {counts['documents']:,} documents ({counts['duplicates']:,} duplicates left out, {counts['invalid_utf8']:,} "
@@ -387,4 +409,10 @@ def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset,
         held |= {f"{name}_bytes": size, f"{name}_documents": len(texts), f"{name}_sha256": sha256("".join(texts).encode())}
         (place / f"{name}.bin").write_bytes(tokens.tobytes())
     (place / "tokenizer.model").write_bytes(tokenizer.model)
-    write_atomically(place / "meta.json", json.dumps(held, indent=1).encode())
+    finish(place, held)
+
+
+def finish(place: Path, meta: dict) -> None:
+    """Write meta.json, with the size and SHA-256 of every other file there."""
+    files = {p.name: (p.stat().st_size, sha256_of(p)) for p in sorted(place.iterdir()) if p.name != "meta.json"}
+    write_atomically(place / "meta.json", json.dumps(meta | {"prepared": files}, indent=1).encode())

@@ -18,10 +18,12 @@ import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import platform
 import queue
 import re
+import resource
 import select
 import shutil
 import signal
@@ -31,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,10 +44,11 @@ import numpy as np
 # ---------------------------------------------------------------------------------------------------------------------
 
 STARTUP_LIMIT = 180             # seconds from process start to Budget.start(): compiling takes time, training must not
+OVERRUN = 1.25, 10              # of the budget, and seconds: what a training may take beyond it for its last step and saving
+DRIFT = 0.10                    # change of the machine's speed over a training from which the summary says so
 EVAL_BUFFER_BYTES = 96 << 20    # each of the two logits buffers; bounds the scorer's memory
 ANSWER_LIMIT = 300              # seconds that the logits server may take for one batch
-PROBE_ROWS = 24                 # rows asked a second time with another document's ending
-PROBE_TOLERANCE = 0.05          # nats; bf16 logits of one row move by about 0.01 between batch layouts
+SERVER_FILE_BYTES = 256 << 20   # the largest file, its log included, that the logits server may write
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ PRESETS = {
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
     "cuda": Preset(vocab_size=8192, seq_len=2048, eval_bytes=8_000_000, budget="300s"),     # upstream's shape
 }
+
 
 class HarnessError(Exception):
     """An error with a name that the driver reads, and an exit code of its own."""
@@ -124,6 +128,13 @@ def sha256(data: bytes) -> str:
 # Tokenizer: SentencePiece BPE with byte fallback, lossless; or plain bytes
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Where merges end, close to GPT-4's pattern: words with the space before, numbers by three digits, signs with the line ends
+# after. Only the training sees it: pieces end there, and text that is encoded needs no cutting.
+LETTER = r"[^\W\d_]"
+PIECES = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?{LETTER}+|\d{{1,3}}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+", re.I)
+BORDER = "\ue000"               # between them; private use, and no harm where a text has it
+
+
 class Tokenizer:
     """Text <-> token ids without loss: `decode(encode(s)) == s`, and the token_bytes of its ids add up to its UTF-8 length.
 
@@ -144,9 +155,7 @@ class Tokenizer:
         self.token_bytes = np.array([len(p) for p in self.pieces], dtype=np.int64)  # [vocab]
 
     def _piece(self, i: int) -> bytes:
-        if self._sp.is_control(i) or self._sp.is_unknown(i):
-            return b""
-        piece = self._sp.id_to_piece(i)
+        piece = "" if self._sp.is_control(i) or self._sp.is_unknown(i) else self._sp.id_to_piece(i)
         return bytes([int(piece[3:-1], 16)]) if self._sp.is_byte(i) else piece.replace("\u2581", " ").encode()
 
     @classmethod
@@ -162,8 +171,9 @@ class Tokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(text[i : i + 100_000] for text in texts for i in range(0, len(text), 100_000)),
-                model_writer=model,
+                sentence_iterator=(BORDER.join(PIECES.findall(text[i : i + 50_000])) for text in texts
+                                   for i in range(0, len(text), 50_000)),
+                model_writer=model, pretokenization_delimiter=BORDER, split_by_unicode_script=False, split_by_number=False,
                 model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
                 character_coverage=0.9995 if vocab_size >= 1024 else 0.99,  # rarer letters are left to their bytes
                 normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
@@ -208,22 +218,18 @@ def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str =
 
     Returns the entry described in CONTRIBUTING.md (directories, hashes, preset). Errors: HarnessError.
     """
+    import corpus
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[preset_name]
-    preset = Preset(**{**asdict(preset), "vocab_size": vocab_size or preset.vocab_size})
-    import corpus
-    slug = re.sub(r"\W+", "-", Path(dataset.removeprefix("text:")).stem).strip("-").lower() or "text"
+    preset = replace(PRESETS[preset_name], vocab_size=vocab_size or PRESETS[preset_name].vocab_size)
+    slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
     ident = f"{slug}-{preset.vocab_size}-{corpus.fingerprint(dataset, preset, field, shards)}"
     train, held = home() / "train" / ident, home() / "held" / ident
-    if not (train / "meta.json").exists():
+    if problem := corpus.damage(train, held):
+        if (train / "meta.json").exists():
+            print(f"note: {problem}; preparing it again", file=sys.stderr)
         corpus.build(dataset, preset, field, shards, ident)
     meta = json.loads((train / "meta.json").read_text())
-    size = (train / "train.bin").stat().st_size
-    if size != meta["train_bytes_on_disk"]:
-        shutil.rmtree(train)
-        raise HarnessError("data", f"{train}: expected a train.bin of {meta['train_bytes_on_disk']:,} bytes, it has {size:,}; "
-                           "it was set aside, run the same command again")
     entry = {"id": ident, "train_dir": str(train), "held_dir": str(held), "dataset": dataset, "preset": preset_name,
              "vocab_size": meta["vocab_size"], "seq_len": preset.seq_len, "budget": preset.budget,
              "data_hash": meta["data_hash"], "tokenizer_hash": meta["tokenizer_hash"], "device": detect_preset()}
@@ -238,18 +244,21 @@ def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str =
 def row_starts(tokens: np.ndarray, bos_id: int, seq_len: int) -> np.ndarray:
     """Where the training rows of one epoch start: int64 [rows], each row is tokens[start : start + seq_len + 1].
 
-    Rows follow one another, so that no token is left out but the last, incomplete row's. A row starts at a document start
-    where that costs at most a quarter of a row read twice.
+    Rows follow one another and the last one ends with the text: no token is left out. A row starts at a document start where
+    that costs at most a quarter of a row read twice.
     """
-    marks = np.flatnonzero(np.asarray(tokens) == bos_id)                       # [documents]
-    starts, position, last = [], 0, len(tokens) - seq_len - 1
-    while position <= last:
+    piece = 1 << 24
+    marks = np.concatenate([a + np.flatnonzero(tokens[a : a + piece] == bos_id) for a in range(0, len(tokens), piece)])
+    marks = [*marks.tolist(), len(tokens)]                                      # [documents + 1]
+    starts, position, last, document = [], 0, len(tokens) - seq_len - 1, 0
+    while position < last:
         starts.append(position)
         position += seq_len
-        mark = marks[np.searchsorted(marks, position, side="right") - 1]
-        if position - seq_len // 4 <= mark:
-            position = int(mark)
-    return np.array(starts, dtype=np.int64)
+        while marks[document + 1] <= position:
+            document += 1
+        if position - seq_len // 4 <= marks[document]:
+            position = marks[document]
+    return np.array([*starts, last] if last >= 0 else [], dtype=np.int64)
 
 
 def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -286,35 +295,65 @@ def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed
 class Budget:
     """What one training may use: "300s", "200steps" or "5Mtokens". Seconds are monotonic and begin with `start()`.
 
-    A machine that slept is noticed: its wall clock ran and the monotonic one did not (`suspended_seconds`).
+    A machine that slept is noticed: its wall clock ran and the monotonic one did not. `age`: seconds this process is old.
     """
 
-    def __init__(self, text: str):
-        match = re.fullmatch(r"([0-9.]+)([kM]?)(s|steps|tokens)", text.strip())
+    def __init__(self, text: str, age: float = 0.0):
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kM]?)(s|steps|tokens)", text.strip())
         if not match or not float(match[1]) > 0:
             raise HarnessError("usage", f"budget {text!r}: expected something like 300s, 200steps or 5Mtokens")
         self.text, self.unit = text.strip(), match[3]
         self.amount = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
-        self._born, self._started = time.monotonic(), 0.0
+        self.started, self._born = False, time.monotonic() - age
 
-    def start(self) -> None:
-        """Begin to count, after warm-up. Errors: HarnessError("timeout") where starting took longer than STARTUP_LIMIT."""
-        if time.monotonic() - self._born > STARTUP_LIMIT:
-            raise HarnessError("timeout", f"{time.monotonic() - self._born:.0f} s passed before training began, the limit is "
-                               f"{STARTUP_LIMIT} s; make warm-up shorter")
-        self._started, self._wall = time.monotonic(), time.time()
+    def start(self, work: Callable[[], object] | None = None) -> None:
+        """Begin to count, once, after warm-up. `work`: what to measure the machine's speed by, see `speed`.
+
+        Errors: HarnessError("timeout") where starting took longer than STARTUP_LIMIT, "violation" for a second start.
+        """
+        waited = time.monotonic() - self._born
+        if self.started:
+            raise HarnessError("violation", "the budget was started a second time")
+        if waited > STARTUP_LIMIT:
+            raise HarnessError("timeout", f"{waited:.0f} s passed before training began, expected at most {STARTUP_LIMIT}: warm-up "
+                               "compiles, it doesn't train")
+        self._work, self._probe_seconds = work, min(1.0, self.amount / 300) if self.unit == "s" else 0.1
+        self._speed = speed(work, self._probe_seconds)
+        self.started, self._start, self._wall = True, time.monotonic(), time.time()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._started if self._started else 0.0
-
-    @property
-    def suspended_seconds(self) -> float:
-        return max(0.0, time.time() - self._wall - self.seconds) if self._started else 0.0
+        """Seconds since `start()`, 0 before; not those that the machine slept."""
+        return time.monotonic() - self._start if self.started else 0.0
 
     def progress(self, steps: int, tokens: int) -> float:
         """How much of the budget is used, 0 to 1 and beyond."""
         return {"s": self.seconds, "steps": steps, "tokens": tokens}[self.unit] / self.amount
+
+    def close(self) -> dict[str, float]:
+        """How long the machine slept, and how fast it is now against before. Errors: HarnessError("violation") for a clock that
+        never ran, ("timeout") for a training far beyond its budget: one step and saving take less."""
+        if not self.started:
+            raise HarnessError("violation", "the training ended, but run.budget.start() was never called")
+        used, limit = self.seconds, max(OVERRUN[0] * self.amount, self.amount + OVERRUN[1])
+        if self.unit == "s" and used > limit:
+            raise HarnessError("timeout", f"the training took {used:.0f} s, expected at most {limit:.0f} for {self.text}; "
+                               "ask run.budget.progress() more often, or make a step shorter")
+        slept = max(0.0, time.time() - self._wall - used)
+        return {"suspended_seconds": slept, "speed_index": speed(self._work, self._probe_seconds) / self._speed}
+
+
+def speed(work: Callable[[], object] | None, seconds: float) -> float:
+    """How often a second this machine does `work` now: a callable that does one fixed piece of work, say a matrix product, on
+    the device that trains and waits for its end. By default NumPy's product: it sees the CPU only."""
+    square = np.ones((384, 384), np.float32)
+    work = work or (lambda: square @ square)
+    work()  # the first time it may compile
+    began, times = time.monotonic(), 0
+    while (passed := time.monotonic() - began) < seconds or not times:
+        work()
+        times += 1
+    return times / max(passed, 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +378,9 @@ class Run:
         self.meta = json.loads((self.data / "meta.json").read_text())
         self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.budget = Budget(os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"])
+        import psutil
+        age = time.time() - psutil.Process().create_time()
+        self.budget = Budget(os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], age=age)
         self.seed = int(os.environ.get("AUTORESEARCH_SEED") or 1)
         self.vocab_size, self.seq_len = self.meta["vocab_size"], self.meta["seq_len"]
         self.step = 0
@@ -351,21 +392,20 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         if error is None or isinstance(error, SystemExit):
             return
-        name = error.kind if isinstance(error, HarnessError) else "crash"
-        if isinstance(error, MemoryError) or re.search(r"out of memory|[Uu]nable to allocate|maximum allowed buffer", str(error)):
-            name = "oom"
         if not isinstance(error, HarnessError):
             import traceback
             traceback.print_exception(error)
-        sys.exit(fail(name, str(error) or kind.__name__, self.dir, self.step))
+        sys.exit(fail(kind_of(error), str(error) or kind.__name__, self.dir, self.step))
 
     def tokens(self) -> np.ndarray:
-        """The training shard, uint16 or uint32 [n], memory-mapped."""
+        """The training shard, uint16 or uint32 [n], memory-mapped. Not before the clock runs: warm-up is on dummy data."""
+        if not self.budget.started:
+            raise HarnessError("violation", "training data was asked for before run.budget.start(); warm up on dummy data")
         return np.memmap(self.data / "train.bin", dtype=self.meta["dtype"], mode="r")
 
     def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Endless (inputs, targets), int32 [batch_size, seq_len] each; see `batches`."""
-        return batches(self.tokens(), self.meta["bos_id"], batch_size, seq_len, self.seed)
+        """Endless (inputs, targets), int32 [batch_size, seq_len] each; see `batches`. The first after run.budget.start()."""
+        yield from batches(self.tokens(), self.meta["bos_id"], batch_size, seq_len, self.seed)
 
     def log(self, **window) -> None:
         """Append a line to metrics.jsonl: step, tokens, seconds, loss (nats), lr, tokens_per_second, mfu_percent, memory_mb."""
@@ -377,8 +417,9 @@ class Run:
 
     def finish(self, **facts) -> None:
         """Write train.json; unless somebody else scores (AUTORESEARCH_SCORE=0), become the scorer and print the summary."""
-        facts |= {"total_seconds": time.monotonic() - self.born, "suspended_seconds": self.budget.suspended_seconds,
-                  "budget": self.budget.text, "seed": self.seed, "data": self.data.name}
+        facts |= self.budget.close()
+        facts |= {"total_seconds": time.monotonic() - self.born, "budget": self.budget.text, "seed": self.seed,
+                  "data": self.data.name}
         write_atomically(self.dir / "train.json", json.dumps(facts, indent=1).encode())
         if os.environ.get("AUTORESEARCH_SCORE") != "0":
             sys.stdout.flush()
@@ -388,6 +429,14 @@ class Run:
 def start_run(train_file: str) -> Run:
     """Begin a run from the AUTORESEARCH_* variables (CONTRIBUTING.md lists them), or from what was prepared last."""
     return Run(train_file)
+
+
+def kind_of(error: BaseException) -> str:
+    """The name of a failure: a HarnessError's own, "oom" for what the frameworks say when memory ends, or "crash"."""
+    if isinstance(error, HarnessError):
+        return error.kind
+    no_memory = re.search(r"out of memory|[Uu]nable to allocate|maximum allowed buffer", str(error))
+    return "oom" if isinstance(error, MemoryError) or no_memory else "crash"
 
 
 def fail(kind: str, message: str, run_dir: Path, step: int | None = None) -> int:
@@ -403,75 +452,95 @@ def fail(kind: str, message: str, run_dir: Path, step: int | None = None) -> int
 # Score: logits come from a server process that imports the candidate, the number is made here
 # ---------------------------------------------------------------------------------------------------------------------
 
-def serve(run_dir: Path) -> None:
-    """The logits server. One JSON line a request on standard input: {"buffer", "rows"}; one a reply on standard output.
+def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.ACCESS_WRITE) -> np.ndarray:
+    """Memory behind a file that two processes hold: it has no name that a third could find, and nothing is left behind."""
+    return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
 
-    The first request describes the two buffers, files that both processes map: tokens int32 [rows, seq_len] in,
-    logits float32 [rows, seq_len, vocab] out.
+
+def serve(run_dir: Path) -> None:
+    """The logits server: the only process that imports the candidate. JSON lines in and out, the numbers in shared memory.
+
+    First line in: `shape` [rows, seq_len, vocab] and descriptors of tokens, int32 [2, rows, seq_len], and of logits, float32
+    [2, rows, seq_len, vocab]. Then {"buffer": 0 or 1} in, {"done": the same} out, or {"kind", "message"} and the end.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the candidate prints goes to the log
-    shape = json.loads(sys.stdin.readline())
-    rows, seq_len, vocab = shape["rows"], shape["seq_len"], shape["vocab_size"]
-    tokens = [np.memmap(p, np.int32, "r", shape=(rows, seq_len)) for p in shape["tokens"]]
-    logits = [np.memmap(p, np.float32, "r+", shape=(rows, seq_len, vocab)) for p in shape["logits"]]
+    os.dup2(2, 1)  # whatever the candidate prints goes to the log, and the log has a limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
+    first = json.loads(sys.stdin.readline())
+    tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
+    logits = shared(first["logits"], np.float32, [2, *first["shape"]])
     try:
-        source = sorted(run_dir.glob("train_*.py"))[0]
-        spec = importlib.util.spec_from_file_location("candidate", source)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["candidate"] = module
+        spec = importlib.util.spec_from_file_location("candidate", sorted(run_dir.glob("train_*.py"))[0])
+        module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = module.load_model(run_dir)
-        print(json.dumps({"ready": True}), file=replies)
+        print(json.dumps({"done": None}), file=replies)
         for line in sys.stdin:
             i = json.loads(line)["buffer"]
             answer = np.asarray(model(np.array(tokens[i])))                     # [rows, seq_len, vocab]
-            if answer.shape != (rows, seq_len, vocab) or answer.dtype.kind != "f":
-                raise HarnessError("violation", f"bad_shape: expected floating-point logits {(rows, seq_len, vocab)}, "
-                                   f"got {answer.dtype} {answer.shape}")
-            logits[i][:] = answer
+            if answer.shape != logits[i].shape or answer.dtype.kind != "f":
+                raise HarnessError("violation", f"bad_shape: expected floating-point logits {logits[i].shape}, got {answer.dtype} "
+                                   f"{answer.shape} from load_model(run_dir)(tokens)")
+            logits[i] = answer
             print(json.dumps({"done": i}), file=replies)
     except BaseException as error:
         import traceback
         traceback.print_exc()
-        kind = error.kind if isinstance(error, HarnessError) else "crash"
-        print(json.dumps({"kind": kind, "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
+        print(json.dumps({"kind": kind_of(error), "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
         raise SystemExit(1) from None
 
 
 class LogitsServer:
     """The scorer's end of the server: `ask` sends a batch, `answer` waits for one, first asked, first answered."""
 
-    def __init__(self, run_dir: Path, rows: int, seq_len: int, vocab_size: int, wrap: list[str]):
-        self.rows, self.asked, self.answered = rows, 0, 0
-        self.exchange = Path(tempfile.mkdtemp(prefix="exchange-", dir=run_dir))
-        paths = {k: [str(self.exchange / f"{k}{i}") for i in (0, 1)] for k in ("tokens", "logits")}
-        self.tokens = [np.memmap(p, np.int32, "w+", shape=(rows, seq_len)) for p in paths["tokens"]]
-        self.logits = [np.memmap(p, np.float32, "w+", shape=(rows, seq_len, vocab_size)) for p in paths["logits"]]
-        with open(run_dir / "serve.log", "wb") as log:
-            self.process = subprocess.Popen([*wrap, sys.executable, __file__, "serve", str(run_dir)], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=log, start_new_session=True)
-        self._send({"rows": rows, "seq_len": seq_len, "vocab_size": vocab_size, **paths})
-        self._receive()
+    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str]):
+        self.asked, self.answered, self._unread = 0, 0, b""
+        with contextlib.ExitStack() as stack:
+            def exchange(dtype: type, shape: list[int]) -> tuple[int, np.ndarray]:
+                file = stack.enter_context(os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
+                                           else tempfile.TemporaryFile())  # noqa: SIM115
+                file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+                return file.fileno(), shared(file.fileno(), dtype, shape)
+            token_file, self.tokens = exchange(np.int32, [2, *shape[:2]])
+            logit_file, self.logits = exchange(np.float32, [2, *shape])
+            log = stack.enter_context(open(run_dir / "serve.log", "ab"))
+            self.process = subprocess.Popen(
+                [*wrap, sys.executable, __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                pass_fds=(token_file, logit_file), start_new_session=True,
+                env={k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"})  # nothing leads to held-out data
+        try:
+            self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
+            self._receive(None)
+        except BaseException:
+            self.close()
+            raise
 
     def _send(self, message: dict) -> None:
         with contextlib.suppress(BrokenPipeError):  # a dead server says why in its last reply
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
-    def _receive(self) -> dict:
-        line, deadline, fd = b"", time.monotonic() + ANSWER_LIMIT, self.process.stdout.fileno()
-        while not line.endswith(b"\n"):
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    def _receive(self, expected: int | None) -> None:
+        deadline, descriptor = time.monotonic() + ANSWER_LIMIT, self.process.stdout.fileno()
+        while b"\n" not in self._unread:
+            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise HarnessError("timeout", f"the model gave no logits within {ANSWER_LIMIT} s")
-            chunk = os.read(fd, 65536)
+            chunk = os.read(descriptor, 65536)
             if not chunk:
                 raise HarnessError("crash", f"the logits server died (exit code {self.process.wait()}); see serve.log")
-            line += chunk
-        reply = json.loads(line)
+            self._unread += chunk
+            if len(self._unread) > 1 << 16:
+                break
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            reply = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            raise HarnessError("violation", f"expected a reply of the logits server, got {line[:80]!r}") from None
         if "kind" in reply:
-            raise HarnessError(reply["kind"] if reply["kind"] == "violation" else "crash", str(reply.get("message")))
-        return reply
+            kind = reply["kind"] if reply["kind"] in ("violation", "oom") else "crash"
+            raise HarnessError(kind, str(reply.get("message")))
+        if reply != {"done": expected}:
+            raise HarnessError("violation", f"expected the logits server's reply to batch {expected}, got {line[:80]!r}")
 
     def ask(self, batch: np.ndarray) -> None:
         """Send int32 [<= rows, seq_len]; the rest of the buffer repeats its first row, so that the shape never changes."""
@@ -483,99 +552,37 @@ class LogitsServer:
 
     def answer(self) -> np.ndarray:
         """float32 [rows, seq_len, vocab], a shared buffer: valid until the next but one `ask`."""
-        self._receive()
+        i = self.answered % 2
+        self._receive(i)
         self.answered += 1
-        return self.logits[(self.answered - 1) % 2]
+        return self.logits[i]
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        shutil.rmtree(self.exchange, ignore_errors=True)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
-def log_probs(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Natural log of the softmax at `ids`: float32 [T, V], int [T, K] -> float64 [T, K].
-
-    Works on a private float64 copy of the logits, a piece at a time: the server can change its buffer, but not a number
-    that was taken from one piece. Errors: HarnessError("violation") for a logit that is not finite.
-    """
-    out = np.empty(ids.shape)
-    piece = max(1, (1 << 18) // logits.shape[-1])
-    for a in range(0, len(logits), piece):
-        x = logits[a : a + piece].astype(np.float64)                            # [piece, V]
-        if not np.isfinite(x.sum()):
-            raise HarnessError("violation", "non_finite: a logit is NaN or infinite")
-        x -= x.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(x, ids[a : a + piece], axis=-1)             # [piece, K]
-        np.exp(x, out=x)
-        out[a : a + piece] = chosen - np.log(x.sum(axis=-1, keepdims=True))
-    return out
-
-
-def bits_per_byte(ask_rows: Callable, inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, total_bytes: int) -> float:
-    """The score: -log2 p summed over every scored token, over the bytes of the text.
-
-    `ask_rows(items, ids)` yields (item, log_probs [T, K]) for items (row, cut, donor): row `row` of inputs up to `cut`, then
-    row `donor`. Rows with a donor are probes, made of the same text and mixed in, so that a model can't tell them apart:
-    where the tokens are the same, the probabilities must be.
-    """
-    rows, seq_len = inputs.shape
-    rng = np.random.default_rng()  # other probes every time
-    vocab_ids = rng.integers(0, int(inputs.max()) + 1, (rows, seq_len, 3))
-    ids = np.concatenate([targets[..., None], vocab_ids], axis=-1)              # [rows, T, 4]: what is compared
-    items = [(row, seq_len, row) for row in range(rows)]
-    probes = [(int(row), int(rng.integers(1, seq_len + 1)), int(rng.integers(rows))) for row in rng.permutation(rows)[:PROBE_ROWS]]
-    probes[: len(probes) // 4] = [(row, seq_len, row) for row, _, _ in probes[: len(probes) // 4]]  # the very same again
-    for probe in probes:
-        items.insert(int(rng.integers(len(items) + 1)), probe)
-
-    nats = np.full(rows, np.nan)
-    first: dict[int, np.ndarray] = {}
-    probed = {row for row, _, _ in probes}
-    for (row, cut, donor), values in ask_rows(items, ids):
-        if math.isnan(nats[row]) and cut == seq_len and donor == row:
-            nats[row] = -math.fsum(values[scored[row], 0])
-        if row in probed:
-            if row in first:
-                shared = min(cut, len(first[row]))
-                if np.abs(values[:shared] - first[row][:shared]).max() > PROBE_TOLERANCE:
-                    raise HarnessError("violation", diagnose(ask_rows, ids, row, min(cut, len(first[row]) ), rows, seq_len))
-            else:
-                first[row] = values[:cut]
-    return math.fsum(nats) / math.log(2) / total_bytes
-
-
-def diagnose(ask_rows: Callable, ids: np.ndarray, row: int, cut: int, rows: int, seq_len: int) -> str:
-    """Name what a failed probe showed, by asking again under control."""
-    def once(items: list) -> np.ndarray:
-        return next(iter(list(ask_rows(items, ids))))[1]
-
-    def differs(a: np.ndarray, b: np.ndarray) -> bool:
-        return bool(np.abs(a - b).max() > PROBE_TOLERANCE)
-    donor = (row + rows // 2) % rows if rows > 1 else row
-    alone = once([(row, seq_len, row)])
-    if differs(alone, once([(row, seq_len, row)])):
-        return "stateful: the same tokens, asked twice, got other probabilities"
-    cut = min(cut, seq_len - 1)
-    if any(differs(alone[:c], once([(row, c, donor)])[:c]) for c in {max(1, cut), seq_len // 2, seq_len - 1}):
-        return f"non_causal: probabilities before position {cut} changed with the tokens after it"
-    if differs(alone, once([(row, seq_len, row), (donor, seq_len, donor)])):
-        return "cross_row: probabilities of a row changed with the other rows of its batch"
-    return "stateful: probabilities changed with what was asked before"
-
-
-def score(run_dir: Path, held: Path | None, split: str, wrap: list[str]) -> dict:
-    """Score a run's model on held-out text: every byte once, in document order. Returns the summary. Errors: HarnessError."""
+def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_rows: int = 0) -> dict:
+    """Score a run's model on held-out text: every byte once. Returns the summary. Errors: HarnessError."""
+    from probes import Question, bits_per_byte, log_probs
     began = time.monotonic()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may read or write our memory
     facts = read_facts(run_dir)
     held = held or home() / "held" / str(facts["data"])
-    meta = json.loads((held / "meta.json").read_text())
-    tokenizer = Tokenizer((held / "tokenizer.model").read_bytes())
-    tokens = np.fromfile(held / f"{split}.bin", dtype=meta["dtype"])
+    try:
+        meta = json.loads((held / "meta.json").read_text())
+        tokenizer = Tokenizer((held / "tokenizer.model").read_bytes())
+        tokens = np.fromfile(held / f"{split}.bin", dtype=meta["dtype"])
+    except OSError as error:
+        raise HarnessError("data", f"held-out data was expected in {held}, got {error}; run prepare_mlx.py again") from error
     if sha256(tokenizer.decode_bytes(tokens)) != meta[f"{split}_sha256"]:
         raise HarnessError("data", f"{held / f'{split}.bin'} is not the text that was prepared; run prepare_mlx.py again")
-    seq_len = meta["seq_len"]
+    seq_len, vocab = meta["seq_len"], tokenizer.vocab_size
     rows = math.ceil((len(tokens) - 1) / seq_len)
     padded = np.full(rows * seq_len + 1, tokenizer.bos_id, dtype=np.int32)
     padded[: len(tokens)] = tokens
@@ -583,59 +590,55 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str]) -> dict
     scored = tokenizer.token_bytes[targets] > 0                                 # marks and padding have no bytes
     if tokenizer.token_bytes[targets].sum() != meta[f"{split}_bytes"]:
         raise HarnessError("data", f"the bytes of {split}'s tokens do not add up to {meta[f'{split}_bytes']:,}")
-    in_batch = max(1, min(rows, 256, EVAL_BUFFER_BYTES // (4 * seq_len * tokenizer.vocab_size)))
-    server = LogitsServer(run_dir, in_batch, seq_len, tokenizer.vocab_size, wrap)
+    batch_rows = max(1, min(batch_rows or 256, rows, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))
     threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())             # NumPy lets go of the interpreter lock
 
-    def ask_rows(items: list, ids: np.ndarray) -> Iterator:
-        groups = [items[a : a + in_batch] for a in range(0, len(items), in_batch)]
-        for k in range(len(groups) + 1):
-            if k < len(groups):  # the next batch is computed while this one is summed
-                server.ask(np.stack([np.concatenate([inputs[r, :cut], inputs[d, cut:]]) for r, cut, d in groups[k]]))
-            if k:
-                logits = server.answer()
-                sums = threads.map(log_probs, logits[: len(groups[k - 1])], [ids[r] for r, _, _ in groups[k - 1]])
-                yield from zip(groups[k - 1], sums, strict=True)
+    def ask(questions: list[Question], ids: np.ndarray) -> np.ndarray:
+        groups = [questions[a : a + batch_rows] for a in range(0, len(questions), batch_rows)]
+        values = [np.empty((0, seq_len, ids.shape[-1]))]
+        server = LogitsServer(run_dir, [batch_rows, seq_len, vocab], wrap)
+        try:
+            for k in range(len(groups) + 1):
+                if k < len(groups):  # the next batch is computed while this one is summed
+                    server.ask(np.stack([question.tokens for question in groups[k]]))
+                if k:
+                    logits = server.answer()[: len(groups[k - 1])].reshape(-1, vocab)
+                    wanted = ids[[question.row for question in groups[k - 1]]].reshape(len(logits), -1)
+                    values.append(log_probs(logits, wanted, threads).reshape(-1, seq_len, ids.shape[-1]))
+        finally:
+            server.close()
+        return np.concatenate(values)
 
-    try:
-        bpb = bits_per_byte(ask_rows, inputs, targets, scored, meta[f"{split}_bytes"])
-    finally:
-        server.close()
-        threads.shutdown()
-    if not math.isfinite(bpb):
-        raise HarnessError("violation", f"non_finite: the score is {bpb}")
-    return {f"{split}_bpb": f"{bpb:.6f}", "training_seconds": f"{facts['training_seconds']:.1f}",
-            "total_seconds": f"{facts['total_seconds'] + time.monotonic() - began:.1f}",
-            "peak_vram_mb": f"{facts['peak_vram_mb']:.1f}", "mfu_percent": f"{facts['mfu_percent']:.2f}",
-            "total_tokens_M": f"{facts['total_tokens'] / 1e6:.3f}", "num_steps": facts["num_steps"],
-            "num_params_M": f"{facts['num_params'] / 1e6:.3f}", "depth": facts["depth"],
-            f"{split}_bytes": meta[f"{split}_bytes"], f"{split}_sha256": meta[f"{split}_sha256"][:16],
-            "data_hash": meta["data_hash"], "tokenizer_hash": meta["tokenizer_hash"], "seq_len": seq_len,
-            "budget": facts["budget"], "device": facts["device"], "seed": facts["seed"],
-            "suspended_seconds": f"{facts['suspended_seconds']:.1f}"}
+    bpb = bits_per_byte(ask, inputs, targets, scored, meta[f"{split}_bytes"])
+    summary = {f"{split}_bpb": f"{bpb:.6f}", "training_seconds": f"{facts['training_seconds']:.1f}",
+               "total_seconds": f"{facts['total_seconds'] + time.monotonic() - began:.1f}",
+               "peak_vram_mb": f"{facts['peak_vram_mb']:.1f}", "mfu_percent": f"{facts['mfu_percent']:.2f}",
+               "total_tokens_M": f"{facts['total_tokens'] / 1e6:.3f}", "num_steps": facts["num_steps"],
+               "num_params_M": f"{facts['num_params'] / 1e6:.3f}", "depth": facts["depth"],
+               f"{split}_bytes": meta[f"{split}_bytes"], f"{split}_sha256": meta[f"{split}_sha256"][:16],
+               "data_hash": meta["data_hash"], "tokenizer_hash": meta["tokenizer_hash"], "seq_len": seq_len,
+               "budget": facts["budget"], "device": facts["device"], "seed": facts["seed"],
+               "suspended_seconds": f"{facts['suspended_seconds']:.1f}", "speed_index": f"{facts['speed_index']:.3f}"}
+    if abs(facts["speed_index"] - 1) > DRIFT:
+        summary["speed_warning"] = f"{facts['speed_index'] - 1:+.0%} over the training: heat, or another program"
+    return summary
 
 
 def read_facts(run_dir: Path) -> dict:
     """train.json, checked: the trainer wrote it, so a number must be a finite number and a word one short word."""
     try:
-        facts = json.loads((run_dir / "train.json").read_text())
-    except (OSError, ValueError) as error:
+        facts = dict(json.loads((run_dir / "train.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise HarnessError("crash", f"{run_dir}: expected a train.json from a finished training, got {error}") from error
     for key in ("training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens", "num_steps", "num_params",
-                "depth", "seed", "suspended_seconds"):
+                "depth", "seed", "suspended_seconds", "speed_index"):
         value = facts.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise HarnessError("violation", f"train.json: expected a finite number for {key}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
+            raise HarnessError("violation", f"train.json: expected a finite number for {key}, got {str(value)[:80]}")
     for key in ("budget", "device", "data"):
-        if not re.fullmatch(r"[\w.()+ -]{1,64}", str(facts.get(key))):
-            raise HarnessError("violation", f"train.json: expected a short name for {key}, got {facts.get(key)!r}")
+        if not re.fullmatch(r"\w[\w.()+ -]{0,63}", str(facts.get(key))):
+            raise HarnessError("violation", f"train.json: expected a short name for {key}, got {str(facts.get(key))[:80]!r}")
     return facts
-
-
-def print_summary(summary: dict) -> None:
-    print("---")
-    for key, value in summary.items():
-        print(f"{key + ':':<21} {value}" if len(key) > 17 else f"{key + ':':<18}{value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,7 +648,7 @@ def print_summary(summary: dict) -> None:
 def main() -> int:
     sys.modules["prepare_mlx"] = sys.modules["__main__"]  # one module, not two, for corpus.py and the candidate
     parser = argparse.ArgumentParser(description="Prepare data for autoresearch, or score a trained model.")
-    parser.add_argument("--dataset", default=None, 
+    parser.add_argument("--dataset", default=None,
                         help="a name that --list shows, or text:PATH (default: stories on a CPU, else tinystories)")
     parser.add_argument("--preset", default=None, help=f"size of machine: {', '.join(PRESETS)} (default: this machine's)")
     parser.add_argument("--vocab-size", type=int, default=0, help="tokens, instead of the preset's; 256 is plain bytes")
@@ -660,17 +663,19 @@ def main() -> int:
         if name == "score":
             command.add_argument("--split", choices=("val", "test"), default="val")
             command.add_argument("--held", type=Path, help="directory of the held-out shards (default: the run's own dataset)")
-            command.add_argument("--wrap", default="[]", help="JSON list: a command to start the logits server under, a sandbox")
+            command.add_argument("--wrap", type=json.loads, default=[],
+                                 help="JSON list: a command to start the logits server under, a sandbox")
+            command.add_argument("--rows", type=int, default=0, help="rows in a batch, at most (default: what 96 MB hold)")
     args = parser.parse_args()
     try:
         if args.command == "serve":
             serve(args.run_dir.resolve())
         elif args.command == "score":
-            print_summary(score(args.run_dir.resolve(), args.held, args.split, json.loads(args.wrap)))
+            summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows)
+            print("---", *(f"{key + ':':<18}{value}" for key, value in summary.items()), sep="\n")
         elif args.list:
-            from corpus import DATASETS
-            for name, (licence, source, _) in DATASETS.items():
-                print(f"{name:<12} {source:<34} {licence}")
+            import corpus
+            print(*(f"{name:<12} {source:<34} {licence}" for name, (licence, source, _) in corpus.DATASETS.items()), sep="\n")
             for name, preset in PRESETS.items():
                 print(f"preset {name:<8} {preset}{'   <- this machine' if name == detect_preset() else ''}")
         else:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, program, summary_of
 
-from prepare_mlx import HarnessError, Tokenizer, log_probs
+from prepare_mlx import HarnessError, Tokenizer
+from probes import log_probs
 
 
 def test_training_then_score_end_to_end(tiny, trained):
