@@ -1,0 +1,498 @@
+"""The proposer without a language model: every change it can make is minimal, sane and trains; it learns, and never repeats."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import search
+from agent.bandit import Bandit, Outcome, outcomes, parse
+from agent.catalogue import COUPLED, KNOBS, SWITCHES
+from agent.edits import TrainFile, spell
+from agent.journal import Journal
+from agent.moves import Change, changes
+from agent.night import Night, fold
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = (ROOT / "train_mlx.py").read_bytes()
+TIERS = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}  # and the data's seq_len there
+
+
+def everything(tier: str = "cpu", seq_len: int | None = None, source: bytes = SOURCE) -> list[Change]:
+    return changes(TrainFile(source, tier), seq_len or TIERS[tier])
+
+
+def named(key: str, options: list[Change]) -> list[Change]:
+    found = [change for change in options if change.key == key]
+    assert found, f"no change of {key}"
+    return found
+
+
+class Story:
+    """A night told in a few words: journal events as the driver writes them."""
+
+    def __init__(self, source: bytes = SOURCE, **dataset: Any) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.n = 0
+        self.best, self.level = "c0", 1.0
+        self.add("night_start", tag="t", base="c0", train_file="train_mlx.py", seed=1,
+                 dataset={"seq_len": 128, "device": "cpu", **dataset}, sources={})  # fmt: skip
+        self.add("experiment", n=0, parent="c0")
+        self.add("candidate", n=0, commit="c0", ast=search.identity(source), lines=1, description="baseline", usage={}, seconds=0)
+        for k, score in enumerate((0.999, 1.0, 1.001)):
+            self.trial(0, k, score)
+        self.verdict(0, "keep", 1.0, "baseline")
+
+    def add(self, event: str, **fields: Any) -> None:
+        self.events.append({"event": event, "seq": len(self.events), "t": 1000.0 + len(self.events), **fields})
+
+    def trial(self, n: int, k: int, score: float | None, status: str = "ok") -> None:
+        self.add("trial_start", n=n, k=k, seed=1 + k, dir=f"{n:04d}-{1 + k}")
+        self.add("trial_end", n=n, k=k, seed=1 + k, dir=f"{n:04d}-{1 + k}", status=status, val_bpb=score, summary={}, seconds=1.0,
+                 error=None)  # fmt: skip
+
+    def verdict(self, n: int, status: str, score: float | None, description: str) -> None:
+        self.add("verdict", n=n, status=status, reason="", val_bpb=score, description=description, error=None, usage={}, seconds=0)
+
+    def tried(self, description: str, gain: float, status: str = "", identity: str = "") -> None:
+        """An experiment that lowered val_bpb by `gain`; a keep if that is much."""
+        self.n += 1
+        status = status or ("keep" if gain > 0.004 else "discard")
+        score = self.level - gain if status in ("keep", "discard") else None
+        self.add("experiment", n=self.n, parent=self.best)
+        self.add("candidate", n=self.n, commit=f"c{self.n}", ast=identity or f"x{self.n}", lines=1, description=description,
+                 usage={}, seconds=0)  # fmt: skip
+        self.trial(self.n, 0, score, "ok" if score is not None else status)
+        self.verdict(self.n, status, score, description)
+        if status == "keep":
+            self.best, self.level = f"c{self.n}", self.level - gain
+
+    def night(self) -> Night:
+        return fold(self.events)
+
+    def write(self, folder: Path) -> Path:
+        with Journal(folder) as journal:
+            for event in self.events:
+                journal.append(event["event"], **{k: v for k, v in event.items() if k not in ("event", "seq", "t")})
+        return folder / "journal.jsonl"
+
+
+# Reading and editing
+
+
+def test_of_a_table_by_tier_only_this_machines_entry_changes() -> None:
+    before = TrainFile(SOURCE, "mac")
+    change = named("DEPTH", everything("mac"))[0]
+    after = TrainFile(before.apply(change.edits), "mac")
+    expected = {**before.tables["DEPTH"], "mac": before.constants["DEPTH"].value + 1}
+    assert after.tables["DEPTH"] == expected
+    assert {name: table for name, table in after.tables.items() if name != "DEPTH"} == {
+        name: table for name, table in before.tables.items() if name != "DEPTH"
+    }
+
+
+def test_a_constants_comment_and_every_other_byte_stay() -> None:
+    source = '# größer\r\nMATRIX_LR = 0.02  # für alle\r\nROPE_BASE = 10_000\r\nX = "é"; BATCH_TOKENS = 2**18 ; Y = 2\r\n'
+    file = TrainFile(source.encode(), "cpu")
+    wanted = {"MATRIX_LR": 0.03, "ROPE_BASE": 20000, "BATCH_TOKENS": 2**17}
+    edits = [file.constants[name].set(value) for name, value in wanted.items()]
+    expected = source.replace("0.02", "0.03").replace("10_000", "20_000").replace("2**18", "2**17")
+    assert file.apply(edits) == expected.encode()
+    with_mark = TrainFile(b"\xef\xbb\xbf" + source.encode(), "cpu")
+    edited = with_mark.apply([with_mark.constants["MATRIX_LR"].set(0.03)])
+    assert edited == b"\xef\xbb\xbf" + source.replace("0.02", "0.03").encode()
+
+
+def test_parts_of_a_tuple_are_constants_of_their_own() -> None:
+    file = TrainFile(b"ADAM_BETAS = (0.8, 0.95)  # AdamW\n", "cpu")
+    assert file.apply([file.constants["ADAM_BETAS[1]"].set(0.98)]) == b"ADAM_BETAS = (0.8, 0.98)  # AdamW\n"
+
+
+def test_what_is_no_literal_is_left_alone() -> None:
+    file = TrainFile(b"A = f()\nB = A + 1\nC = {'cpu': g()}[TIER]\nD = 3 ** 10 ** 10\nE = not 1\nlower = 3\n", "cpu")
+    assert file.constants == {}
+
+
+def test_two_edits_of_one_place_are_refused() -> None:
+    file = TrainFile(b"A = 1\n", "cpu")
+    with pytest.raises(ValueError, match="two edits"):
+        file.apply([file.constants["A"].set(2), file.constants["A"].set(3)])
+
+
+def test_numbers_are_spelled_as_a_person_would() -> None:
+    spelled = [spell(value) for value in (0.02 * 1.5, 0.004 / 1.5, 8192, (8192,), (1, 2), "SL")]
+    assert spelled == ["0.03", "0.00267", "8192", "(8192,)", "(1, 2)", '"SL"']
+
+
+# The catalogue
+
+
+def test_every_entry_of_the_catalogue_fits_the_train_file() -> None:
+    rich = SOURCE.replace(b'WINDOW_PATTERN = "L"', b'WINDOW_PATTERN = "SL"').replace(b"(8192, 16384)", b"(8192, 16384, 32768)")
+    assert rich.count(b'"SL"') == 1, "the train file's window pattern or tables are spelled otherwise now"
+    keys = {change.key for tier in TIERS for source in (SOURCE, rich) for change in everything(tier, source=source)}
+    wanted = {knob.key for knob in KNOBS} | {switch.key for switch in SWITCHES}
+    wanted |= {"WINDOW_PATTERN", "NGRAM_BUCKETS", "WIDTH", "HEAD_DIM", "shape", "BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"}
+    assert keys == wanted
+    assert {name for key, others in COUPLED.items() for name in (key, *others)} <= wanted
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier: str) -> None:
+    file = TrainFile(SOURCE, tier)
+    sources = {ast.unparse(file.tree)}
+    for change in everything(tier):
+        data = file.apply(change.edits)
+        sources.add(ast.unparse(ast.parse(data)))
+        old, new = SOURCE.decode().splitlines(), data.decode().splitlines()
+        assert abs(len(old) - len(new)) <= 3, change
+        assert len(set(old) - set(new)) <= 4, change
+        assert parse(str(change)) == [change.arm], change
+        assert change.why
+        assert 0 < change.prior < 1
+    assert len(sources) == 1 + len(everything(tier)), "two changes make the same source"
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_change_leaves_shapes_that_can_train(tier: str) -> None:
+    file = TrainFile(SOURCE, tier)
+    for change in everything(tier):
+        value = {name: c.value for name, c in TrainFile(file.apply(change.edits), tier).constants.items()}
+        row = min(value["SEQ_LEN"], TIERS[tier])
+        assert value["BATCH_TOKENS"] % row == value["MICRO_TOKENS"] % row == 0, change
+        assert value["BATCH_TOKENS"] % value["MICRO_TOKENS"] == 0, change
+        assert value["SEQ_LEN"] <= max(TIERS[tier], file.constants["SEQ_LEN"].value), change
+        assert value["WIDTH"] % value["HEAD_DIM"] == 0, change
+        assert value["HEAD_DIM"] % 2 == 0, change
+        assert min(value["DEPTH"], value["MUON_MOMENTUM"][2], value["WIDTH"]) >= 1, change
+        assert all(0 <= value[name] <= 1 for name in ("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "MUON_BETA2")), change
+        assert value["WARMUP_RATIO"] + value["WARMDOWN_RATIO"] <= 1, change
+        assert all(0 < value[name] < 3 for name in ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR")), change
+
+
+def test_a_pass_follows_the_step_unless_steps_accumulate() -> None:
+    def after(tier: str, factor: float) -> tuple[int, int]:
+        file = TrainFile(SOURCE, tier)
+        batch = file.constants["BATCH_TOKENS"].value
+        change = next(c for c in named("BATCH_TOKENS", everything(tier)) if int(c.new) == batch * factor)
+        value = TrainFile(file.apply(change.edits), tier).constants
+        return value["BATCH_TOKENS"].value / batch, value["MICRO_TOKENS"].value / file.constants["MICRO_TOKENS"].value
+
+    assert after("mac", 0.5) == (0.5, 0.5)
+    assert after("mac", 2) == (2, 2)
+    assert after("cuda", 0.5) == (0.5, 1)  # 2**17 tokens a step in passes of 2**16
+
+
+def test_rows_are_never_longer_than_the_datas() -> None:
+    assert {change.new for change in named("SEQ_LEN", everything("cpu", 128))} >= {"128", "32"}
+    assert {change.direction for change in named("SEQ_LEN", everything("cpu", 64))} == {"down"}
+    assert {change.new for change in named("SEQ_LEN", everything("cpu", 32))} == {"16", "8"}  # 64 is cut to 32 already
+    assert {change.direction for change in named("SEQ_LEN", changes(TrainFile(SOURCE, "cpu"), None))} == {"down"}
+
+
+def test_forms_of_the_code_go_there_and_back() -> None:
+    file = TrainFile(SOURCE, "cpu")
+    for switch in SWITCHES:
+        for change in named(switch.key, everything()):
+            there = TrainFile(file.apply(change.edits), "cpu")
+            back = [c for c in named(switch.key, everything(source=there.data)) if c.new == change.old]
+            assert [c.old for c in back] == [change.new], change
+            assert there.apply(back[0].edits) == SOURCE, change
+
+
+def test_forms_that_mean_the_same_at_this_depth_are_no_experiment() -> None:
+    forms = {change.new for change in named("value embeddings", everything("cpu"))}
+    assert TrainFile(SOURCE, "cpu").constants["DEPTH"].value == 2
+    assert forms == {"all", "none"}  # at depth 2 `last` is what `alternate` is already
+    assert "last" in {change.new for change in named("value embeddings", everything("mac-max"))}
+    windows = {change.new for change in named("WINDOW_PATTERN", everything("cpu"))}
+    assert windows == {"SL"}  # one layer before the last: SSL and SSSL say the same
+
+
+def test_what_the_file_does_not_have_is_passed_over() -> None:
+    without = SOURCE.replace(b"mx.square(mx.maximum(self.c_fc(x), 0))", b"mine(self.c_fc(x))").replace(b"MATRIX_LR", b"RATE")
+    keys = {change.key for change in everything(source=without)}
+    assert not keys & {"activation", "MLP", "MATRIX_LR"}
+    assert {"EMBEDDING_LR", "peri-LN"} <= keys
+
+
+# The bandit
+
+
+def test_the_arms_of_a_description_are_read_back() -> None:
+    assert parse("MATRIX_LR 0.02 -> 0.03") == [("MATRIX_LR", "up")]
+    assert parse("BATCH_TOKENS 2**18 -> 2**17 (MICRO_TOKENS too)") == [("BATCH_TOKENS", "down")]
+    assert parse("DEPTH 2 -> 3 + init scale 1.0 -> 0.8") == [("DEPTH", "up"), ("init scale", "down")]
+    assert parse("use a cosine schedule") == []
+    assert parse("") == []
+
+
+def test_keeps_raise_an_arms_chance_and_failures_lower_it() -> None:
+    story = Story()
+    story.tried("MATRIX_LR 0.02 -> 0.03", 0.05)
+    for i in range(4):
+        story.tried(f"SOFTCAP 15.0 -> {20 + i}", -0.05)
+    story.tried("ROPE_BASE 10000 -> 30000", 0.0005)
+    bandit = Bandit(outcomes(story.night()), random.Random(0))
+    options = everything()
+
+    def chance(key: str, direction: str) -> tuple[float, float]:
+        change = next(c for c in options if c.arm == (key, direction))
+        won, lost = bandit.chance(change)
+        return won / (won + lost), change.prior
+
+    assert chance("MATRIX_LR", "up")[0] > 1.5 * chance("MATRIX_LR", "up")[1]
+    assert chance("SOFTCAP", "up")[0] < 0.6 * chance("SOFTCAP", "up")[1]
+    assert chance("ROPE_BASE", "up")[0] > chance("ROPE_BASE", "up")[1]  # a near miss is a sign of life
+    assert chance("SCALAR_LR", "up")[0] == pytest.approx(chance("SCALAR_LR", "up")[1])
+
+
+def test_a_failure_counts_for_less_once_what_it_failed_against_has_changed() -> None:
+    def weight(*then: tuple[str, float]) -> float:
+        story = Story()
+        story.tried("MATRIX_LR 0.02 -> 0.03", -0.05)
+        for description, gain in then:
+            story.tried(description, gain)
+        return next(o.weight for o in outcomes(story.night()) if o.arm == ("MATRIX_LR", "up"))
+
+    assert weight() == 1
+    assert weight(("SOFTCAP 15.0 -> 20.0", -0.05)) == 1  # nothing was kept
+    assert weight(("SOFTCAP 15.0 -> 20.0", 0.05)) < 1
+    assert weight(("BATCH_TOKENS 1024 -> 512", 0.05)) < 0.5 * weight(("SOFTCAP 15.0 -> 20.0", 0.05))  # coupled
+
+
+def test_of_two_changes_together_each_gets_half_the_evidence() -> None:
+    story = Story()
+    story.tried("DEPTH 2 -> 3 + SOFTCAP 15.0 -> 20.0", -0.05)
+    assert {(o.arm, o.weight) for o in outcomes(story.night())} == {(("DEPTH", "up"), 0.5), (("SOFTCAP", "up"), 0.5)}
+
+
+def test_failed_trainings_count_and_agents_failures_do_not() -> None:
+    story = Story()
+    for status in ("oom", "noop", "agent_error"):
+        story.tried("WIDTH 128 -> 192", 0.0, status)
+    assert outcomes(story.night()) == [Outcome(("WIDTH", "up"), 0.0, 1.0)]
+
+
+def test_nothing_that_was_trained_is_proposed_again_and_the_end_is_said() -> None:
+    source = b"MATRIX_LR = 0.02\nFINAL_LR_FRAC = 0.05\n"
+    story = Story(source)
+    file, seen = TrainFile(source, "cpu"), set()
+    for turn in range(500):
+        found = search.propose(file, story.night(), random.Random(turn))
+        if found is None:
+            break
+        identity = search.identity(found[1])
+        assert identity not in seen
+        seen.add(identity)
+        story.tried(" + ".join(map(str, found[0])), -0.05, identity=identity)
+    else:
+        pytest.fail("it never ended")
+    singles = {search.identity(file.apply(change.edits)) for change in changes(file)}
+    assert singles < seen  # pairs too
+    better = file.apply(changes(file)[0].edits)
+    assert search.propose(TrainFile(better, "cpu"), story.night(), random.Random(0)) is not None  # another best, another night
+
+
+LANDSCAPE = {"MATRIX_LR": 0.16, "EMBEDDING_LR": 1.6, "MUON_BETA2": 0.8}  # the best values; nothing else matters or it hurts
+TOY = b"".join(
+    f"{name} = {value}\n".encode()
+    for name, value in {
+        "MATRIX_LR": 0.02, "EMBEDDING_LR": 0.2, "UNEMBEDDING_LR": 0.004, "SCALAR_LR": 0.3, "WEIGHT_DECAY": 0.15, "SOFTCAP": 15.0,
+        "WARMDOWN_RATIO": 0.4, "FINAL_LR_FRAC": 0.05, "ROPE_BASE": 10000, "MUON_BETA2": 0.95, "VE_GATE_CHANNELS": 32, "DEPTH": 3,
+        "ADAM_BETAS": (0.8, 0.95), "MUON_MOMENTUM": (0.85, 0.95, 200), "NGRAM_BUCKETS": (8192, 16384),
+    }.items()
+)  # fmt: skip
+
+
+def simulated_night(learn: bool, seed: int, length: int = 30) -> float:
+    """The val_bpb after a night on a landscape with three ways down."""
+
+    def bpb(source: bytes) -> float:
+        value = {name: c.value for name, c in TrainFile(source, "cpu").constants.items() if "[" not in name}
+        start = {name: c.value for name, c in TrainFile(TOY, "cpu").constants.items() if "[" not in name}
+        distance = sum(abs(math.log(value[name] / best)) for name, best in LANDSCAPE.items())
+        return 1 + 0.02 * distance + 0.01 * sum(value[name] != start[name] for name in value if name not in LANDSCAPE)
+
+    best, story = TOY, Story(TOY)
+    story.level = bpb(TOY)
+    for turn in range(length):
+        found = search.propose(TrainFile(best, "cpu"), story.night(), random.Random(f"{seed} {turn}"), learn=learn)
+        assert found
+        gain = bpb(best) - bpb(found[1])
+        story.tried(" + ".join(map(str, found[0])), gain, identity=search.identity(found[1]))
+        best = found[1] if gain > 0.004 else best
+    return bpb(best)
+
+
+def test_learning_finds_more_than_chance() -> None:
+    nights = range(8)
+    learnt = [simulated_night(True, seed) for seed in nights]
+    chance = [simulated_night(False, seed) for seed in nights]
+    start = 1 + 0.02 * sum(abs(math.log(TrainFile(TOY, "cpu").constants[name].value / best)) for name, best in LANDSCAPE.items())
+    assert start - sum(learnt) / len(nights) > 1.25 * (start - sum(chance) / len(nights)), (learnt, chance)
+
+
+def test_the_random_control_draws_every_change_alike() -> None:
+    file = TrainFile(TOY, "cpu")
+    story = Story(TOY)
+    for i in range(12):
+        story.tried(f"MATRIX_LR 0.02 -> 0.0{3 + i}", 0.05)  # what a learner would follow
+    options, state, counts = changes(file), story.night(), {}
+    for turn in range(400):
+        found = search.propose(file, state, random.Random(turn), learn=False)
+        assert found
+        counts[found[0][0].key] = counts.get(found[0][0].key, 0) + 1
+    share = len(named("MATRIX_LR", options)) / len(options)
+    assert abs(counts["MATRIX_LR"] / 400 - share) < 4 * math.sqrt(share * (1 - share) / 400)
+
+
+# As a process
+
+
+def started(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """As the driver starts it: from a worktree, with the driver's modules on the path."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", **environ}
+    return subprocess.run([sys.executable, "-m", "agent.search", *arguments], cwd=folder, env=env, input="A briefing.\n",
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+
+
+@pytest.fixture
+def worktree(tmp_path: Path) -> Path:
+    folder = tmp_path / "worktree"
+    folder.mkdir()
+    (folder / "train_mlx.py").write_bytes(SOURCE)
+    return folder
+
+
+def digest(folder: Path) -> Mapping[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options", [(), ("--random",), ("--model", "random")])
+def test_the_file_is_edited_and_the_last_lines_say_why_and_what(worktree: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    journal = Story().write(tmp_path / "night")
+    done = started(worktree, *options, AUTORESEARCH_JOURNAL=str(journal), AUTORESEARCH_SEED="7", AUTORESEARCH_EXPERIMENT="1")
+    assert done.returncode == 0, done.stderr
+    *_, why, what = done.stdout.splitlines()
+    assert why.startswith("HYPOTHESIS: ")
+    assert what.startswith("DESCRIPTION: ")
+    assert parse(what.removeprefix("DESCRIPTION: "))
+    changed = (worktree / "train_mlx.py").read_bytes()
+    assert search.identity(changed) not in ("", search.identity(SOURCE))
+    assert digest(worktree).keys() == {"train_mlx.py"}
+    (worktree / "train_mlx.py").write_bytes(SOURCE)
+    again = started(worktree, *options, AUTORESEARCH_JOURNAL=str(journal), AUTORESEARCH_SEED="7", AUTORESEARCH_EXPERIMENT="1")
+    assert again.stdout == done.stdout
+    assert (worktree / "train_mlx.py").read_bytes() == changed
+
+
+def test_without_a_journal_the_priors_decide(worktree: Path) -> None:
+    words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(4)}
+    assert len(words) == 4
+
+
+def test_a_damaged_journal_costs_no_experiment(worktree: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text("no journal\nat all\n")
+    done = started(worktree, AUTORESEARCH_JOURNAL=str(journal))
+    assert done.returncode == 0
+    assert "the journal can't be read" in done.stdout
+    assert "DESCRIPTION: " in done.stdout
+
+
+def test_errors_say_what_is_wrong_and_change_nothing(worktree: Path) -> None:
+    done = started(worktree, AUTORESEARCH_TRAIN_FILE="train_other.py")
+    assert done.returncode == 2
+    assert "train_other.py can't be read" in done.stderr
+    (worktree / "train_mlx.py").write_text("def broken(:\n")
+    before = digest(worktree)
+    assert started(worktree).returncode == 2
+    (worktree / "train_mlx.py").write_text("print('nothing to turn')\n")
+    done = started(worktree)
+    assert done.returncode == 1
+    assert "nothing in the catalogue is left to try on this train_mlx.py" in done.stderr
+    assert digest(worktree).keys() == before.keys()
+
+
+def test_a_table_without_this_machine_is_said_and_another_constant_chosen(worktree: Path) -> None:
+    (worktree / "train_mlx.py").write_text('DEPTH = {"mac": 3}[TIER]\nMATRIX_LR = 0.02\n')
+    done = started(worktree, AUTORESEARCH_TIER="cpu")
+    assert "no entry for this machine's tier 'cpu' in DEPTH" in done.stdout
+    assert "DESCRIPTION: MATRIX_LR 0.02 -> " in done.stdout
+
+
+def test_the_tier_is_told_by_the_night_and_corrected_by_what_was_trained() -> None:
+    assert search.find_tier(SOURCE, None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
+    assert search.find_tier(SOURCE, Story(device="mac").night(), {}) == "mac"
+    story = Story(device="cuda")
+    depth = TrainFile(SOURCE, "cpu").constants["DEPTH"].value
+    next(e for e in reversed(story.events) if e["event"] == "trial_end")["summary"] = {"depth": float(depth)}
+    assert search.find_tier(SOURCE, story.night(), {}) == "cpu"  # the machine has a GPU, the framework does not use it
+
+
+# Trained for real
+
+
+def train(folder: Path, home: Path, source: bytes, *, score: bool = False) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Four steps on tiny data; the digest of the weights."""
+    (folder / "train_mlx.py").write_bytes(source)
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    env = {**os.environ, "AUTORESEARCH_HOME": str(home), "AUTORESEARCH_BUDGET": "4steps", "AUTORESEARCH_SCORE": str(int(score)),
+           "AUTORESEARCH_RUN_DIR": str(run), "AUTORESEARCH_SEED": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "train_mlx.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    weights = run / "weights.safetensors"
+    return done, hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """A folder to train in, prepared data, and the data's seq_len."""
+    folder = tmp_path_factory.mktemp("bench")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    env = {**os.environ, "AUTORESEARCH_HOME": str(folder / "home")}
+    subprocess.run([sys.executable, "prepare_mlx.py", "--preset", "tiny", "--dataset", "stories", "--json", "entry.json"],
+                   cwd=folder, env=env, capture_output=True, check=True, timeout=120)  # fmt: skip
+    return folder, folder / "home", json.loads((folder / "entry.json").read_text())["seq_len"]
+
+
+def check_training(bench: tuple[Path, Path, int], picked: list[Change]) -> None:
+    """Each change trains, what changed the code can be scored, and no change is without effect."""
+    folder, home, _ = bench
+    file = TrainFile(SOURCE, "cpu")
+    done, unchanged = train(folder, home, SOURCE)
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for change in picked:
+        done, weights = train(folder, home, file.apply(change.edits), score=change.key in {switch.key for switch in SWITCHES})
+        if done.returncode or weights == unchanged:
+            wrong.append(f"{change}: exit {done.returncode}{' no effect' * (weights == unchanged)} {done.stderr[-300:]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_few_changes_train(bench: tuple[Path, Path, int]) -> None:
+    options = changes(TrainFile(SOURCE, "cpu"), bench[2])
+    words = ("BATCH_TOKENS 1024 -> 512 (MICRO_TOKENS too)", "output gate off -> on", "shape 2x128 -> 3x96")
+    picked = [change for change in options if str(change) in words]
+    assert len(picked) == len(words)
+    check_training(bench, picked)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_change_of_the_catalogue_trains(bench: tuple[Path, Path, int]) -> None:
+    check_training(bench, changes(TrainFile(SOURCE, "cpu"), bench[2]))
