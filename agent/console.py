@@ -11,7 +11,8 @@ from rich.console import Console as Rich
 from rich.markup import escape
 from rich.status import Status
 
-PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
+PLAIN_SECONDS = 30.0  # between progress lines where there is no terminal
+FIRST_SECONDS = 4.0  # to the first one
 
 
 class Console:
@@ -54,7 +55,7 @@ class Console:
     def stage(self, prefix: str) -> None:
         """Name what the live line is about."""
         self.prefix = prefix
-        self._shown = time.monotonic()
+        self._shown = time.monotonic() - PLAIN_SECONDS + FIRST_SECONDS
         if self._status:
             self._status.update(escape(prefix))
 

@@ -100,7 +100,8 @@ class Engine:
                 self.record("note", text=f"the baseline ended as {result.status}: {error.get('message')}")
                 raise BaselineError(
                     f"the unchanged {self.lab.train_file} ended as {result.status}: {error.get('message')}\n"
-                    f"{error.get('tail', '')}\nfull output: {self.lab.folder / 'logs'}"
+                    f"{error.get('tail', '')}\nmend it, commit it, and start a night with "
+                    f"another --tag; full output: {self.lab.folder / 'logs'}"
                 )
             if self.stopper.finishing() and len(experiment.scores) < self.settings.baseline_seeds:
                 raise Stopped

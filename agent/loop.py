@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from agent.journal import Journal, holder, read
 from agent.night import fold
 from agent.power import battery_warning, stay_awake
 from agent.proposal import Bench
+from agent.redact import redact
 from agent.settings import Settings
 from agent.stopping import Stopper, request_stop
 from agent.trial import Lab
@@ -175,16 +177,20 @@ def _interrupted(journal: Journal, console: Console, tag: str) -> int:
     return INTERRUPTED
 
 
-def _coder(options: dict[str, Any]) -> tuple[coders.Coder, str]:
-    """The coding agent and a line about it. CoderError if it is unknown."""
+def _coder(options: Mapping[str, Any]) -> tuple[coders.Coder, str]:
+    """The coding agent and a line about it. CoderError if it is unknown or not installed: better now than after the baseline."""
     if options.get("agent") and options.get("agent_cmd"):
         raise UsageError("--agent and --agent-cmd: expected one of them")
     if options.get("agent_cmd"):
-        return coders.template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
-    if options.get("agent"):
-        return coders.get(options["agent"]), f"agent: {options['agent']}"
-    found = coders.detect(os.environ)
-    return found.coder, found.reason
+        coder, about = coders.template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
+    elif options.get("agent"):
+        coder, about = coders.get(options["agent"]), f"agent: {options['agent']}"
+    else:
+        found = coders.detect(os.environ)
+        coder, about = found.coder, found.reason
+    if coder.find(os.environ) is None:
+        raise coders.CoderError(f"agent {coder.name}: no program {coder.binary!r} on PATH; install it: {coder.install_hint}")
+    return coder, redact(about)
 
 
 def _picture(folder: Path, cwd: Path) -> None:

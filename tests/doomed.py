@@ -1,7 +1,7 @@
-"""`python -m agent.loop`, but for the end: it kills itself with SIGKILL just before or after its N-th journal line.
+"""`python -m agent.loop`, but for the end: it kills itself with SIGKILL around a line of the journal.
 
-`DOOM="after 5"` dies with the line on the disk, `DOOM="before 5"` with the line not written, `DOOM="torn 5"` with half of it
-written, as a power cut would leave it.
+`DOOM="after 5"` dies with its 5th line on the disk, `"before 5"` with the line not written, `"torn 5"` with half of it written, as
+a power cut would leave it; `"after verdict"` at its first line of that kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ honest = journal.Journal.append
 def append(self: journal.Journal, event: str, **fields: Any) -> journal.Event:
     global appends
     appends += 1
-    if appends < int(COUNT):
+    if COUNT not in (str(appends), event):
         return honest(self, event, **fields)
     if WHEN == "after":
         honest(self, event, **fields)

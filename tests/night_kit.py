@@ -10,9 +10,11 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = str(Path(tempfile.gettempdir()) / f"autoresearch-test-cache-{os.getuid()}")  # matplotlib's fonts, indexed once
 
 HARNESS = '''\
 import json, os, random, sys
@@ -105,6 +107,7 @@ def put(name, value):
     file.write_text(re.sub(rf"^{name} = .*$", f"{name} = {value}", file.read_text(), flags=re.M))
 
 gain = float(re.search(r"^GAIN = (.*)$", source, re.M)[1])
+Path(__file__).with_name(f"prompt-{n}").write_text(prompt)
 with open(Path(__file__).with_name("calls"), "a") as calls:
     calls.write(f"{n} {act}\\n")
 if act == "better":
@@ -124,6 +127,7 @@ elif act == "seed":
     put("SEED", "7")
 elif act == "simpler":
     file.write_text(source.replace("        (run / \\"config.json\\").write_text(\\"{}\\")\\n", ""))
+    put("GAIN", gain + 0.001)
 elif act == "violation":
     Path("prepare_mlx.py").write_text("print('---')")
 elif act == "extra":
@@ -133,6 +137,11 @@ elif act == "fail":
     sys.exit("agent: something broke")
 elif act == "hangs":
     time.sleep(600)
+elif act == "login":
+    print("Error: 401 authentication failed: invalid API key", file=sys.stderr)
+    sys.exit(1)
+elif act == "plant":
+    file.write_text(source + f'KEY = "{os.environ.get("PLANTED_API_KEY")}"\\n')
 elif act == "limit":
     flag = Path(__file__).with_name("limited")
     if not flag.exists():
@@ -143,6 +152,7 @@ elif act == "limit":
 elif act == "leak":
     put("GAIN", round(gain + 0.05, 4))
     print("DESCRIPTION: my key is", os.environ.get("PLANTED_API_KEY"))
+    sys.exit()
 print("HYPOTHESIS: it helps")
 print(f"DESCRIPTION: {act} {n}")
 '''
@@ -189,7 +199,7 @@ class Bed:
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("GIT_", "AUTORESEARCH_"))}
         own = {
-            "HOME": str(self.home), "AUTORESEARCH_HOME": str(self.home / "data"), "PYTHONPATH": str(ROOT),
+            "HOME": str(self.home), "AUTORESEARCH_HOME": str(self.home / "data"), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": CACHE,
             "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200",
         }  # fmt: skip
         return {**kept, **own, **extra}
