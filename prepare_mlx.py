@@ -672,7 +672,7 @@ def main() -> int:
             serve(args.run_dir.resolve())
         elif args.command == "score":
             summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows)
-            print("---", *(f"{key + ':':<18}{value}" for key, value in summary.items()), sep="\n")
+            print("---", *(f"{key + ': ':<18}{value}" for key, value in summary.items()), sep="\n")
         elif args.list:
             import corpus
             print(*(f"{name:<12} {source:<34} {licence}" for name, (licence, source, _) in corpus.DATASETS.items()), sep="\n")

@@ -115,7 +115,7 @@ def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored
 def diagnose(ask: Callable, probe: Question, inputs: np.ndarray, ids: np.ndarray) -> str:
     """Name what a failed probe showed, by asking again, each time a process that remembers nothing."""
     def once(*rows: np.ndarray) -> np.ndarray:
-        return ask([Question(probe.row, probe.cut, tokens) for tokens in rows], ids)[0]  # [T, K]
+        return ask([Question(probe.row, probe.cut, tokens) for tokens in rows], ids)[-1]  # [T, K]: of the last one
 
     def differ(a: np.ndarray, b: np.ndarray) -> bool:
         return np.abs(a - b).max() > PROBE_TOLERANCE or math.sqrt(np.mean((a - b) ** 2)) > PROBE_NOISE
@@ -123,7 +123,7 @@ def diagnose(ask: Callable, probe: Question, inputs: np.ndarray, ids: np.ndarray
     alone = once(row)
     if differ(alone, once(row)):
         return "stateful: the same tokens, asked of two new processes, got other probabilities"
-    if differ(alone, once(row, *np.roll(inputs, -probe.row, axis=0)[1:16])):
+    if differ(alone, once(*np.roll(inputs, -probe.row, axis=0)[1:16], row)):
         return "cross_row: probabilities of a row changed with the other rows of its batch"
     if differ(alone[:cut], once(probe.tokens)[:cut]):
         return f"non_causal: probabilities before position {cut} changed with the tokens from there on"

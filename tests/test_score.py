@@ -1,42 +1,395 @@
-"""The score: from logits, by another process, every byte once; and the refusals."""
+"""The score: from logits, by another process, every byte once; and refused to a model that looks where it may not.
 
+Most candidates here are bigram tables in NumPy: real train files, served by the real server, that start in no time.
+"""
+
+import json
 import math
+import os
+import re
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, program, summary_of
+from conftest import ROOT, environment, program, summary_of
 
 from prepare_mlx import HarnessError, Tokenizer
-from probes import log_probs
+from probes import Question, bits_per_byte, log_probs, splice
+
+FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
+         "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0, "budget": "20steps", "device": "cpu"}
+
+BIGRAM = """
+import os, sys
+import numpy as np
+
+def load_model(run_dir):
+    table = np.load(run_dir / "bigram.npy")                 # float32 [vocab, vocab]
+    vocab, calls, memory = len(table), [0], {}
+    def next_tokens(tokens):                                # what a model may not know: [B, T, vocab]
+        return np.eye(vocab, dtype=np.float32)[np.roll(tokens, -1, axis=1)]
+    def model(tokens):                                      # int32 [B, T] -> float32 [B, T, vocab]
+        calls[0] += 1
+        logits = table[tokens]
+        EDIT
+        return logits
+    return model
+"""
+
+
+@pytest.fixture(scope="session")
+def validation(tiny):
+    """Inputs, targets and which of them have bytes, [rows, T] each, worked out here from what lies on disk."""
+    tokenizer = Tokenizer((tiny.held / "tokenizer.model").read_bytes())
+    tokens = np.fromfile(tiny.held / "val.bin", np.uint16).astype(np.int32)
+    assert tokenizer.token_bytes[tokens].sum() == json.loads((tiny.held / "meta.json").read_text())["val_bytes"]
+    length = -(-(len(tokens) - 1) // 32) * 32 + 1
+    tokens = np.concatenate([tokens, np.full(length - len(tokens), tokenizer.bos_id, np.int32)])
+    inputs, targets = tokens[:-1].reshape(-1, 32), tokens[1:].reshape(-1, 32)
+    return inputs, targets, tokenizer.token_bytes[targets] > 0
+
+
+@pytest.fixture(scope="session")
+def table(tiny):
+    """Log counts of token pairs in the training shard: float32 [320, 320]."""
+    tokens = np.fromfile(tiny.train / "train.bin", np.uint16).astype(int)
+    counts = np.full((320, 320), 0.1)
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    return np.log(counts).astype(np.float32)
+
+
+@pytest.fixture
+def candidate(tiny, table, tmp_path):
+    """Makes a run directory as a trainer would leave it: a bigram model with an edit."""
+    def make(edit: str = "pass", source: str = BIGRAM, **facts):
+        (tmp_path / "train_x.py").write_text(source.replace("EDIT", edit.replace("\n", "\n        ")))
+        np.save(tmp_path / "bigram.npy", table)
+        (tmp_path / "train.json").write_text(json.dumps({**FACTS, "data": tiny.train.name, **facts}))
+        return tmp_path
+    return make
+
+
+def score(run_dir, tiny, *more):
+    return program(ROOT / "prepare_mlx.py", "score", run_dir, *more, home=tiny.home)
+
+
+def refusal(done) -> tuple[int, str, str]:
+    """Exit code, kind and message of a scorer that refused; it printed no summary."""
+    assert done.stdout == ""
+    record = json.loads(done.stderr.splitlines()[-1])
+    return done.returncode, record["kind"], record["message"]
 
 
 def test_training_then_score_end_to_end(tiny, trained):
-    done = program(ROOT / "prepare_mlx.py", "score", trained, home=tiny.home)
+    done = score(trained, tiny)
     assert done.returncode == 0, done.stderr
     summary = summary_of(done.stdout)
     assert 0.5 < float(summary["val_bpb"]) < 2, "20 steps learn the words of the text"
     assert summary["data_hash"] == tiny.entry["data_hash"]
     assert summary["num_steps"] == "20"
+    assert list(summary)[:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M",
+                                 "num_steps", "num_params_M", "depth"]
 
 
-def test_softmax_in_float64_equals_an_independent_one():
+def test_two_processes_and_three_batch_sizes_print_the_same(tiny, trained):
+    printed = {summary_of(score(trained, tiny, "--rows", rows).stdout)["val_bpb"] for rows in (1, 7, 7, 256)}
+    assert len(printed) == 1
+
+
+def test_every_token_is_scored_once(tiny, candidate, validation):
+    done = score(candidate("logits = 0 * logits"), tiny)
+    bits = validation[2].sum() * math.log2(320)
+    val_bytes = int(summary_of(done.stdout)["val_bytes"])
+    assert summary_of(done.stdout)["val_bpb"] == f"{bits / val_bytes:.6f}"
+
+
+def test_test_split_is_scored_under_its_own_name(tiny, candidate):
+    summary = summary_of(score(candidate(), tiny, "--split", "test").stdout)
+    assert 0.5 < float(summary["test_bpb"]) < 3
+    assert "val_bpb" not in summary
+
+
+def by_table(table):
+    """Answers questions as a server would, from saved logits."""
+    def ask(questions: list[Question], ids):
+        shape = ids[0].shape
+        return [log_probs(table[q.tokens], ids[q.row]).reshape(shape) for q in questions]
+    return ask
+
+
+def test_the_score_equals_an_independent_one_in_float64(table, validation, tiny, candidate):
+    inputs, targets, scored = validation
+    logits = table[inputs].astype(np.float64)                                   # saved: [rows, T, vocab]
+    nats = 0.0
+    for row in range(len(inputs)):
+        for t in range(32):
+            if scored[row, t]:
+                nats += float(np.logaddexp.reduce(logits[row, t]) - logits[row, t, targets[row, t]])
+    val_bytes = json.loads((tiny.held / "meta.json").read_text())["val_bytes"]
+    expected = nats / math.log(2) / val_bytes
+    assert bits_per_byte(by_table(table), inputs, targets, scored, val_bytes) == pytest.approx(expected, rel=1e-9, abs=0)
+    assert summary_of(score(candidate(), tiny).stdout)["val_bpb"] == f"{expected:.6f}"
+
+
+def test_softmax_equals_exact_sums_on_logits_of_any_size():
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 8, (50, 300)).astype(np.float32)
-    ids = rng.integers(0, 300, (50, 4))
-    expected = [[float(x[i]) - math.log(math.fsum(math.exp(v) for v in map(float, x))) for i in row]
-                for x, row in zip(logits, ids, strict=True)]
-    assert np.allclose(log_probs(logits, ids), expected, rtol=1e-12, atol=1e-12)
+    for scale in (1e-3, 8, 300):
+        logits = rng.normal(0, scale, (50, 300)).astype(np.float32)
+        ids = rng.integers(0, 300, (50, 4))
+        top = logits.max(axis=1).astype(float)
+        expected = [[float(x[i]) - m - math.log(math.fsum(math.exp(float(v) - m) for v in x)) for i in row]
+                    for x, m, row in zip(logits, top, ids, strict=True)]
+        assert np.allclose(log_probs(logits, ids), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_not_finite_is_refused(bad):
+def test_pieces_and_threads_change_no_bit():
+    from concurrent.futures import ThreadPoolExecutor
+    logits = np.random.default_rng(0).normal(0, 8, (3000, 500)).astype(np.float32)  # six pieces
+    ids = np.arange(6000).reshape(3000, 2) % 500
+    whole = log_probs(logits, ids)
+    with ThreadPoolExecutor(3) as threads:
+        assert np.array_equal(log_probs(logits, ids, threads), whole)
+    assert np.array_equal(np.concatenate([log_probs(logits[i : i + 1], ids[i : i + 1]) for i in range(3000)]), whole)
+
+
+@pytest.mark.parametrize("offset", [-100.0, 64.0, 1000.0])
+def test_logits_offset_by_a_constant_score_the_same(table, validation, offset):
+    inputs, targets, scored = validation
+    scores = [bits_per_byte(by_table(t), inputs, targets, scored, 1000) for t in (table, table + np.float32(offset))]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)  # what is left is float32's rounding of the sum
+
+
+@pytest.mark.parametrize("edit", ["logits[0, 3, 5] = np.nan", "logits[0, 0, 0] = np.inf", "logits[:, :, :4] = -np.inf"])
+def test_non_finite(tiny, candidate, edit):
+    assert refusal(score(candidate(edit), tiny)) == (6, "violation", "non_finite: a logit is NaN or infinite")
+
+
+@pytest.mark.parametrize("edit", ["logits = logits[:, :-1]", "logits = logits[..., :99]", "logits = logits[0]",
+                                  "logits = logits.astype(int)"])
+def test_bad_shape(tiny, candidate, edit):
+    code, kind, message = refusal(score(candidate(edit), tiny))
+    assert (code, kind) == (6, "violation")
+    assert re.search(r"bad_shape: expected floating-point logits \(\d+, 32, 320\), got \w+ \(", message)
+
+
+CHEATS = {
+    # looks ahead
+    "sees the next token": ("logits = logits + 9 * next_tokens(tokens)", "non_causal"),
+    "sees a bit of it": ("logits = logits + 0.06 * next_tokens(tokens)", "non_causal"),
+    "sees it in some places": (
+        "mask = tokens % 5 < 2\nlogits = logits + 5 * mask[..., None] * next_tokens(tokens)", "non_causal"),
+    "sees it, but not where it would surprise": (
+        "p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)\n"
+        "logits = logits + 3 * next_tokens(tokens) * (p > 0.02)", "non_causal"),
+    "sees the mean of what follows": (
+        "logits = logits + 0.5 * np.cumsum(next_tokens(tokens)[:, ::-1], axis=1)[:, ::-1]", "non_causal"),
+    # looks aside
+    "mixes the rows of a batch": ("logits = logits + 0.5 * (logits - logits.mean(axis=0))", "cross_row"),
+    "treats the first row of a batch better": ("logits[1:] = 0.9 * logits[1:]", "cross_row"),
+    # looks back
+    "learns from every call": (
+        "logits = logits + 5 * memory.get('n', 0)\n"
+        "memory['n'] = 0.9 * memory.get('n', 0) + 0.1 * next_tokens(tokens).mean((0, 1))",
+        "stateful"),
+    "gets better with the calls": ("logits = logits * (1 + 0.1 * np.log(calls[0]))", "stateful"),
+    "rolls dice": ("logits = logits + np.random.default_rng().normal(0, 0.3, logits.shape)", "stateful"),
+}
+
+
+@pytest.mark.parametrize(("edit", "name"), CHEATS.values(), ids=CHEATS)
+def test_a_model_that_looks_elsewhere_is_refused_by_name(tiny, candidate, edit, name):
+    code, kind, message = refusal(score(candidate(edit), tiny, "--rows", 16))
+    assert (code, kind) == (6, "violation")
+    assert message.startswith(name + ":"), message
+
+
+def test_a_model_that_remembers_its_answers_gains_nothing(tiny, candidate):
+    """It looks ahead, and would repeat what it said where a beginning comes again. None does."""
+    edit = """logits = logits + 9 * next_tokens(tokens)
+for row, answer in zip(tokens, logits):
+    for t in range(8, len(row)):
+        answer[t] = memory.setdefault(row[: t + 1].tobytes(), answer[t].copy())"""
+    assert refusal(score(candidate(edit), tiny))[2].startswith("non_causal")
+
+
+@pytest.mark.parametrize("edit", [
+    "logits = logits + np.random.default_rng().normal(0, 0.003, logits.shape)",  # kernels that add in another order
+    "logits = (logits.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)",  # bfloat16
+])
+def test_honest_rounding_is_no_cheat(tiny, candidate, edit):
+    done = score(candidate(edit), tiny)
+    assert done.returncode == 0, done.stderr
+    assert float(summary_of(done.stdout)["val_bpb"]) == pytest.approx(
+        float(summary_of(score(candidate(), tiny).stdout)["val_bpb"]), abs=0.01)
+
+
+def test_probes_are_spliced_where_the_joint_does_not_show(validation):
+    inputs = validation[0]
+    rng = np.random.default_rng(3)
+    probes = [splice(inputs, row, rng) for row in range(1, len(inputs))]
+    pairs = set(zip(inputs.reshape(-1), inputs.reshape(-1)[1:], strict=False))
+    for probe in probes:
+        assert np.array_equal(probe.tokens[: probe.cut], inputs[probe.row, : probe.cut])
+        assert probe.tokens[probe.cut] != inputs[probe.row, probe.cut]
+        seen = [b for a, b in pairs if a == probe.tokens[probe.cut - 1]]
+        assert probe.tokens[probe.cut] in seen or len(seen) == 1, "where text goes on in several ways, it is one of them"
+    assert np.mean([(p.tokens[p.cut - 1], p.tokens[p.cut]) in pairs for p in probes]) > 0.5
+
+
+def test_no_process_is_asked_the_same_beginning_twice(table, validation):
+    asked = []
+
+    def ask(questions, ids):
+        asked.append([(q.row, q.cut) for q in questions])
+        return by_table(table)(questions, ids)
+    bits_per_byte(ask, *validation, 1000)
+    rows = len(validation[0])
+    for questions in asked:
+        assert len({row for row, _ in questions}) == len(questions)
+    assert sum(map(len, asked)) == rows + 24 + rows // 8
+    assert not all(cut == 32 for _, cut in asked[0][: rows // 2]), "probes are mixed in, not asked at the end"
+
+
+def test_probes_differ_from_run_to_run(validation):
+    inputs = validation[0]
+    runs = [[splice(inputs, row, np.random.default_rng()).cut for row in range(40)] for _ in range(2)]
+    assert runs[0] != runs[1]
+
+
+BREAKERS = {
+    "import os; os._exit(0)": (1, "crash", "the logits server died"),
+    "import sys; sys.exit(0)": (1, "crash", "SystemExit"),
+    "raise MemoryError('no')": (4, "oom", "MemoryError"),
+    "import os\n[os.write(fd, b'[1]\\n') for fd in range(3, 20) if open_for_writing(fd)]": (6, "violation", "expected"),
+    "import os\n[os.write(fd, b'x' * 200000) for fd in range(3, 20) if open_for_writing(fd)]": (6, "violation", "expected"),
+}
+HELPER = """
+import fcntl, os, stat
+def open_for_writing(fd):
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY and stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+"""
+
+
+@pytest.mark.parametrize(("line", "expected"), BREAKERS.items(), ids=["exits", "leaves", "no memory", "forges", "floods"])
+def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, line, expected):
+    code, kind, message = refusal(score(candidate(source=HELPER + line + BIGRAM), tiny))
+    assert (code, kind) == expected[:2]
+    assert expected[2] in message
+
+
+def test_the_server_is_told_nothing_of_the_held_out_data(tiny, candidate):
+    told = "pathlib.Path(__file__).with_name('seen').write_text(repr([dict(os.environ), sys.argv]))\n"
+    source = "import os, pathlib, sys\n" + told + BIGRAM
+    run_dir = candidate(source=source)
+    assert score(run_dir, tiny).returncode == 0
+    seen = (run_dir / "seen").read_text()
+    assert "serve" in seen
+    assert "AUTORESEARCH_HOME" not in seen
+    assert str(tiny.held) not in seen
+
+
+def test_the_server_is_started_under_the_given_command(tiny, candidate):
+    run_dir = candidate(source="import os\nassert os.environ['WRAPPED'] == 'yes'\n" + BIGRAM)
+    assert score(run_dir, tiny, "--wrap", json.dumps(["/usr/bin/env", "WRAPPED=yes"])).returncode == 0
+    assert refusal(score(run_dir, tiny))[:2] == (1, "crash")
+
+
+@pytest.mark.parametrize(("facts", "said"), [
+    ({"num_steps": float("nan")}, "expected a finite number for num_steps, got nan"),
+    ({"depth": "1\nval_bpb: 0.1"}, "expected a finite number for depth"),
+    ({"device": "x\n---\nval_bpb: 0.1"}, "expected a short name for device"),
+    ({"data": ".."}, "expected a short name for data"), ({"seed": 10**400}, "expected a finite number for seed"),
+    ({"budget": None, "device": ["a"] * 9999}, "expected a short name for"),
+])
+def test_what_the_trainer_wrote_is_not_believed(tiny, candidate, facts, said):
+    code, kind, message = refusal(score(candidate(**facts), tiny))
+    assert (code, kind) == (6, "violation")
+    assert said in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("content", ["", "[" * 9999, "[1]", "3"])
+def test_a_train_json_that_is_none(tiny, candidate, content):
+    run_dir = candidate()
+    (run_dir / "train.json").write_text(content)
+    code, kind, message = refusal(score(run_dir, tiny))
+    assert (code, kind) == (1, "crash")
+    assert "expected a train.json from a finished training" in message
+
+
+def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp_path):
+    run_dir = candidate()
+    code, kind, message = refusal(score(run_dir, tiny, "--held", tmp_path / "nowhere"))
+    assert (code, kind) == (2, "data")
+    assert "held-out data was expected in" in message
+    other = tmp_path / "held"
+    other.mkdir()
+    for file in tiny.held.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokens = np.fromfile(other / "val.bin", np.uint16)
+    tokens[[7, 8]] = tokens[[8, 7]] if tokens[7] != tokens[8] else tokens[[7, 9]]
+    tokens.tofile(other / "val.bin")
+    code, kind, message = refusal(score(run_dir, tiny, "--held", other))
+    assert (code, kind) == (2, "data")
+    assert "is not the text that was prepared" in message
+
+
+def test_nothing_is_left_behind(tiny, candidate):
+    run_dir = candidate()
+    before = {p.name for p in run_dir.iterdir()}
+    assert score(run_dir, tiny).returncode == 0
+    assert {p.name for p in run_dir.iterdir()} - before <= {"serve.log", "__pycache__"}
+    left = subprocess.run(["pgrep", "-f", f"serve {run_dir}"], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says it by prctl")
+def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
+    """The server asks whether its parent may be dumped: if not, its memory is root's to see, not the user's."""
+    source = "import os, pathlib\nstat = os.stat(f'/proc/{os.getppid()}/maps')\n" \
+             "pathlib.Path(__file__).with_name('owner').write_text(str(stat.st_uid))\n" + BIGRAM
+    if os.getuid() == 0:
+        code = "import ctypes, prepare_mlx, pathlib, sys\n" \
+               "try: prepare_mlx.score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
+               "except prepare_mlx.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+        assert program("-c", code, home=tiny.home).stdout.strip() == "0"
+    else:
+        assert score(candidate(source=source), tiny).returncode == 0
+        assert (tiny.home / "owner").read_text() == "0"
+
+
+@pytest.mark.slow
+def test_memory_at_a_large_vocabulary(tmp_path):
+    """The scorer itself, with 8192 tokens and rows of 2048: below 600 MB at its peak."""
+    code = f"""
+import json, numpy as np, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import prepare_mlx, probes
+run = pathlib.Path({str(tmp_path)!r})
+source = "import numpy as np\\ndef load_model(d):\\n    return lambda t: np.zeros((*t.shape, 8192), np.float32)"
+(run / "train_x.py").write_text(source)
+server = prepare_mlx.LogitsServer(run, [1, 2048, 8192], [])
+for i in range(6):
+    server.ask(np.zeros((1, 2048), np.int32))
+    probes.log_probs(server.answer()[0], np.zeros((2048, 3), int))
+server.close()
+import resource
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 600e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+
+
+def test_log_probs_name_what_is_not_finite():
     logits = np.zeros((4, 9), np.float32)
-    logits[2, 3] = bad
+    logits[2, 3], logits[2, 4] = np.inf, -np.inf
     with pytest.raises(HarnessError, match="non_finite"):
         log_probs(logits, np.zeros((4, 1), int))
-
-
-def test_every_validation_token_is_scored_once(tiny):
-    tokenizer = Tokenizer((tiny.held / "tokenizer.model").read_bytes())
-    tokens = np.fromfile(tiny.held / "val.bin", np.uint16)
-    assert tokenizer.token_bytes[tokens].sum() == len(tokenizer.decode_bytes(tokens))
