@@ -324,6 +324,13 @@ def test_one_that_was_ended_while_it_waited_is_read_from_its_log(coder: Coder, j
     assert report.detail == f"ERROR stream error: AI_APICallError: {LIMIT}"
 
 
+def test_copilot_ended_between_two_tries_has_said_why(job: Job) -> None:
+    failed = {"type": "model.call_failure", "data": {"statusCode": 429, "errorMessage": LIMIT}}
+    report = coders.get("copilot").report(lines(failed), "Error: Cannot invoke native session after disposal", job)
+    assert (report.failure, report.wait_seconds) == ("rate_limit", 20.0)
+    assert coders.get("copilot").report(lines(failed, *COPILOT), "", job).failure is None
+
+
 def test_gemini_stopping_a_loop_is_an_agent_error(job: Job) -> None:
     stopped = {"response": "more more more", "stats": {"models": {}}, "warnings": ["Loop detected, stopping execution"]}
     report = coders.get("gemini").report(json.dumps(stopped), "", job)
@@ -371,6 +378,7 @@ NOON = time.mktime((2026, 11, 22, 12, 0, 0, 0, 0, -1))
     (f"usage limit reached|{int(NOON) + 90}", 90),
     ("limit reached ∙ resets 3pm", 3 * 3600),
     ("resets 11:30am (Europe/Berlin)", 23.5 * 3600),
+    ("retried 5 times (total retry wait time: 16.60 seconds) Last error: 429. Please try again in 3s.", 3),
     ("Retrying in 4.0 seconds...", None),
     ("Rate limit reached", None),
     ("retry-after: 99999999", None),

@@ -22,7 +22,7 @@ LIMIT_OR_LOGIN = re.compile(f"{_RATE}|{_LOGIN}", re.I)
 
 _PART = r"(\d+(?:\.\d+)?)\s*(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)(?![a-z])"
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_CUE = re.compile(r"\b(?:retry(?!ing)|try again|wait|retryDelay|resets?|available|again)\b", re.I)
+_CUE = re.compile(r"\b(?:retry(?!ing| wait)|try again|wait(?! time)|retryDelay|resets?|available|again)\b", re.I)
 _SPAN = re.compile(rf"^\D{{0,40}}?({_PART}(?:[\s,]*(?:and\s+)?{_PART})*)", re.I)
 _HEADER = re.compile(r"retry-?after(?:-?seconds)?\W{0,4}(\d+(?:\.\d+)?)(?![\d:.-])", re.I)
 _EPOCH = re.compile(r"(?:limit reached\||resets?[_ ]?(?:at|time)?\W{1,4})(\d{10})\b", re.I)

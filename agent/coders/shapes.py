@@ -121,6 +121,8 @@ def copilot(stdout: str, log: str, job: Job) -> Report:
             known, error = replace(known, message=_text(data.get("content"))), ""
         elif event.get("type") == "session.error":
             error = f"{data.get('statusCode') or ''} {data.get('message') or data.get('errorType')}"
+        elif event.get("type") == "model.call_failure":  # it tries again, and may be ended while it does
+            error = f"{data.get('statusCode') or ''} {data.get('errorMessage') or ''}"
         ended = ended or event.get("type") == "result"
     for model in _file(job.scratch_file("usage.json")).get("modelMetrics", {}).values():
         known = _add(known, _total(model["usage"], "inputTokens"), _total(model["usage"], "outputTokens"))
