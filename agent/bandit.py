@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.catalogue import COUPLED
-from agent.decision import estimate_noise, fresh
+from agent.judgement import noise
 from agent.moves import Change
 from agent.night import Night
 
 TRUST = 3.0  # experiments that a prior is worth
 FADE = 0.6  # of evidence, by every keep after it
 COUPLED_FADE = 0.3  # of failures, by a keep of something coupled
-LABELLED = {"smear", "backout", "table decay", "z-loss"}  # their forms look like numbers and are names
+LABELLED = {"smeared embedding", "middle layer backed out", "weight decay of tables", "z-loss"}  # forms whose names are numbers
 _PART = re.compile(r"(?P<key>\S.*?) (?P<old>\S+) -> (?P<new>\S+)(?: \([^)]*\))?")
 
 Arm = tuple[str, str]
@@ -50,7 +50,7 @@ def parse(description: str) -> list[Arm]:
 
 
 def _direction(key: str, old: str, new: str) -> str:
-    if key == "shape":
+    if key == "depth by width":
         with contextlib.suppress(ValueError):
             return "deeper" if int(new.split("x")[0]) > int(old.split("x")[0]) else "wider"
     if key == "NGRAM_BUCKETS":
@@ -71,7 +71,7 @@ def _number(text: str) -> float:
 
 def outcomes(state: Night) -> list[Outcome]:
     """The evidence of a night, faded by what was kept since."""
-    noise = max(estimate_noise([e.scores if e.n == 0 else fresh(e.scores) for e in state.experiments]).sigma, 1e-6)
+    sigma = max(noise(state).sigma, 1e-6)
     kept = [(n, [key for key, _ in parse(state.experiments[n].description)]) for n in state.kept]
     found = []
     for experiment in state.done:
@@ -80,7 +80,7 @@ def outcomes(state: Night) -> list[Outcome]:
         if experiment.status == "keep":
             reward = 1.0
         elif experiment.status == "discard" and experiment.mean is not None and parent and parent.mean is not None:
-            worse = max((experiment.mean - parent.mean) / noise, 0.0)
+            worse = max((experiment.mean - parent.mean) / sigma, 0.0)
             reward = 0.5 * math.exp(-worse / 2)
         elif experiment.status in ("crash", "oom", "nan", "timeout", "violation"):
             reward = 0.0

@@ -88,7 +88,7 @@ KNOBS = (
          scope="GPT", pattern=r'"lm_head\.weight":\s+p = ([\d.]+) \* mx\.random\.normal'),
     Knob("MLP ratio", MEDIUM, "width of the MLP against speed", ladder=(2, 3, 4, 5, 6),
          scope="MLP", pattern=r"(\d+) \* config\.n_embd"),
-    Knob("resid rate", LOW, "residual weights move at a share of the scalars' rate", ladder=(0.001, 0.003, 0.01, 0.03, 0.1),
+    Knob("resid lr", LOW, "residual weights move at a share of the scalars' rate", ladder=(0.001, 0.003, 0.01, 0.03, 0.1),
          scope="adam_group", pattern=r"SCALAR_LR \* ([\d.]+)"),
     Knob("Muon iterations", MEDIUM, "fewer iterations orthogonalise less exactly and cost less", ladder=(3, 4, 5),
          scope="orthogonalize", pattern=r"in POLAR_EXPRESS((?:\[:\d\])?):", template="[:{}]", default=5),
@@ -140,33 +140,33 @@ SWITCHES = (
         "on": (_OUT + _VE_GATE, _GATED),
         "off": (_OUT, "v = v + ve.reshape(B, T, H, D)"),
     }, scope="CausalSelfAttention"),
-    Switch("output gate", MEDIUM, "a head that has nothing to say can be silent", {
+    Switch("attention output gate", MEDIUM, "a head that has nothing to say can be silent", {
         "off": (_OUT, _ATTEND + ".reshape(B, T, C)", "return self.c_proj(y)", '"c_proj.weight", "ve_gate.weight"'),
         "on": ("self.out_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)\n        " + _OUT,
                _ATTEND + " * (2 * mx.sigmoid(self.out_gate(x[..., :VE_GATE_CHANNELS])))[..., None]",
                "return self.c_proj(y.reshape(B, T, C))", '"c_proj.weight", "_gate.weight"'),
     }),
-    Switch("peri-LN", MEDIUM, "a norm after each sublayer keeps the residual stream even", {
+    Switch("norm after sublayer", MEDIUM, "a norm after each sublayer keeps the residual stream even", {
         "off": ("x = x + self.attn(norm(x), ve, window)", "return x + self.mlp(norm(x))"),
         "on": ("x = x + norm(self.attn(norm(x), ve, window))", "return x + norm(self.mlp(norm(x)))"),
     }, scope="Block"),
-    Switch("smear", MEDIUM, "the token before, mixed into the embedding, gives attention a head start", {
+    Switch("smeared embedding", MEDIUM, "the token before, mixed into the embedding, gives attention a head start", {
         "off": (_EMBED,),
         "0.1": (f"x = x + 0.1 * {_BEFORE}\n        " + _EMBED,),
         "0.3": (f"x = x + 0.3 * {_BEFORE}\n        " + _EMBED,),
     }, scope="GPT"),
-    Switch("backout", MEDIUM, "what the middle of the network computed need not reach the head", {
+    Switch("middle layer backed out", MEDIUM, "what the middle of the network computed need not reach the head", {
         "off": (_BLOCK, _LOGITS.format("x")),
         "0.3": (_BLOCK + _MIDDLE, _LOGITS.format("x - 0.3 * middle")),
     }, scope="GPT"),
-    Switch("MuonEq", LOW, "rows of equal size before orthogonalising treat rare directions alike", {
+    Switch("Muon equal rows", LOW, "rows of equal size before orthogonalising treat rare directions alike", {
         "off": ("u = orthogonalize(g + momentum * (m - g))",),
         "on": (f"u = g + momentum * (m - g)\n    u = orthogonalize({_UNIT_ROWS})",),
     }, scope="muon"),
     Switch("cautious decay", LOW, "decay everywhere is simpler and may regularise better", {
         "on": ("(u + weight_decay * p * (u * p >= 0))",), "off": ("(u + weight_decay * p)",),
     }, scope="muon"),
-    Switch("table decay", LOW, "a little decay on tables and head keeps rare tokens small", {
+    Switch("weight decay of tables", LOW, "a little decay on tables and head keeps rare tokens small", {
         "0": ("return p - lr * update, m, v",),
         "0.003": ("return p - lr * (update + (0.003 if p.ndim == 2 else 0) * p), m, v",),
         "0.01": ("return p - lr * (update + (0.01 if p.ndim == 2 else 0) * p), m, v",),
@@ -180,11 +180,11 @@ SWITCHES = (
 COUPLED = {  # after the first was kept, failures of the others count for less: what they failed against has changed
     "BATCH_TOKENS": ("MATRIX_LR", "EMBEDDING_LR", "WARMDOWN_RATIO", "ADAM_BETAS[1]", "MUON_MOMENTUM[1]", "DEPTH"),
     "MATRIX_LR": ("WEIGHT_DECAY", "WARMDOWN_RATIO", "init scale", "BATCH_TOKENS"),
-    "EMBEDDING_LR": ("NGRAM_BUCKETS[0]", "NGRAM_BUCKETS[1]", "table decay", "wte init"),
-    "NGRAM_BUCKETS": ("EMBEDDING_LR", "smear", "SEQ_LEN"),
+    "EMBEDDING_LR": ("NGRAM_BUCKETS[0]", "NGRAM_BUCKETS[1]", "weight decay of tables", "wte init"),
+    "NGRAM_BUCKETS": ("EMBEDDING_LR", "smeared embedding", "SEQ_LEN"),
     "DEPTH": ("WIDTH", "MATRIX_LR", "BATCH_TOKENS", "value embeddings"),
     "WIDTH": ("DEPTH", "MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
-    "shape": ("MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
+    "depth by width": ("MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
     "SEQ_LEN": ("BATCH_TOKENS", "ROPE_BASE", "WINDOW_PATTERN"),
     "WARMDOWN_RATIO": ("FINAL_LR_FRAC", "MATRIX_LR", "EMBEDDING_LR"),
     "activation": ("MATRIX_LR", "MLP ratio"),

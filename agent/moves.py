@@ -172,8 +172,9 @@ def _shape(file: TrainFile) -> Iterator[Change]:
         new = max(D, round(W * (depth.value / layers) ** 0.5 / D) * D)
         if new != W:
             why = "deeper and narrower at about equal cost" if layers > depth.value else "shallower and wider at about equal cost"
-            yield Change("shape", f"{depth.value}x{W}", f"{layers}x{new}", "deeper" if layers > depth.value else "wider", MEDIUM,
-                         why, (depth.set(layers), width.set(new)))  # fmt: skip
+            direction = "deeper" if layers > depth.value else "wider"
+            yield Change("depth by width", f"{depth.value}x{W}", f"{layers}x{new}", direction, MEDIUM, why,
+                         (depth.set(layers), width.set(new)))  # fmt: skip
 
 
 def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:

@@ -144,7 +144,7 @@ def test_every_entry_of_the_catalogue_fits_the_train_file() -> None:
     assert rich.count(b'"SL"') == 1, "the train file's window pattern or tables are spelled otherwise now"
     keys = {change.key for tier in TIERS for source in (SOURCE, rich) for change in everything(tier, source=source)}
     wanted = {knob.key for knob in KNOBS} | {switch.key for switch in SWITCHES}
-    wanted |= {"WINDOW_PATTERN", "NGRAM_BUCKETS", "WIDTH", "HEAD_DIM", "shape", "BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"}
+    wanted |= {"WINDOW_PATTERN", "NGRAM_BUCKETS", "WIDTH", "HEAD_DIM", "depth by width", "BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"}
     assert keys == wanted
     assert {name for key, others in COUPLED.items() for name in (key, *others)} <= wanted
 
@@ -225,7 +225,7 @@ def test_what_the_file_does_not_have_is_passed_over() -> None:
     without = SOURCE.replace(b"mx.square(mx.maximum(self.c_fc(x), 0))", b"mine(self.c_fc(x))").replace(b"MATRIX_LR", b"RATE")
     keys = {change.key for change in everything(source=without)}
     assert not keys & {"activation", "MLP", "MATRIX_LR"}
-    assert {"EMBEDDING_LR", "peri-LN"} <= keys
+    assert {"EMBEDDING_LR", "norm after sublayer"} <= keys
 
 
 # The bandit
@@ -486,7 +486,7 @@ def check_training(bench: tuple[Path, Path, int], picked: list[Change]) -> None:
 
 def test_a_few_changes_train(bench: tuple[Path, Path, int]) -> None:
     options = changes(TrainFile(SOURCE, "cpu"), bench[2])
-    words = ("BATCH_TOKENS 1024 -> 512 (MICRO_TOKENS too)", "output gate off -> on", "shape 2x128 -> 3x96")
+    words = ("BATCH_TOKENS 1024 -> 512 (MICRO_TOKENS too)", "attention output gate off -> on", "depth by width 2x128 -> 3x96")
     picked = [change for change in options if str(change) in words]
     assert len(picked) == len(words)
     check_training(bench, picked)
