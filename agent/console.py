@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -38,10 +39,11 @@ class Console:
     def say(self, text: str) -> None:
         """One line with the time."""
         stamped = f"{time.strftime('%H:%M:%S')} {text}"
-        if self._live:
-            self._rich.print(escape(stamped))
-        else:
-            print(stamped, flush=True)
+        with contextlib.suppress(OSError):  # whoever was listening is gone; the night goes on
+            if self._live:
+                self._rich.print(escape(stamped))
+            else:
+                print(stamped, flush=True)
 
     def show(self, text: str, every: float = PLAIN_SECONDS) -> None:
         """Replace the live line; without a terminal, print it if the last one is old enough."""

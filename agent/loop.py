@@ -43,6 +43,8 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--experiments", type=click.IntRange(0), help="End after so many experiments.")
 @click.option("--hours", type=click.FloatRange(0), help="Begin no experiment after so many hours. Default 8 without --experiments.")
 @click.option("--max-cost", type=click.FloatRange(0), help="End once the agent has cost so many US dollars.")
+@click.option("--price-in", type=click.FloatRange(0), help="US dollars a million tokens read, for agents that tell tokens only.")
+@click.option("--price-out", type=click.FloatRange(0), help="The same for tokens written.")
 @click.option("--max-agent-minutes", type=click.FloatRange(0), help="For the agent, in one experiment. Default 15.")
 @click.option("--target", type=float, help="End once val_bpb is this low.")
 @click.option("--patience", type=click.IntRange(1), help="End after so many experiments without a keep.")

@@ -83,6 +83,7 @@ def _spend(night: Night, event: Mapping[str, Any]) -> None:
     usage = event.get("usage") or {}
     night.cost += usage.get("cost") or 0.0
     night.tokens += int(usage.get("tokens") or 0)
+    night.unpriced += bool(usage.get("tokens")) and usage.get("cost") is None
     night.agent_seconds += event.get("seconds") or 0.0
 
 

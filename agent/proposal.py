@@ -13,7 +13,7 @@ from typing import Any
 
 from agent import guard, process
 from agent.candidate import one_line
-from agent.coders import Coder, CoderError, Job, Report
+from agent.coders import Coder, CoderError, Job, Report, cost_usd
 from agent.errors import Stopped
 from agent.redact import redact
 from agent.settings import Settings
@@ -79,7 +79,7 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
         return Proposal("missing", message=str(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    usage = {"cost": report.cost_usd, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
+    usage = {"cost": cost_usd(report, settings.price_in, settings.price_out), "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
     violations = [str(violation) for violation in guard.check(bench.worktree, base, bench.train_file, seen)]
     if not violations and _holds_secret(train_file):
         violations = [f"{bench.train_file}: holds the value of a variable that looks like a key"]

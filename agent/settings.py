@@ -21,6 +21,8 @@ class Settings:
     experiments: int | None = None
     hours: float | None = None
     max_cost: float | None = None  # US dollars
+    price_in: float | None = None  # US dollars a million tokens, for agents that count tokens but no cost
+    price_out: float | None = None
     max_agent_minutes: float = 15.0  # for one experiment
     target: float | None = None  # bits per byte
     patience: int | None = None  # experiments without a keep

@@ -75,6 +75,7 @@ class Night:
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
+    unpriced: int = 0  # calls of an agent that used tokens and told no cost: unknown is not free
     tokens: int = 0  # the agent's, not the trainer's
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate

@@ -46,7 +46,10 @@ def git_bytes(cwd: Path, *args: str) -> bytes:
     env = {"GIT_LFS_SKIP_SMUDGE": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", *_QUIET, *args]
     try:
-        out = git.cmd.Git(str(cwd)).execute(command, env=env, stdout_as_string=False, strip_newline_in_stdout=False)
+        out = git.cmd.Git(str(cwd)).execute(
+            command, env=env, stdout_as_string=False, strip_newline_in_stdout=False,
+            start_new_session=True,  # the terminal's Ctrl-C is for the driver, which finishes what it does
+        )  # fmt: skip
     except git.exc.GitCommandNotFound as error:
         raise UsageError(f"git is not installed, or {cwd} is gone: {error}") from None
     except git.exc.GitCommandError as error:

@@ -123,7 +123,7 @@ def test_ctrl_c_once_finishes_the_experiment(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "slow better")
     driver = bed.start("--experiments", "9", QUICK, AUTORESEARCH_SLOW="1.5")
     wait_for(has(bed, "trial_start", 1), driver)
-    driver.send_signal(signal.SIGINT)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the driver and all in its process group
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 0, output
     assert "stopping after this experiment" in output
@@ -133,6 +133,16 @@ def test_ctrl_c_once_finishes_the_experiment(tmp_path: Path) -> None:
     again = bed.loop("--resume", "--experiments", "2")
     assert again.returncode == 0, again.stdout + again.stderr
     assert [e.status for e in night_of(bed).done] == ["discard", "keep"]
+
+
+def test_a_night_outlives_whoever_reads_its_output(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better worse")
+    driver = bed.start("--experiments", "2", QUICK)
+    assert driver.stdout is not None
+    driver.stdout.readline()
+    driver.stdout.close()
+    assert driver.wait(60) in (0, 120)  # 120: Python itself could not flush at its exit
+    assert (len(night_of(bed).done), night_of(bed).ended) == (2, "experiments")
 
 
 def test_ctrl_c_twice_stops_now_and_resumes(tmp_path: Path) -> None:

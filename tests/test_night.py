@@ -126,6 +126,7 @@ def test_limits_end_a_night() -> None:
     assert over(story, experiments=3) is None
     assert over(story, seconds=3601, hours=1) == "hours"
     assert over(story, max_cost=0.75) == "max_cost"
+    assert over(story, max_cost=0.76) is None
     assert over(story, target=1.35) == "target"
     assert over(story, target=1.34) is None
     assert over(story, free=1.0) == "disk"
@@ -133,6 +134,15 @@ def test_limits_end_a_night() -> None:
         story.experiment(n, "discard", (1.9,))
     assert over(story, patience=3) == "patience"
     assert over(story, patience=4) is None
+
+
+def test_unknown_cost_is_not_free() -> None:
+    story = told()
+    story.add("experiment", n=3, parent="c2")
+    story.add("agent_failed", n=3, kind="rate_limit", wait=1, message="", usage={"cost": None, "tokens": 500}, seconds=1.0)
+    assert story.night.unpriced == 1
+    assert over(story) is None
+    assert over(story, max_cost=100.0) == "max_cost"
 
 
 def test_breaker_pauses_longer_and_longer_then_ends_the_night() -> None:

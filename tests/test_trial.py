@@ -130,6 +130,15 @@ def test_import_check_finds_an_import_error_and_nothing_else(tmp_path: Path) -> 
     assert check_import(helper) is None, "modules beside the train file are found, as when it is run"
 
 
+def test_a_training_through_which_the_machine_slept_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = iter((0.0, 0.0, 3600.0))
+    monkeypatch.setattr("agent.process.seconds_asleep", lambda: next(asleep, 3600.0))
+    result = trial(tmp_path)
+    assert (result.status, result.val_bpb) == ("interrupted", None)
+    assert "slept for 3600 s" in (result.error or {})["message"]
+    assert trial(tmp_path).status == "ok"
+
+
 def test_no_secret_reaches_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANTED_API_KEY", "hunter2-hunter2-hunter2")
     source = TRAINER.replace("run = Path", "raise RuntimeError(repr(dict(os.environ))); run = Path")
