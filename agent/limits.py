@@ -21,7 +21,7 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
         return "hours", f"{settings.hours:g} hours are over"
     if settings.max_cost is not None and night.cost >= settings.max_cost:
         return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}"
-    if settings.max_cost is not None and night.unpriced:
+    if settings.max_cost is not None and night.unpriced and settings.price_in is None:
         return "max_cost", "the agent tells no cost, so --max-cost cannot be held; give --price-in and --price-out, or drop it"
     if settings.target is not None and best is not None and best <= settings.target:
         return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"

@@ -79,7 +79,8 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
         return Proposal("missing", message=str(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    usage = {"cost": cost_usd(report, settings.price_in, settings.price_out), "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
+    cost = cost_usd(report, settings.price_in, settings.price_out)
+    usage = {"cost": cost, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
     violations = [str(violation) for violation in guard.check(bench.worktree, base, bench.train_file, seen)]
     if not violations and _holds_secret(train_file):
         violations = [f"{bench.train_file}: holds the value of a variable that looks like a key"]
