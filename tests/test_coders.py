@@ -362,6 +362,11 @@ def test_failures_have_names(text: str, failure: str) -> None:
     assert named.detail == (text if failure != "agent_error" else "last line")
 
 
+def test_a_failure_is_named_by_its_last_line_with_words() -> None:
+    assert name_failure('{\n  "error": "it broke"\n}\n\n').detail == '"error": "it broke"'
+    assert name_failure("").detail == ""
+
+
 NOON = time.mktime((2026, 11, 22, 12, 0, 0, 0, 0, -1))
 
 

@@ -92,7 +92,11 @@ def qwen(job: Job) -> list[str]:
 
 def qwen_settings(job: Job) -> dict[str, str]:
     permissions = {"allow": ["Edit(/**)", "Read(/**)"], "deny": ["Bash", "WebFetch", "Agent"]}
-    content = {"permissions": permissions, "privacy": {"usageStatisticsEnabled": False}}
+    content = {
+        "permissions": permissions,
+        "privacy": {"usageStatisticsEnabled": False},
+        "model": {"generationConfig": {"maxRetries": 0}},  # it has six more tries of its own above these
+    }
     return settings_file("QWEN_CODE_SYSTEM_SETTINGS_PATH", content, job)
 
 

@@ -43,7 +43,8 @@ def name_failure(text: str) -> Named:
         return Named("rate_limit", line_at(text, hit.start()), wait_seconds(text))
     if hit := LOGIN.search(text):
         return Named("login", line_at(text, hit.start()))
-    return Named("agent_error", line_at(text.rstrip(), len(text.rstrip()) - 1))
+    words = [hit.start() for hit in re.finditer(r"[^\W\d]{3}", text)]  # not the closing bracket of some JSON
+    return Named("agent_error", line_at(text, words[-1] if words else 0))
 
 
 def wait_seconds(text: str, now: float | None = None) -> float | None:
