@@ -44,6 +44,7 @@ class ModelServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.script, self.closing = script, False
         self.requests: list[dict[str, Any]] = []
+        self.fetched: list[str] = []  # paths of GET
         self.refused: list[str] = []  # hosts that somebody wanted to reach through this server as a proxy
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -241,6 +242,7 @@ class Handler(BaseHTTPRequestHandler):
             self.whole(502, {"error": "nothing but loopback"})
 
     def do_GET(self) -> None:
+        self.server.fetched.append(self.path)
         models = {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
         pages = {"/v1/models": models, "/models": models, "/health": {"status": "ok"}, **self.server.pages}
         page = pages.get(self.path.split("?")[0])

@@ -174,7 +174,7 @@ def test_a_date_to_retry_after_is_a_wait(tmp_path: Path) -> None:
 def test_a_redirect_never_carries_the_key_away(tmp_path: Path) -> None:
     with ModelServer(Script(replies=[GOOD])) as other, ModelServer(Script(status=302, location=other.url)) as server:
         assert run_chat(tmp_path, server, "--model", "m")[0] == 1
-    assert other.requests == []
+    assert (other.requests, other.fetched) == ([], [])
 
 
 def test_an_endless_stream_ends_at_the_timeout(tmp_path: Path) -> None:
