@@ -225,10 +225,11 @@ def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str =
     slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
     ident = f"{slug}-{preset.vocab_size}-{corpus.fingerprint(dataset, preset, field, shards)}"
     train, held = home() / "train" / ident, home() / "held" / ident
-    if problem := corpus.damage(train, held):
-        if (train / "meta.json").exists():
-            print(f"note: {problem}; preparing it again", file=sys.stderr)
-        corpus.build(dataset, preset, field, shards, ident)
+    with corpus.alone(ident):
+        if problem := corpus.damage(train, held):
+            if train.exists():
+                print(f"note: {problem}; preparing it again", file=sys.stderr)
+            corpus.build(dataset, preset, field, shards, ident)
     meta = json.loads((train / "meta.json").read_text())
     entry = {"id": ident, "train_dir": str(train), "held_dir": str(held), "dataset": dataset, "preset": preset_name,
              "vocab_size": meta["vocab_size"], "seq_len": preset.seq_len, "budget": preset.budget,
@@ -247,17 +248,16 @@ def row_starts(tokens: np.ndarray, bos_id: int, seq_len: int) -> np.ndarray:
     Rows follow one another and the last one ends with the text: no token is left out. A row starts at a document start where
     that costs at most a quarter of a row read twice.
     """
-    piece = 1 << 24
-    marks = np.concatenate([a + np.flatnonzero(tokens[a : a + piece] == bos_id) for a in range(0, len(tokens), piece)])
-    marks = [*marks.tolist(), len(tokens)]                                      # [documents + 1]
+    piece = 1 << 24  # what is compared at once
+    marks = [a + m for a in range(0, len(tokens), piece) for m in np.flatnonzero(tokens[a : a + piece] == bos_id).tolist()]
     starts, position, last, document = [], 0, len(tokens) - seq_len - 1, 0
     while position < last:
         starts.append(position)
         position += seq_len
-        while marks[document + 1] <= position:
+        while document < len(marks) and marks[document] <= position:
             document += 1
-        if position - seq_len // 4 <= marks[document]:
-            position = marks[document]
+        if document and position - seq_len // 4 <= marks[document - 1]:
+            position = marks[document - 1]
     return np.array([*starts, last] if last >= 0 else [], dtype=np.int64)
 
 
@@ -393,8 +393,7 @@ class Run:
         if error is None or isinstance(error, SystemExit):
             return
         if not isinstance(error, HarnessError):
-            import traceback
-            traceback.print_exception(error)
+            sys.excepthook(kind, error, trace)
         sys.exit(fail(kind_of(error), str(error) or kind.__name__, self.dir, self.step))
 
     def tokens(self) -> np.ndarray:
@@ -686,6 +685,9 @@ def main() -> int:
                 write_atomically(args.json, json.dumps(entry, indent=1).encode())
             print(f"ready: {entry['id']}  vocabulary {entry['vocab_size']:,}, {entry['seq_len']} tokens of context, "
                   f"budget {entry['budget']}, data {entry['data_hash']}")
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+        os._exit(130)  # not waiting for downloads
     except HarnessError as error:
         if args.command:
             return fail(error.kind, str(error), args.run_dir)
