@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from agent import search
+from agent import coders, search
 from agent.bandit import Bandit, Outcome, outcomes, parse
 from agent.catalogue import COUPLED, KNOBS, SWITCHES
+from agent.coders import Job
 from agent.edits import TrainFile, spell
 from agent.journal import Journal
 from agent.moves import Change, changes
@@ -149,7 +150,7 @@ def test_every_entry_of_the_catalogue_fits_the_train_file() -> None:
     assert {name for key, others in COUPLED.items() for name in (key, *others)} <= wanted
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ["cpu", "mac", "cuda"])
 def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier: str) -> None:
     file = TrainFile(SOURCE, tier)
     sources = {ast.unparse(file.tree)}
@@ -165,7 +166,7 @@ def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier:
     assert len(sources) == 1 + len(everything(tier)), "two changes make the same source"
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ["cpu", "mac", "cuda"])
 def test_every_change_leaves_shapes_that_can_train(tier: str) -> None:
     file = TrainFile(SOURCE, tier)
     for change in everything(tier):
@@ -399,6 +400,20 @@ def test_the_file_is_edited_and_the_last_lines_say_why_and_what(worktree: Path, 
     assert (worktree / "train_mlx.py").read_bytes() == changed
 
 
+@pytest.mark.parametrize("model", [None, "random"])
+def test_the_drivers_table_starts_it(worktree: Path, tmp_path: Path, model: str | None) -> None:
+    job = Job(worktree, "train_mlx.py", "A briefing.", tmp_path, model=model)
+    command = coders.get("search").command(job, os.environ)
+    done = subprocess.run(command.argv, cwd=worktree, env=command.env, input=command.stdin, capture_output=True, text=True,
+                          timeout=60)  # fmt: skip
+    report = coders.get("search").report(done.stdout, done.stderr, job)
+    assert report.failure is None
+    assert report.description
+    assert report.hypothesis
+    assert parse(report.description)
+    assert (worktree / "train_mlx.py").read_bytes() != SOURCE
+
+
 def test_without_a_journal_the_priors_decide(worktree: Path) -> None:
     words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(4)}
     assert len(words) == 4
@@ -490,6 +505,22 @@ def test_a_few_changes_train(bench: tuple[Path, Path, int]) -> None:
     picked = [change for change in options if str(change) in words]
     assert len(picked) == len(words)
     check_training(bench, picked)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+def test_a_nights_worth_of_keeps_on_top_of_each_other_trains(
+    bench: tuple[Path, Path, int], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(search, "PAIRS", 0.4)
+    draw, data, words = random.Random(seed), SOURCE, []
+    for _ in range(12):
+        found = search.propose(TrainFile(data, "cpu"), None, draw, learn=seed % 2 == 0)
+        assert found
+        words.append(" + ".join(map(str, found[0])))
+        data = found[1]
+    done, _ = train(bench[0], bench[1], data, score=True)
+    assert done.returncode == 0, "\n".join([*words, done.stderr[-500:]])
+    assert "val_bpb:" in done.stdout
 
 
 @pytest.mark.slow
