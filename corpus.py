@@ -30,14 +30,13 @@ from prepare_mlx import HarnessError, Preset, Tokenizer, home, sha256, write_ato
 
 BLOCK_BYTES = 8 << 20           # text handed to one worker at a time
 PASSAGE_BYTES = 2048            # a text without document separators is cut at blank lines into passages of this size
-DOCUMENT_BYTES = 1 << 16        # a longer document is cut into passages of this size: a book would be all of a split
+DOCUMENT_BYTES = 1 << 16        # a document twice as long is cut into passages of this size: a book would be a whole split
 SEPARATOR = b"<|endoftext|>"    # between the documents of a .txt or .md file, where it has any
 STORIES = 12_000                # of about 900 bytes: more than a CPU reads in five minutes
 TEXT_KINDS = (".txt", ".md", ".jsonl", ".parquet")
 TOKENIZER_BYTES = 16 << 20      # of training text, from all over the source, that the tokenizer learns from
-DOWNLOADS, TRIES = 4, 5         # files at a time; times each is tried, with 1, 2, 4 and 8 seconds between
+DOWNLOADS, TRIES = 4, 5         # files at a time; times each is tried, with 0.5, 1, 2 and 4 seconds between
 FORMAT = 2                      # raise it when what lies on disk changes its meaning: old datasets are then rebuilt
-
 DATASETS = {  # name: (licence, source, file pattern in the hub repository)
     "stories": ("MIT, made by stories.py", "embedded grammar, seed 1", ""),
     "tinystories": ("CDLA-Sharing-1.0", "karpathy/tinystories-gpt4-clean", "*.parquet"),
@@ -65,8 +64,8 @@ def progress(what: str, total: float, unit: str = "blocks") -> Iterator:
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -102,9 +101,12 @@ def fetch(source: str, pattern: str, shards: int) -> tuple[list[Path], dict]:
 
 
 def fetch_file(source: str, revision: str, file: dict, place: Path, advance) -> None:
-    """Bring one file to `place`: continued where it broke off, checked when it is there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import tqdm
+    """Bring one file to `place`: continued where it broke off, under its name only when it is whole."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get  # hf_hub_download starts from nothing after every interruption
+    from huggingface_hub.utils import build_hf_headers, tqdm
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # what is lost at most; it would be 10 MB
+    url, path = hf_hub_url(source, file["name"], repo_type="dataset", revision=revision), place / file["name"]
 
     class Meter(tqdm):
         def __init__(self, *args, **options):
@@ -115,12 +117,16 @@ def fetch_file(source: str, revision: str, file: dict, place: Path, advance) -> 
             advance(n)
 
     def once() -> None:
-        path = place / file["name"]
-        hf_hub_download(source, file["name"], repo_type="dataset", revision=revision, local_dir=place, tqdm_class=Meter)
-        if (size := path.stat().st_size) != (file["bytes"] or size) or sha256_of(path) != (file["sha256"] or sha256_of(path)):
-            path.unlink()
-            raise OSError(f"expected {file['bytes']:,} bytes with SHA-256 {file['sha256']}, got {size:,} bytes of something else")
-    patiently(file["name"], once)
+        with open(f"{path}.part", "ab") as out:
+            http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file["bytes"], tqdm_class=Meter)
+        got = sha256_of(Path(f"{path}.part"))
+        if got != (file["sha256"] or got):
+            os.unlink(f"{path}.part")
+            raise OSError(f"expected SHA-256 {file['sha256']}, got {got}; it is fetched anew")
+        os.replace(f"{path}.part", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        patiently(file["name"], once)
 
 
 def patiently(what: str, once):
@@ -131,11 +137,11 @@ def patiently(what: str, once):
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", 0)
             if attempt == TRIES - 1 or (400 <= status < 500 and status not in (408, 429)) or getattr(error, "errno", 0) == 28:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-                raise HarnessError("data", f"{what} could not be fetched: {type(error).__name__}: {reason}. What arrived is kept, "
-                                   "run the same command again to go on. HF_ENDPOINT, HTTPS_PROXY and HF_TOKEN are honoured; "
-                                   "`--dataset stories` needs no network") from error
-            time.sleep(2**attempt)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise HarnessError("data", f"{what} could not be fetched: {reason}. "
+                                   "What arrived is kept, run the same command again to go on. HF_ENDPOINT, HTTPS_PROXY and "
+                                   "HF_TOKEN are honoured; `--dataset stories` needs no network") from error
+            time.sleep(2**attempt / 2)
     return None
 
 
@@ -170,11 +176,10 @@ def passages(data: bytes, size: int) -> list[bytes]:
 
 def read_block(block: Block) -> tuple[list[str], dict[str, int]]:
     """The documents of a block, and counts of what was skipped: `invalid_utf8`, `empty`."""
-    raw: list[bytes]
     if block.path.lower().endswith(".parquet"):
         import pyarrow.parquet as parquet
         table = parquet.ParquetFile(block.path).read_row_groups(range(block.start, block.end), columns=[block.field])
-        raw = [(text or "").encode("utf-8", "surrogatepass") for text in table.column(block.field).to_pylist()]
+        raw = [(text or "").encode() for text in table.column(block.field).to_pylist()]
     else:
         with open(block.path, "rb") as f:
             f.seek(block.start)
@@ -257,10 +262,9 @@ def source_files(dataset: str, work: Path, shards: int) -> tuple[list[Path], dic
     licence, source, pattern = DATASETS[dataset]
     if dataset == "stories":
         from stories import Storyteller
-        teller = Storyteller(seed=1)
-        text = f"\n{SEPARATOR.decode()}\n".join(teller.story() for _ in range(STORIES))
-        (work / "stories.txt").write_text(text, encoding="utf-8")
-        return [work / "stories.txt"], {"source": source, "licence": licence}
+        teller, place = Storyteller(seed=1), work / "stories.txt"
+        place.write_text(f"\n{SEPARATOR.decode()}\n".join(teller.story() for _ in range(STORIES)), encoding="utf-8")
+        return [place], {"source": source, "licence": licence}
     files, facts = fetch(source, pattern, shards)
     return files, {"source": source, "licence": licence, **facts}
 
@@ -302,8 +306,8 @@ def choose_splits(digests: np.ndarray, sizes: np.ndarray, eval_bytes: int) -> np
 
 def tokenize_block(block: Block, splits: bytes, model: bytes, part: Path) -> tuple[list[str], list[str]]:
     """Write the block's training tokens to `part`, return its validation and test documents."""
-    documents, _ = read_block(block)
-    chosen: list[list[str]] = [[d for d, s in zip(documents, splits, strict=True) if s == k] for k in (TRAIN, VAL, TEST)]
+    pairs = list(zip(read_block(block)[0], splits, strict=True))
+    chosen = [[d for d, s in pairs if s == k] for k in (TRAIN, VAL, TEST)]
     if not part.exists():  # else an earlier, interrupted preparation made it
         write_atomically(part, Tokenizer(model).encode_documents(chosen[TRAIN]).tobytes())
     return chosen[VAL], chosen[TEST]
@@ -369,13 +373,12 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
         digests, sizes = (np.concatenate([r[k] for r in read]) for k in (0, 1))
         splits = choose_splits(digests, sizes, preset.eval_bytes)
         stays = splits != DROPPED
-        counts = {"files": len(files), "empty_files": sum(p.stat().st_size == 0 for p in files), "documents": len(splits),
+        counts = {"source_files": len(files), "empty_files": sum(p.stat().st_size == 0 for p in files), "documents": len(splits),
                   "bytes": int(sizes[stays].sum()), "duplicates": len(splits) - len(np.unique(digests[:, 1])),
                   **{k: sum(r[2][k] for r in read) for k in ("invalid_utf8", "empty")}}
         counts["near_duplicates"] = int((~stays).sum()) - counts["duplicates"]
         everything = sha256(digests.tobytes() + splits.tobytes())
         by_block = [part.tobytes() for part in np.split(splits, np.cumsum([len(r[1]) for r in read])[:-1])]
-
         # 2. the tokenizer, from training documents spread over the source
         def sample() -> Iterator[str]:
             step = max(1, len(blocks) // 32)
@@ -389,7 +392,6 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
         if not model.exists():
             write_atomically(model, Tokenizer.train(sample(), preset.vocab_size).model)
         tokenizer = Tokenizer(model.read_bytes())
-
         # 3. token shards; a part's name says what it was made from
         stamp = sha256(tokenizer.model + everything.encode())[:12]
         parts = [work / "parts" / f"{stamp}-{i:06d}.bin" for i in numbers]
@@ -399,9 +401,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
-    target = work / "train"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
+    (target := work / "train").mkdir(exist_ok=True)
     with open(target / "train.bin", "wb") as out:
         for part in parts:
             with open(part, "rb") as source:
@@ -432,12 +432,11 @@ def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset,
         if tokenizer.decode_bytes(tokens) != data:
             raise HarnessError("data", f"{name}: the tokenizer lost something; please report this text")
         if (need := 2 * preset.seq_len) > len(tokens):
-            raise HarnessError("data", f"the text is too small: {name} has {len(data):,} bytes, {len(tokens):,} tokens, expected "
-                               f"at least {need:,} (two rows); use about {need / max(len(tokens), 1):.1f} times as much text, or a "
-                               "smaller preset")
-        if len(data) < preset.eval_bytes:
-            print(f"note: {name} has {len(data):,} bytes, a tenth of the text and {preset.eval_bytes - len(data):,} fewer than the "
-                  f"preset scores; {10 * preset.eval_bytes:,} bytes of text would fill it; the score is noisier", file=sys.stderr)
+            raise HarnessError("data", f"the text is too small: {name} has {len(tokens):,} tokens, expected at least {need:,} (two "
+                               f"rows); use about {need / max(len(tokens), 1):.1f} times as much text, or a smaller preset")
+        if (short := preset.eval_bytes - len(data)) > 0:
+            print(f"note: {name} has {len(data):,} bytes, a tenth of the text and {short:,} fewer than the preset scores; "
+                  f"{10 * preset.eval_bytes:,} bytes of text would fill it; the score is noisier", file=sys.stderr)
         held |= {f"{name}_bytes": len(data), f"{name}_documents": len(texts), f"{name}_sha256": sha256(data)}
         (place / f"{name}.bin").write_bytes(tokens.tobytes())
     (place / "tokenizer.model").write_bytes(tokenizer.model)

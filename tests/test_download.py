@@ -1,0 +1,153 @@
+"""Hub datasets against a real server that misbehaves: a whole dataset, or a clear error and a state to go on from."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from conftest import ROOT, environment, prepare, some_text
+from hub_server import REVISION, Hub
+
+
+def shard(seed: int) -> bytes:
+    """A parquet file of 300 documents, about 190 KB."""
+    texts = [some_text(500, seed * 1000 + i) for i in range(300)]
+    out = io.BytesIO()
+    parquet.write_table(pa.table({"text": texts}), out, row_group_size=100, compression=None)
+    return out.getvalue()
+
+
+FILES = {f"data/train-0000{i}.parquet": shard(i) for i in range(3)} | {"README.md": b"# a data set"}
+FIRST, SECOND, THIRD = sorted(FILES)[1:]
+
+
+@pytest.fixture
+def hub():
+    with Hub(FILES) as server:
+        yield server
+
+
+def fetch(hub, home, *more, **env):
+    return prepare("--dataset", "tinystories", "--preset", "tiny", *more, home=home, **{"HF_ENDPOINT": hub.url, **env})
+
+
+def ranges(hub, name):
+    """Where each GET of a file began."""
+    return [r for method, path, r, _ in hub.requests if method == "GET" and path.endswith(name)]
+
+
+def is_whole(home, done, files=(FIRST,)):
+    assert done.returncode == 0, done.stderr
+    assert "ready: tinystories-320-" in done.stdout
+    [place] = (home / "train").iterdir()
+    meta = json.loads((place / "meta.json").read_text())
+    assert meta["revision"] == REVISION
+    assert [(f["bytes"], f["sha256"]) for f in meta["files"]] == [
+        (len(FILES[name]), hashlib.sha256(FILES[name]).hexdigest()) for name in files]
+    assert meta["documents"] == 300 * len(files)
+
+
+def is_refused(home, done, said):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "ready" not in done.stdout
+    assert "error: " in done.stderr
+    assert said in done.stderr.splitlines()[-1]
+    assert not (home / "train").exists()
+    assert not (home / "current.json").exists()
+
+
+def test_chosen_shards_only_and_then_no_network(hub, tmp_path):
+    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    assert ranges(hub, THIRD) == ranges(hub, "README.md") == []
+    again = fetch(hub, tmp_path, "--shards", 2, HF_ENDPOINT="http://127.0.0.1:9")
+    is_whole(tmp_path, again, (FIRST, SECOND))
+
+
+def test_another_preset_of_what_is_there_needs_no_network(hub, tmp_path):
+    is_whole(tmp_path, fetch(hub, tmp_path))
+    done = fetch(hub, tmp_path, "--vocab-size", 256, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert "ready: tinystories-256-" in done.stdout
+
+
+@pytest.mark.parametrize("behaviour", ["drop 70000", "429", "503", "truncate 5000", "wrong"])
+def test_after_one_mishap_the_dataset_is_whole(hub, tmp_path, behaviour):
+    hub.misbehave(FIRST, behaviour)
+    is_whole(tmp_path, fetch(hub, tmp_path))
+    assert len(ranges(hub, FIRST)) >= 2
+
+
+def test_a_dropped_download_goes_on_where_it_was(hub, tmp_path):
+    hub.misbehave(FIRST, "drop 70000")
+    is_whole(tmp_path, fetch(hub, tmp_path))
+    assert ranges(hub, FIRST) == [None, "bytes=65536-"]
+
+
+def test_the_list_is_asked_for_again(hub, tmp_path):
+    hub.misbehave("list", "503", "429")
+    is_whole(tmp_path, fetch(hub, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "behaviour", "said"), [
+    (SECOND, "wrong", "expected SHA-256"),
+    pytest.param(SECOND, "503", "503", marks=pytest.mark.slow),
+    pytest.param(SECOND, "truncate 5000", "Consistency check failed", marks=pytest.mark.slow),
+    pytest.param("list", "503", "the list of karpathy/tinystories-gpt4-clean could not be fetched", marks=pytest.mark.slow),
+])
+def test_lasting_trouble_is_a_clear_error_and_later_it_goes_on(hub, tmp_path, name, behaviour, said):
+    hub.misbehave(name, *[behaviour] * 20)
+    is_refused(tmp_path, fetch(hub, tmp_path, "--shards", 2), said)
+    hub.plans.clear()
+    before = len(ranges(hub, FIRST))
+    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    if name != "list":
+        assert len(ranges(hub, FIRST)) == before == 1, "the first shard was kept"
+
+
+def test_a_killed_download_goes_on_where_it_was(hub, tmp_path):
+    hub.misbehave(FIRST, "stall 150000")
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_mlx.py", "--dataset", "tinystories", "--preset", "tiny"],
+                               env=environment(tmp_path, HF_ENDPOINT=hub.url), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place = tmp_path / "downloads"
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size >= 131072 for p in place.rglob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "train").exists()
+    is_whole(tmp_path, fetch(hub, tmp_path))
+    assert ranges(hub, FIRST) == [None, "bytes=131072-"]
+
+
+def test_what_will_not_get_better_is_said_at_once(hub, tmp_path):
+    hub.token = "hf_right"
+    started = time.monotonic()
+    is_refused(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_wrong"), "could not be fetched")
+    assert len([r for r in hub.requests if "/api/datasets/" in r[1]]) == 1
+    assert time.monotonic() - started < 60
+    is_whole(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_right"))
+    assert {auth for *_, auth in hub.requests[-2:]} == {"Bearer hf_right"}
+
+
+def test_a_proxy_is_used(hub, tmp_path):
+    done = fetch(hub, tmp_path, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url, http_proxy=hub.url, NO_PROXY="", no_proxy="")
+    is_whole(tmp_path, done)
+
+
+def test_no_server_at_all(tmp_path):
+    done = prepare("--dataset", "tinystories", "--preset", "tiny", home=tmp_path)
+    is_refused(tmp_path, done, "could not be fetched")
+    assert "run the same command again to go on" in done.stderr
+    assert "`--dataset stories` needs no network" in done.stderr
+
+
+def test_a_shard_that_is_no_parquet_is_named(tmp_path):
+    with Hub({FIRST: FILES[FIRST][:-100]}) as server:
+        is_refused(tmp_path, fetch(server, tmp_path), "cannot be read as .parquet, it is damaged or cut off")
