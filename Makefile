@@ -9,7 +9,7 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 .PHONY: demo test test-slow test-gpu test-agents test-browser soak lint clean
 
 demo: .venv/.ready
-	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --experiments 8 --tag demo-$$(date +%m%d-%H%M%S)
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 8 --tag demo-$$(date +%m%d-%H%M%S)
 
 test: lint
 	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q
@@ -22,7 +22,7 @@ test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
 	$(PY) -m pytest -q -m $*
 
 soak: .venv/.ready
-	$(PY) -m pytest -q -m soak
+	$(PY) -m pytest -q -m slow tests/test_kill.py tests/test_soak.py
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh

@@ -1,6 +1,7 @@
 """The README tells the truth: its file map is the repository, its commands exist and take their options."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^ {4}(python [^#\n]+|make [^#\n]+)", README, re.M)))
+COMMANDS = sorted(set(re.findall(r"^ {4}((?:python|make) [^#\n]+?) *(?:#.*)?$", README, re.M)))
 HIDDEN = {".ci", ".gitignore", "LICENSE", "README.md", "Makefile", "pyproject.toml", "docs"}  # a map needs no entry for these
 
 
@@ -26,7 +27,7 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python")])
 def test_a_command_and_its_options_exist(command: str) -> None:
-    words = command.split()[1:]
+    words = shlex.split(command)[1:]
     program = words[:2] if words[0] == "-m" else words[:1]
     if program == ["train_mlx.py"]:
         assert (ROOT / "train_mlx.py").exists()
