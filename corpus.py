@@ -171,7 +171,7 @@ def passages(data: bytes, size: int) -> list[bytes]:
         else:  # no white space at all: cut between two characters of UTF-8
             position += size + next((i for i, b in enumerate(window[:4]) if b & 0xC0 != 0x80), 0)
         cuts.append(position)
-    return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True)]
+    return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True) if b > a or not data]
 
 
 def read_block(block: Block) -> tuple[list[str], dict[str, int]]:
@@ -325,8 +325,7 @@ def begin_worker(parent: int) -> None:
 
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int) -> str:
     """What a prepared dataset depends on, as 10 hex digits: the user's files byte by byte, or its name; and the preset."""
-    own = dataset.startswith("text:")
-    if not own and dataset not in DATASETS:
+    if not (own := dataset.startswith("text:")) and dataset not in DATASETS:
         raise HarnessError("usage", f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)} or text:PATH")
     text = [(p.name, sha256_of(p)) for p in own_files(dataset)] if own else [dataset, shards]
     return sha256(json.dumps([FORMAT, text, field, asdict(preset)]).encode())[:10]
@@ -373,10 +372,13 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
         digests, sizes = (np.concatenate([r[k] for r in read]) for k in (0, 1))
         splits = choose_splits(digests, sizes, preset.eval_bytes)
         stays = splits != DROPPED
+        same = len(splits) - len(np.unique(digests[:, 1]))
         counts = {"source_files": len(files), "empty_files": sum(p.stat().st_size == 0 for p in files), "documents": len(splits),
-                  "bytes": int(sizes[stays].sum()), "duplicates": len(splits) - len(np.unique(digests[:, 1])),
+                  "bytes": int(sizes[stays].sum()), "duplicates": same, "near_duplicates": int((~stays).sum()) - same,
                   **{k: sum(r[2][k] for r in read) for k in ("invalid_utf8", "empty")}}
-        counts["near_duplicates"] = int((~stays).sum()) - counts["duplicates"]
+        if counts["bytes"] < 20 * preset.seq_len or not (splits == TRAIN).any():
+            raise HarnessError("data", f"the text is too small: {counts['bytes']:,} bytes in {stays.sum():,} documents, expected "
+                               f"about {60 * preset.seq_len:,} at least, {10 * preset.eval_bytes:,} for the whole evaluation")
         everything = sha256(digests.tobytes() + splits.tobytes())
         by_block = [part.tobytes() for part in np.split(splits, np.cumsum([len(r[1]) for r in read])[:-1])]
         # 2. the tokenizer, from training documents spread over the source
@@ -406,11 +408,11 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
         for part in parts:
             with open(part, "rb") as source:
                 shutil.copyfileobj(source, out, 1 << 20)
-    meta = {"format": FORMAT, "dataset": dataset, **origin, **counts, "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id, "seq_len": preset.seq_len, "budget": preset.budget,
-            "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32", "data_hash": everything[:16],
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    meta = {"format": FORMAT, "dataset": dataset, **origin, **counts, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
+            "bos_id": tokenizer.bos_id, "seq_len": preset.seq_len, "budget": preset.budget, "data_hash": everything[:16],
             "tokenizer_hash": sha256(tokenizer.model)[:16] if tokenizer.model else "bytes"}
-    keep_held_out(home() / "held" / ident, meta, tokenizer, preset, held_out)
+    keep_held_out(home() / "held" / ident, dict(meta), tokenizer, preset, held_out)
     (target / "tokenizer.model").write_bytes(tokenizer.model)
     finish(target, meta)
     (home() / "train").mkdir(exist_ok=True)
@@ -425,7 +427,6 @@ def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset,
     """Write val.bin and test.bin, whole documents in order, where only the scorer looks."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, mode=0o700)
-    held = dict(meta)
     for k, name in enumerate(("val", "test")):
         texts = [text for pair in held_out for text in pair[k]]
         tokens, data = tokenizer.encode_documents(texts), "".join(texts).encode()
@@ -437,10 +438,10 @@ def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset,
         if (short := preset.eval_bytes - len(data)) > 0:
             print(f"note: {name} has {len(data):,} bytes, a tenth of the text and {short:,} fewer than the preset scores; "
                   f"{10 * preset.eval_bytes:,} bytes of text would fill it; the score is noisier", file=sys.stderr)
-        held |= {f"{name}_bytes": len(data), f"{name}_documents": len(texts), f"{name}_sha256": sha256(data)}
+        meta |= {f"{name}_bytes": len(data), f"{name}_documents": len(texts), f"{name}_sha256": sha256(data)}
         (place / f"{name}.bin").write_bytes(tokens.tobytes())
     (place / "tokenizer.model").write_bytes(tokenizer.model)
-    finish(place, held)
+    finish(place, meta)
 
 
 def finish(place: Path, meta: dict) -> None:

@@ -75,12 +75,11 @@ class HarnessError(Exception):
     exit_codes: ClassVar = {"crash": 1, "usage": 2, "data": 2, "nan": 3, "oom": 4, "timeout": 5, "violation": 6}
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+        super().__init__(kind, message)  # both, so that a worker process can hand it on
+        self.kind, self.exit_code = kind, self.exit_codes.get(kind, 1)
 
-    @property
-    def exit_code(self) -> int:
-        return self.exit_codes.get(self.kind, 1)
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 def home() -> Path:
