@@ -6,7 +6,8 @@ from conftest import some_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prepare_mlx import HarnessError, Tokenizer
+from prepare_mlx import PIECES, HarnessError, Tokenizer
+from stories import Storyteller
 
 AWKWARD = [
     "\x00\x01\x7f\x85\u2028", "e\u0301\u0301 \u0301alone", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪",
@@ -63,3 +64,26 @@ def test_documents_are_marked_and_stored_small(tokenizer):
     assert ids.dtype == np.uint16
     assert (ids == tokenizer.bos_id).sum() == 3
     assert tokenizer.decode(ids) == "onetwo"
+
+
+GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("vocab_size", [2048, 8192])
+def test_tokens_are_as_long_as_a_gpt4_pattern_bpes(vocab_size):
+    """Within 2 %, each trained on the text it encodes: the embedded stories, half a million characters of prose."""
+    rustbpe, tiktoken = pytest.importorskip("rustbpe"), pytest.importorskip("tiktoken")
+    teller = Storyteller(seed=3)
+    text = "\n\n".join(teller.story() for _ in range(600))
+    other = rustbpe.Tokenizer()
+    other.train_from_iterator(iter([text]), vocab_size, pattern=GPT4)
+    ranks = {bytes(piece): rank for piece, rank in other.get_mergeable_ranks()}
+    reference = tiktoken.Encoding("gpt4 pattern", pat_str=GPT4, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(text)
+    ours = Tokenizer.train(iter([text]), vocab_size).encode(text)
+    assert len(ours) == pytest.approx(len(reference), rel=0.02)
+
+
+@given(text=any_text)
+@settings(max_examples=200, deadline=None)
+def test_pieces_for_training_are_the_text(text):
+    assert "".join(PIECES.findall(text)) == text
