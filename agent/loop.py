@@ -34,6 +34,7 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--agent", help="A coding agent by name, or `search`, which needs no language model. Default: the first installed.")
 @click.option("--agent-cmd", help="Any command instead: it gets the prompt on standard input and edits the file.")
 @click.option("--agent-env", multiple=True, help="A further variable of your environment that the agent may see. Repeatable.")
+@click.option("--agent-args", help="Further arguments for the agent's own command line, for example '--effort high'.")
 @click.option("--model", help="The agent's model.")
 @click.option("--base-url", help="The endpoint of --agent chat.")
 @click.option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today.")
@@ -183,6 +184,7 @@ def _coder(options: Mapping[str, Any]) -> tuple[coders.Coder, str]:
     """The coding agent and a line about it. CoderError if it is unknown or not installed: better now than after the baseline."""
     if options.get("agent") and options.get("agent_cmd"):
         raise UsageError("--agent and --agent-cmd: expected one of them")
+    coders.arguments(options.get("agent_args"))
     if options.get("agent_cmd"):
         coder, about = coders.template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
     elif options.get("agent"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from typing import Any
 
 from agent import guard, process
 from agent.candidate import one_line
-from agent.coders import Coder, CoderError, Job, Report, cost_usd
+from agent.coders import Coder, CoderError, Job, Report, arguments, cost_usd
 from agent.errors import Stopped
 from agent.redact import redact
 from agent.settings import Settings
 
-READABLE = 1 << 20  # bytes of an agent's output that are looked at
+WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Proposal:
 
     kind: str
     description: str = ""
+    hypothesis: str = ""
     message: str = ""
     seconds: float = 0.0
     wait: float | None = None  # seconds, with rate_limit, where the agent says
@@ -61,6 +63,7 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
     job = Job(
         worktree=bench.worktree, train_file=bench.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
         base_url=settings.base_url, max_cost_usd=cost_left, pass_env=settings.agent_env,
+        extra_args=arguments(settings.agent_args),
     )  # fmt: skip
     try:
         command = bench.coder.command(job, os.environ)
@@ -70,7 +73,7 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
         }  # fmt: skip
         outcome = process.run(
             command.argv, cwd=bench.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=bench.stop,
-            limits=process.Limits(wall_seconds=settings.max_agent_minutes * 60), pidfile=bench.folder / "agent.pid",
+            limits=process.Limits(settings.max_agent_minutes * 60, bench.coder.idle_seconds), pidfile=bench.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
@@ -80,7 +83,10 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     cost = cost_usd(report, settings.price_in, settings.price_out)
-    usage = {"cost": cost, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0)}
+    usage = {
+        "cost": cost, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0), "tokens_in": report.tokens_in,
+        "tokens_out": report.tokens_out,
+    }  # fmt: skip
     violations = [str(violation) for violation in guard.check(bench.worktree, base, bench.train_file, seen)]
     if not violations and _holds_secret(train_file):
         violations = [f"{bench.train_file}: holds the value of a variable that looks like a key"]
@@ -93,21 +99,27 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
 def _judge(
     bench: Bench, outcome: process.Outcome, report: Report, usage: dict[str, Any], violations: list[str], before: bytes
 ) -> Proposal:  # fmt: skip
-    def proposal(kind: str, message: str = "", description: str = "") -> Proposal:
-        about = one_line(redact(description or report.description or report.hypothesis or ""), 200)
-        return Proposal(kind, about, message, outcome.seconds, report.wait_seconds, outcome.tail(1500), usage)
+    after = (bench.worktree / bench.train_file).read_bytes() if not violations else before
+    derived = _describe(before, after) if after != before else ""
+
+    def proposal(kind: str, message: str = "") -> Proposal:
+        about = one_line(redact(report.description or derived or report.hypothesis or ""), 200)
+        why = one_line(redact(report.hypothesis or derived), 300)
+        return Proposal(kind, about, why, message, outcome.seconds, report.wait_seconds, outcome.tail(1500), usage)
 
     if outcome.reason == "missing":
         return proposal("missing", f"{outcome.tail(300)}; {bench.coder.install_hint}")
     if violations:
         return proposal("violation", "; ".join(violations[:5]))
-    after = (bench.worktree / bench.train_file).read_bytes()
     last = one_line(outcome.tail(300), 300)
     detail = report.detail or one_line(report.message or "", 300) or last
-    if outcome.reason != "exited":
-        return proposal("agent_error", f"the agent was ended by the limit {outcome.reason} after {outcome.seconds:.0f} s")
+    ended = outcome.reason != "exited"
+    if ended and (after != before or report.failure not in WAITING):
+        silent = "said nothing for" if outcome.reason == "idle" else "was ended by the limit " + outcome.reason + " after"
+        seconds = bench.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds
+        return proposal("agent_error", f"the agent {silent} {seconds:.0f} s")
     if after != before:
-        return proposal("changed", description=_describe(report, before, after))
+        return proposal("changed")
     if report.failure == "login":
         return proposal("login", f"{detail}; {bench.coder.login_hint}")
     if report.failure in ("rate_limit", "missing"):
@@ -120,18 +132,31 @@ def _judge(
     return proposal("noop", f"the agent left {bench.train_file} as it was: {detail}")
 
 
-def _describe(report: Report, before: bytes, after: bytes) -> str:
-    """In the agent's words; without any, the first line it changed."""
-    words = report.description or report.hypothesis
-    if not words and report.message:
-        words = next((line for line in reversed(report.message.splitlines()) if line.strip()), None)
-    if words:
-        return words
+_ASSIGNED = re.compile(r"(\w+) = (.*)")
+
+
+def _describe(before: bytes, after: bytes) -> str:
+    """A change in the words of its diff: `LR 0.1 -> 0.2`, or its first lines; for an agent that did not say what it did."""
     old, new = (text.decode("utf-8", "replace").splitlines() for text in (before, after))
-    for line in difflib.unified_diff(old, new, n=0, lineterm=""):
-        if line[:1] in "+-" and line[:3] not in ("+++", "---") and line[1:].strip():
-            return f"{line[0]} {line[1:].strip()}"
-    return "whitespace"
+    if len(old) + len(new) > 20_000:  # comparing takes their product
+        return f"a file of {len(new)} lines, of {len(old)}"
+    found, gone, come = [], 0, 0
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        if tag == "equal":
+            continue
+        gone, come = gone + j - i, come + m - k
+        pairs = zip(old[i:j], new[k:m], strict=True) if j - i == m - k else [("\n".join(old[i:j]), "\n".join(new[k:m]))]
+        found += [_words(*(text.strip() for text in pair)) for pair in pairs]
+    found = [words for words in found if words]
+    more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+    return f"{'; '.join(one_line(part, 80) for part in found[:2]) or 'whitespace'}{more}, +{come} -{gone} lines"
+
+
+def _words(old: str, new: str) -> str:
+    was, now = (_ASSIGNED.fullmatch(text.split("  #")[0].strip()) for text in (old, new))
+    if was and now and was[1] == now[1]:
+        return f"{was[1]} {was[2]} -> {now[2]}" if was[2] != now[2] else ""
+    return f"+ {new.splitlines()[0]}" if new else f"- {old.splitlines()[0]}" if old else ""
 
 
 def _holds_secret(path: Path) -> bool:
@@ -141,8 +166,8 @@ def _holds_secret(path: Path) -> bool:
 
 
 def _text(path: Path) -> str:
+    """All that was kept of an output: the spawner bounds the file, and the result is on its last line."""
     try:
-        with open(path, "rb") as file:
-            return file.read(READABLE).decode("utf-8", "replace")
+        return path.read_bytes().decode("utf-8", "replace")
     except OSError:
         return ""

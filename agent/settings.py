@@ -16,6 +16,7 @@ class Settings:
     agent: str | None = None  # a name of the table; None takes the first one that is installed and logged in
     agent_cmd: str | None = None
     agent_env: tuple[str, ...] = ()  # further variables that the agent may see, by name
+    agent_args: str | None = None  # further arguments of the agent's command line, as typed
     model: str | None = None
     base_url: str | None = None
     experiments: int | None = None

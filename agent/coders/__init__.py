@@ -18,7 +18,7 @@ from agent.coders.clis import CLIS
 from agent.coders.own import OWN
 
 __all__ = ["TABLE", "Coder", "CoderError", "Command", "Detected", "Job", "Login", "Report",
-           "cost_usd", "detect", "get", "names", "template"]  # fmt: skip
+           "arguments", "cost_usd", "detect", "get", "names", "template"]  # fmt: skip
 
 TABLE: dict[str, Coder] = {coder.name: coder for coder in (*CLIS, *OWN)}
 FALLBACK = "search"  # needs neither a login nor a network
@@ -41,6 +41,14 @@ def get(name: str) -> Coder:
     return TABLE[name]
 
 
+def arguments(text: str | None) -> tuple[str, ...]:
+    """The words of --agent-args, split as a shell splits them. Raises CoderError."""
+    try:
+        return tuple(shlex.split(text or ""))
+    except ValueError as error:
+        raise CoderError(f"--agent-args {text!r} can't be split into words: {error}; expected such as '--effort high'") from error
+
+
 def template(command: str) -> Coder:
     """The user's own command: the prompt on standard input, the worktree as working directory.
 
@@ -52,7 +60,7 @@ def template(command: str) -> Coder:
     if not words:
         raise CoderError("--agent-cmd is empty; expected a command, for example 'my-agent --edit {train_file}'")
 
-    def arguments(job: Job) -> list[str]:
+    def filled_in(job: Job) -> list[str]:
         filled = words[1:]
         values = {"train_file": job.train_file, "worktree": job.worktree, "prompt_file": job.prompt_file}
         for key, value in values.items():
@@ -62,7 +70,7 @@ def template(command: str) -> Coder:
     return Coder(
         name="cmd",
         binary=words[0],
-        arguments=arguments,
+        arguments=filled_in,
         reader=shapes.plain,
         install_hint=f"put {words[0]} on PATH, or give its full path in --agent-cmd",
         login_hint=f"log in to {words[0]}; variables that it needs are passed by --agent-env NAME",

@@ -104,6 +104,7 @@ class Coder:
     login_env: tuple[str, ...] = ()  # any of these set means logged in
     login_files: tuple[Login, ...] = ()
     prompt_on_stdin: bool = True
+    idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 

@@ -20,6 +20,7 @@ OPENAI = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_ORG_ID
 PROVIDERS = (*OPENAI, *GOOGLE, *AWS, "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "OPENROUTER_API_KEY", "DEEPSEEK_API_KEY",
              "GROQ_API_KEY", "MISTRAL_API_KEY", "XAI_API_KEY", "TOGETHER_API_KEY", "OLLAMA_API_BASE",
              "LM_STUDIO_API_BASE", "LM_STUDIO_API_KEY")  # fmt: skip
+SILENCE = 600.0  # seconds; of an agent that prints every step, more than any model thinks about one
 PROVIDER_KEYS = tuple(name for name in PROVIDERS if name.endswith("_KEY"))
 
 
@@ -143,6 +144,7 @@ CLIS = (
         binary="codex",
         arguments=codex,
         reader=shapes.codex,
+        idle_seconds=SILENCE,
         install_hint="npm install -g @openai/codex",
         login_hint="codex login",
         env_names=("CODEX_HOME", "CODEX_API_KEY", *OPENAI),
@@ -169,6 +171,7 @@ CLIS = (
         binary="opencode",
         arguments=opencode,
         reader=shapes.opencode,
+        idle_seconds=SILENCE,
         install_hint="npm install -g opencode-ai",
         login_hint="opencode auth login",
         env_names=("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "OPENCODE_API_KEY", *PROVIDERS),
@@ -211,6 +214,7 @@ CLIS = (
         binary="copilot",
         arguments=copilot,
         reader=shapes.copilot,
+        idle_seconds=SILENCE,
         install_hint="npm install -g @github/copilot",
         login_hint="copilot login, or set COPILOT_GITHUB_TOKEN",
         env_names=("COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "GH_HOST", "COPILOT_HOME", "COPILOT_MODEL",
