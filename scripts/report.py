@@ -6,7 +6,9 @@ Reads the night's journal and nothing else. Writes `progress.png` beside it; `--
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the driver's journal is its neighbour's
 
@@ -17,7 +19,15 @@ from agent.errors import NightError, UsageError
 from agent.journal import holder, read
 from agent.night import FAILURES, Experiment, Night, fold
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 BASELINE, KEEP, DISCARD, FAILED = "#24292f", "#1a7f37", "#9aa4ad", "#cf222e"
+# Where the name of a keep may stand, from its point: points to the side, how it is aligned, points down. Below and to the left of
+# a staircase that falls there is nothing.
+PLACES = [(-side, "right", down) for down in range(7, 70, 11) for side in (3, 20)]
+PLACES += [(side, "left", down) for down in (*range(7, 70, 11), -9, -20, -31) for side in (3, 20)]
+Point = tuple[float, float]
 
 
 def load(folder: Path) -> Night:
@@ -36,57 +46,99 @@ def draw(night: Night, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(10, 5.2), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(10, 5.6), dpi=120)
     scored = [e for e in night.experiments if e.val_bpb is not None and e.status is not None]
-    wins = [e for e in scored if e.status == "keep" and e.n > 0]
     losses = [e for e in scored if e.status == "discard"]
-    groups: list[tuple[str, str, list[Experiment]]] = [
-        ("baseline", BASELINE, scored[:1]),
-        (f"kept ({len(wins)})", KEEP, wins),
-        (f"discarded ({len(losses)})", DISCARD, losses),
-    ]
-    for label, colour, group in groups:
-        numbers, scores = [e.n for e in group], [e.val_bpb for e in group]
-        axes.scatter(numbers, scores, s=34, color=colour, label=label, zorder=3)
     kept = [e for e in scored if e.status == "keep" and e.mean is not None]
-    last = max((e.n for e in night.experiments), default=0)
-    if kept:
-        stairs = [(e.n, e.mean) for e in kept] + [(last, kept[-1].mean)]
-        axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
-        spread = kept[0].scores
-        if len(spread) > 1:
-            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"its {len(spread)} seeds")
-        # One diverged training must not flatten all others: the axis ends a little above the baseline.
-        values = [e.val_bpb for e in scored if e.val_bpb is not None]
-        first, low = kept[0].mean or 0.0, min(values)
-        top = max(first + 1.5 * (first - low), first * 1.01)
-        axes.set_ylim(low - 0.08 * (top - low), min(top, max(values) + 0.08 * (top - low)) if max(values) > low else None)
     failed = [e for e in night.experiments if e.status in FAILURES]
-    if failed:
-        axes.plot(
-            [e.n for e in failed], [0.015] * len(failed), "x", color=FAILED, ms=5, transform=axes.get_xaxis_transform(),
-            label=f"failed ({len(failed)})",
-        )  # fmt: skip
-    for experiment in kept[1:]:
-        text = experiment.description if len(experiment.description) <= 34 else experiment.description[:33] + "…"
-        axes.annotate(
-            text.replace("$", r"\$"), (experiment.n, experiment.val_bpb), xytext=(4, 6), textcoords="offset points", fontsize=7,
-            rotation=20, color=KEEP,
-        )  # fmt: skip
+    last = max((e.n for e in night.experiments), default=0)
+    axes.set_xlim(-0.02 * max(last, 4), 1.02 * max(last, 4))
+    beyond: list[Experiment] = []
+    if kept:
+        spread = kept[0].scores
+        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), spread, [e.val_bpb or 0.0 for e in losses])
+        axes.set_ylim(low, high)
+        beyond = [e for e in losses if (e.val_bpb or 0.0) > high]
+        if len(spread) > 1:
+            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"{len(spread)} seeds of the baseline")
+    edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
+
+    def dots(group: list[Experiment], colour: str, label: str) -> None:
+        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=30, color=colour, label=label, zorder=3)
+
+    def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
+        if group:
+            axes.plot([e.n for e in group], [height] * len(group), sign, color=colour, ms=5, transform=edge, label=label)
+
+    dots([e for e in losses if e not in beyond], DISCARD, f"discarded ({len(losses)})")
+    marks(beyond, "^", 0.985, DISCARD, f"of these above the picture ({len(beyond)})")
+    marks(failed, "x", 0.02, FAILED, f"failed ({len(failed)})")
+    dots(kept[:1], BASELINE, "baseline")
+    dots(kept[1:], KEEP, f"kept ({len(kept[1:])})")
+    if kept:
+        stairs = [(e.n, e.mean or 0.0) for e in kept] + [(max(last, kept[-1].n + 0.5), kept[-1].mean or 0.0)]
+        axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
     axes.set_xlabel("experiment")
     axes.set_ylabel("val_bpb (bits per byte, lower is better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(views.last_line(night).replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(handles, labels, fontsize=8, frameon=False, loc="upper right")
-    figure.tight_layout()
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=len(handles))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    if kept:
+        describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
     fresh = path.with_name(f".{path.name}.new")
     figure.savefig(fresh, format="png", metadata={"Software": None})
     pyplot.close(figure)
     fresh.replace(path)
+
+
+def limits(baseline: float, best: float, seeds: list[float], discards: list[float]) -> tuple[float, float]:
+    """Lower and upper end of the axis (bpb): all that was won, and the discards but for those that went far astray."""
+    low = min([best, *seeds, *discards])
+    won, most = baseline - best, max(seeds)
+    if discards:
+        ranked = sorted(discards)
+        first, middle, third = (ranked[int(part * (len(ranked) - 1))] for part in (0.25, 0.5, 0.75))
+        most = max(most, min(ranked[-1], third + 1.5 * (third - first), best + 4 * (middle - best)))
+        if won > 0:
+            most = min(most, max(baseline + 6 * won, max(seeds)))  # however bad the discards were, what was won is to be seen
+    top = max(most, baseline + 0.3 * won, low + 0.004 * baseline)
+    return low - 0.12 * (top - low), top + 0.05 * (top - low)
+
+
+def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: list[Point]) -> None:
+    """Name the keeps, those that won most first; what finds no free place stays without a name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    to_pixels = axes.transData.transform
+    corners = [point for (x, y), (right, low) in pairwise(stairs) for point in ((x, y), (right, y), (right, low))]
+    taken = [Bbox([a, b]).padded(2) for a, b in pairwise(to_pixels(corners))]
+    taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in to_pixels(points)]
+    figure: Any = axes.figure
+    room, drawer = axes.get_window_extent(), figure.canvas.get_renderer()
+    gains = {e.n: (before.mean or 0.0) - (e.mean or 0.0) for before, e in pairwise(kept)}
+    for experiment in sorted(kept[1:], key=lambda e: -gains[e.n]):
+        text = f"{experiment.n}: {experiment.description}"
+        text = (text if len(text) <= 40 else text[:39] + "…").replace("$", r"\$")
+        point = (experiment.n, experiment.mean or 0.0)
+        for across, along, down in PLACES:
+            note = axes.annotate(
+                text, point, xytext=(across, -down), textcoords="offset points", fontsize=7, color=KEEP, ha=along,
+                va="top" if down > 0 else "bottom", arrowprops={"arrowstyle": "-", "color": KEEP, "lw": 0.4, "alpha": 0.6},
+            )  # fmt: skip
+            note.update_positions(drawer)
+            box = Text.get_window_extent(note, drawer)  # without its line
+            free = not any(box.overlaps(other) for other in taken)
+            if free and room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 + 12 <= box.y0 and box.y1 <= room.y1:
+                taken.append(box.padded(2))
+                break
+            note.remove()
 
 
 def summary(night: Night, pid: int | None) -> str:

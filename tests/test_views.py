@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from night_kit import ROOT
@@ -118,6 +121,56 @@ def test_report_draws_a_picture(tmp_path: Path, size: str) -> None:
     assert len(picture) > 5000
     assert views.last_line(story.night) in done.stdout
     assert not list(folder.glob(".*.new"))
+
+
+def report() -> Any:
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("baseline", "best", "discards", "shown"),
+    [
+        (0.690, 0.690, [0.70, 0.79, 0.86, 0.95, 1.05], 5),  # nothing kept: what was tried is to be seen
+        (0.690, 0.690, [0.70, 0.72, 5.0, 9.0], 2),  # what diverged must not flatten the rest
+        (1.550, 1.490, [1.56, 1.57, 1.50, 1.52, 4.0, 1.6], 5),
+        (1.350, 1.346, [1.45, 1.46, 1.47], 0),  # what was won must not be flattened either
+        (1.350, 1.350, [], 0),
+    ],
+)
+def test_picture_shows_what_was_won_and_most_of_what_was_tried(
+    baseline: float, best: float, discards: list[float], shown: int
+) -> None:
+    low, high = report().limits(baseline, best, [baseline - 0.001, baseline + 0.001], discards)
+    assert low < best - 0.001
+    assert baseline + 0.001 < high
+    assert sum(score < high for score in discards) == shown
+    assert not 0 < baseline - best < 0.1 * (high - low)
+
+
+def test_names_of_keeps_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    story = Story()
+    story.experiment(0, "keep", (1.5, 1.51))
+    for n in range(1, 60):
+        story.experiment(n, "keep" if n in (1, 2, 3, 5, 20, 40) else "discard", (1.5 - n / 200,) * 2)
+        story.events[-1]["description"] = f"idea {n} in some words"
+    module, shut = report(), pyplot.close
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    module.draw(story.night, tmp_path / "progress.png")
+    figure = pyplot.gcf()
+    boxes = [Text.get_window_extent(note) for note in figure.axes[0].texts]  # without their lines
+    shut(figure)
+    names = {note.get_text().split(":")[0] for note in figure.axes[0].texts}
+    assert names >= {"20", "40"}
+    assert names <= {"1", "2", "3", "5", "20", "40"}
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
 def test_report_shows_keeps_and_the_gap_to_the_held_out_test(tmp_path: Path) -> None:
