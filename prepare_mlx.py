@@ -14,8 +14,10 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import mmap
@@ -164,8 +166,6 @@ class Tokenizer:
             return cls()
         if vocab_size < 320:
             raise HarnessError("usage", f"vocab_size {vocab_size}: expected 256 (plain bytes) or at least 320 (bytes and letters)")
-        import io
-
         import sentencepiece
         model = io.BytesIO()
         try:
@@ -433,6 +433,8 @@ def kind_of(error: BaseException) -> str:
     """The name of a failure: a HarnessError's own, "oom" for what the frameworks say when memory ends, or "crash"."""
     if isinstance(error, HarnessError):
         return error.kind
+    if getattr(error, "errno", None) == errno.EFBIG:  # a file beyond SERVER_FILE_BYTES
+        return "violation"
     no_memory = re.search(r"out of memory|[Uu]nable to allocate|maximum allowed buffer", str(error))
     return "oom" if isinstance(error, MemoryError) or no_memory else "crash"
 
@@ -482,10 +484,9 @@ def serve(run_dir: Path) -> None:
             logits[i] = answer
             print(json.dumps({"done": i}), file=replies)
     except BaseException as error:
-        import traceback
-        traceback.print_exc()
         print(json.dumps({"kind": kind_of(error), "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
-        raise SystemExit(1) from None
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 
 
 class LogitsServer:
@@ -503,7 +504,7 @@ class LogitsServer:
             logit_file, self.logits = exchange(np.float32, [2, *shape])
             log = stack.enter_context(open(run_dir / "serve.log", "ab"))
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                [*wrap, sys.executable, "-B", __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 pass_fds=(token_file, logit_file), start_new_session=True,
                 env={k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"})  # nothing leads to held-out data
         try:
@@ -588,7 +589,7 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
     scored = tokenizer.token_bytes[targets] > 0                                 # marks and padding have no bytes
     if tokenizer.token_bytes[targets].sum() != meta[f"{split}_bytes"]:
         raise HarnessError("data", f"the bytes of {split}'s tokens do not add up to {meta[f'{split}_bytes']:,}")
-    batch_rows = max(1, min(batch_rows or 256, rows, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))
+    batch_rows = max(1, min(batch_rows or 256, rows // 8, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))  # rows // 8: many calls
     threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())             # NumPy lets go of the interpreter lock
 
     def ask(questions: list[Question], ids: np.ndarray) -> np.ndarray:
