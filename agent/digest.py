@@ -99,6 +99,7 @@ def digest(tried: Sequence[Tried], sigma: float = 0.003, limit: int = 6000) -> s
     kept = [t for t in tried if t.status == "keep"]
     failed = [t for t in tried if t.status not in ("keep", "discard")]
     near = near_misses(tried, sigma)
+    others = [t for t in reversed(tried) if t.status == "discard" and t not in near]
     since = kept[-1].id if kept else -1
     counts = Counter(t.status for t in tried)
     head = f"{len(tried)} experiments: " + ", ".join(f"{n} {status}" for status, n in counts.most_common())
@@ -107,12 +108,12 @@ def digest(tried: Sequence[Tried], sigma: float = 0.003, limit: int = 6000) -> s
         ("Kept, newest first", [_line(t) for t in reversed(kept)], 0.22),
         (
             "Near misses, nearest first (* = measured against an older best, may be worth another try)",
-            [_line(t, "*" if t.id < since else "") for t in near],
+            [_line(t, since) for t in near],
             0.18,
         ),
         ("Failed, and why", [_line(t) for t in _one_of_each(failed)], 0.2),
-        ("By family of idea: tried, kept, best gain", _by_family(tried, used_up(tried, sigma)), 0.15),
-        ("Other discards, newest first", [_line(t) for t in reversed(tried) if t.status == "discard" and t not in near], 1.0),
+        ("By family of idea: tried, kept, best gain", _by_family(tried, used_up(tried, sigma), since), 0.15),
+        ("Other discards, newest first", [_line(t, since) for t in others], 1.0),
     ]
     text = head[:limit]
     for title, lines, share in sections:
@@ -167,7 +168,8 @@ def _changed(diff: str) -> list[str]:
     return [line[1:].split("#")[0] for line in lines]
 
 
-def _line(tried: Tried, mark: str = "") -> str:
+def _line(tried: Tried, since: int = -1) -> str:
+    mark = "*" if tried.id < since else ""
     gain = f" gain {tried.gain:+.4f}" if tried.gain is not None else ""
     trials = f" in {len(tried.scores)} trials" if len(tried.scores) > 1 else ""
     score = f" {sum(tried.scores) / len(tried.scores):.4f}" if tried.scores else ""
@@ -190,13 +192,13 @@ def _one_of_each(failed: Sequence[Tried]) -> list[Tried]:
     return first + [t for t in reversed(failed) if t not in first]
 
 
-def _by_family(tried: Sequence[Tried], exhausted: Sequence[str]) -> list[str]:
+def _by_family(tried: Sequence[Tried], exhausted: Sequence[str], since: int) -> list[str]:
     lines = []
     for name, number in Counter(t.family for t in tried).most_common():
         own = [t for t in tried if t.family == name]
         gains = [t.gain for t in own if t.gain is not None]
         best = f"{max(gains):+.4f}" if gains else "none scored"
-        note = ", used up" if name in exhausted else ""
+        note = (", used up" if own[-1].id > since else ", used up against an older best") if name in exhausted else ""
         lines.append(f"| {name}: {number}, {sum(t.status == 'keep' for t in own)}, {best}{note}")
     return lines
 

@@ -17,10 +17,11 @@ from agent.console import Console
 from agent.decision import Rule, decide
 from agent.digest import family
 from agent.errors import BaselineError, NightError, Stopped
+from agent.hooks import Hooks
 from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
 from agent.night import Experiment, apply, fold
-from agent.proposal import Bench, ask
+from agent.proposal import Bench, Proposal, ask
 from agent.settings import Settings
 from agent.stopping import Stopper
 from agent.trial import Lab, Result, run_trial, score
@@ -46,6 +47,7 @@ class Engine:
         self.night = fold(self.journal.events)
         self.rule = Rule(baseline_trials=self.settings.baseline_seeds, experiments=self.settings.experiments or Rule.experiments)
         self.began = time.monotonic()
+        self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
 
     def record(self, event: str, **fields: Any) -> None:
         """Journal an event, without secrets, and move the state on by it."""
@@ -92,7 +94,7 @@ class Engine:
         self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
         if experiment.commit is None:
             self.worktree.keep_ref(0, self.night.base)  # also if the user rebases it away
-            self.candidate(experiment, self.night.base, "baseline", {}, 0.0)
+            self.candidate(experiment, self.night.base, Proposal("changed", "baseline"))
         while len(experiment.scores) < self.settings.baseline_seeds:
             result = self.trial(experiment)
             if result.status != "ok":
@@ -110,7 +112,7 @@ class Engine:
     def experiment(self) -> tuple[str, str] | None:
         """One experiment from proposal to verdict; a reason if the night cannot go on."""
         if self.night.open is None:
-            self.record("experiment", n=len(self.night.experiments), parent=self.night.leader.commit)
+            self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
         experiment = self.night.experiments[-1]
         self.console.stage(f"experiment {experiment.n} (best {self.night.leader.mean:.4f}): the agent is at work")
         if experiment.commit is None and (reason := self.propose(experiment)):
@@ -125,17 +127,14 @@ class Engine:
         self.worktree.reset(parent)
         if found := self.worktree.orphan(n, parent):  # committed by a driver that was killed before it could say so
             self.worktree.show(parent, found[0], self.lab.train_file)
-            self.candidate(experiment, found[0], found[1], {}, 0.0)
+            self.candidate(experiment, found[0], Proposal("changed", found[1]))
             return None
-        try:
-            program = self.program.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            program = ""
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        proposal = ask(self.bench, briefing.write(self.night, program), parent, n, self.night.seed + n, cost_left)
+        prompt = briefing.write(self.night, briefing.program(self.program), self.hooks.before_experiment(self.night, experiment))
+        proposal = ask(self.bench, prompt, parent, n, self.night.seed + n, cost_left)
         if proposal.kind == "changed":
             commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
-            self.candidate(experiment, commit, proposal.description, proposal.usage, proposal.seconds)
+            self.candidate(experiment, commit, proposal)
             return None
         if proposal.kind in ("rate_limit", "login", "missing"):
             self.record(
@@ -147,12 +146,13 @@ class Engine:
         self.verdict(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
         return None
 
-    def candidate(self, experiment: Experiment, commit: str, about: str, usage: dict[str, Any], seconds: float) -> None:
+    def candidate(self, experiment: Experiment, commit: str, proposal: Proposal) -> None:
         """Journal what the worktree now holds as the candidate of this experiment."""
-        source = judgement.source(self.worktree.path / self.lab.train_file)
+        source, about = judgement.source(self.worktree.path / self.lab.train_file), proposal.description
         self.record(
             "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about,
-            family=family(about, self.worktree.diff(experiment.parent, commit)), usage=usage, seconds=round(seconds, 1),
+            hypothesis=proposal.hypothesis, family=family(about, self.worktree.diff(experiment.parent, commit)),
+            usage=proposal.usage, seconds=round(proposal.seconds, 1),
         )  # fmt: skip
         if experiment.n:
             self.console.say(f"experiment {experiment.n}: {about}")
@@ -222,6 +222,7 @@ class Engine:
         name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
         shown = f" {mean:.4f}" if mean is not None else ""
         self.console.say(f"{name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+        self.hooks.after_experiment(self.night, experiment)
 
     def held_out(self) -> None:
         """Score baseline and best on the held-out test text, once each."""

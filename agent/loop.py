@@ -161,8 +161,10 @@ def _session(
         except (Stopped, NightError) as error:
             words = str(error) or "stopped at once by request"
             engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
+            engine.hooks.night_end(engine.night, words)
             raise
         engine.record("night_end", reason=name, text=words)
+        engine.hooks.night_end(engine.night, words)
     worktree.close()
     (folder / "stop").unlink(missing_ok=True)
     console.stage("drawing the picture")

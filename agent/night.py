@@ -4,9 +4,9 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal.py):
 
     night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
     session      settings, pid, agent                                  a driver began or resumed the night
-    experiment   n, parent                                             number `n` is being worked on; 0 is the baseline
+    experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
-    candidate    n, commit, ast, lines, description, family, usage, seconds
+    candidate    n, commit, ast, lines, description, hypothesis, family, usage, seconds
                                                                        what the agent left, kept under a ref
     trial_start  n, k, seed, dir
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
@@ -51,7 +51,7 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
     if night.base:
         raise JournalError(f"event {event['seq']}: expected one night_start, found a second")
     night.tag, night.base, night.train_file = event["tag"], event["base"], event["train_file"]
-    night.seed, night.dataset = event["seed"], event["dataset"]
+    night.seed, night.dataset, night.machine = event["seed"], event["dataset"], event.get("machine") or {}
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def _experiment(night: Night, event: Mapping[str, Any]) -> None:
             f"event {event['seq']}: expected experiment {len(night.experiments)} after the verdict on the one before, "
             f"found experiment {event['n']}"
         )
-    night.experiments.append(Experiment(event["n"], event["parent"], event["t"]))
+    night.experiments.append(Experiment(event["n"], event["parent"], event["t"], step=event.get("step") or ""))
 
 
 def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
@@ -99,6 +99,7 @@ def _candidate(night: Night, event: Mapping[str, Any]) -> None:
         raise JournalError(f"event {event['seq']}: experiment {experiment.n} has two candidates")
     experiment.commit, experiment.ast, experiment.lines = event["commit"], event["ast"], event["lines"]
     experiment.description, experiment.family = event["description"], event.get("family", "")
+    experiment.hypothesis = event.get("hypothesis") or ""
     night.agent_failures.clear()
     _spend(night, event)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from agent import process
 from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped, UsageError
@@ -134,7 +136,8 @@ def begin(
     """Journal the start of a new night and return its state."""
     base = repository.head
     sources = {name: hashlib.sha256(repository.file_at(base, name)).hexdigest() for name in (HARNESS, train_file)}
-    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
+    memory = round(psutil.virtual_memory().total / 2**30)
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory}
     journal.append(
         "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=dict(entry), sources=sources, machine=machine
     )

@@ -36,7 +36,9 @@ class Experiment:
     ast: str = ""
     lines: int = 0
     description: str = ""
+    hypothesis: str = ""
     family: str = ""  # kind of idea, by words and diff
+    step: str = ""  # what the agent was asked for: free, or the rung of the ladder
     trials: list[Trial] = field(default_factory=list)
     status: str | None = None
     reason: str = ""
@@ -69,6 +71,7 @@ class Night:
     train_file: str = ""
     seed: int = 0
     dataset: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb
     settings: dict[str, Any] = field(default_factory=dict)
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
