@@ -59,7 +59,7 @@ def progress(what: str, total: float, unit: str = "blocks") -> Iterator:
             bar.advance(task, n)
             if not bar.console.is_terminal and time.monotonic() - spoken > 10:
                 spoken, done = time.monotonic(), bar.tasks[task].completed
-                print(f"{what}: {done:,.0f} of {total:,.0f} {unit}, {done / (spoken - began):,.0f} a second", file=sys.stderr)
+                print(f"{what}: {done:,.0f} of {total:,.0f} {unit}, {done / (spoken - began):,.1f} a second", file=sys.stderr)
         yield advance
 
 
@@ -191,7 +191,7 @@ def read_block(block: Block) -> tuple[list[str], dict[str, int]]:
                 raise HarnessError("data", f"{block.path}: expected one JSON object a line with a string field "
                                    f"{block.field!r}, got {error!r}; name the field with --field") from error
         elif SEPARATOR in data:
-            raw = [document.strip(b"\r\n") for document in data.split(SEPARATOR)]
+            raw = [document.strip(b"\r\n") for document in data.rstrip().removesuffix(SEPARATOR).split(SEPARATOR)]
         else:
             raw = passages(data, PASSAGE_BYTES)
     documents, skipped = [], {"invalid_utf8": 0, "empty": 0}

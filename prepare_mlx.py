@@ -504,8 +504,8 @@ class LogitsServer:
             logit_file, self.logits = exchange(np.float32, [2, *shape])
             log = stack.enter_context(open(run_dir / "serve.log", "ab"))
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, "-B", __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                pass_fds=(token_file, logit_file), start_new_session=True,
+                [*wrap, sys.executable, "-B", __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, pass_fds=(token_file, logit_file), start_new_session=True,
                 env={k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"})  # nothing leads to held-out data
         try:
             self._send({"shape": shape, "tokens": token_file, "logits": logit_file})

@@ -69,8 +69,8 @@ def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     ("peeks_ahead", "violation", "non_causal", {}),
     ("keeps_state", "violation", "stateful", {}),
     ("trains_in_warm_up", "violation", "training data was asked for before run.budget.start()", {}),
-    ("warms_up_for_too_long", "timeout", "still running after", {"budget": "1s", "startup_seconds": 3.0}),
-    ("sleeps_past_its_budget", "timeout", "still running after", {"budget": "1s", "startup_seconds": 3.0}),
+    ("warms_up_for_too_long", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
+    ("sleeps_past_its_budget", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
     ("fills_the_disk", "violation", "wrote more than", {"directory_bytes": 50 << 20}),
 ])
 def test_ends_as_a_failure_by_name(tiny, tmp_path, name, status, said, changes):

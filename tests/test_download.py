@@ -70,6 +70,7 @@ def test_chosen_shards_only_and_then_no_network(hub, tmp_path):
     is_whole(tmp_path, again, (FIRST, SECOND))
 
 
+@pytest.mark.slow
 def test_another_preset_of_what_is_there_needs_no_network(hub, tmp_path):
     is_whole(tmp_path, fetch(hub, tmp_path))
     done = fetch(hub, tmp_path, "--vocab-size", 256, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
@@ -141,6 +142,7 @@ def test_a_proxy_is_used(hub, tmp_path):
     is_whole(tmp_path, done)
 
 
+@pytest.mark.slow
 def test_no_server_at_all(tmp_path):
     done = prepare("--dataset", "tinystories", "--preset", "tiny", home=tmp_path)
     is_refused(tmp_path, done, "could not be fetched")

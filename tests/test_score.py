@@ -93,8 +93,8 @@ def test_training_then_score_end_to_end(tiny, trained):
                                  "num_steps", "num_params_M", "depth"]
 
 
-def test_two_processes_and_three_batch_sizes_print_the_same(tiny, trained):
-    printed = {summary_of(score(trained, tiny, "--rows", rows).stdout)["val_bpb"] for rows in (1, 7, 7, 256)}
+def test_other_processes_and_other_batch_sizes_print_the_same(tiny, trained):
+    printed = {summary_of(score(trained, tiny, "--rows", rows).stdout)["val_bpb"] for rows in (7, 7, 36)}
     assert len(printed) == 1
 
 
