@@ -1,0 +1,421 @@
+"""`train_torch.py` against the float64 reference and against `train_mlx.py`, and its runs as real processes.
+
+On a machine without a GPU everything here is fp32 on the CPU, with bfloat16 and the tracing of torch.compile tried there
+too. What is not covered then: the kernels of CUDA and MPS, pinned copies, and the code that torch.compile generates.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+import reference as ref  # noqa: E402
+import test_parity as parity  # noqa: E402
+from conftest import ROOT, program, summary_of  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+
+import train_mlx  # noqa: E402
+import train_torch  # noqa: E402
+from train_torch import GPT, GPTConfig, attend, init_optimizer, make_step, schedule  # noqa: E402
+
+CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
+# Windows, n-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2^32 at once
+SMALL = {"vocab_size": 5000, "seq_len": 16, "n_layer": 3, "n_head": 2, "n_embd": 64, "window_pattern": "SL",
+         "ngram_buckets": (997, 1013)}
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in parity.UPSTREAM.items():
+        assert hasattr(train_torch, name)
+        monkeypatch.setattr(train_torch, name, value)
+    monkeypatch.setattr(train_torch, "DTYPE", torch.float32)
+
+
+@pytest.fixture
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_torch, "DTYPE", torch.float32)
+    monkeypatch.setattr(train_mlx, "DTYPE", mx.float32)
+
+
+def tensor(array) -> torch.Tensor:
+    """On the device, floats as fp32 and whole numbers as int64."""
+    t = torch.from_numpy(np.array(array))
+    return t.to(train_torch.DEVICE, torch.float32 if t.is_floating_point() else torch.int64)
+
+
+def array(t: torch.Tensor) -> np.ndarray:
+    return t.detach().cpu().numpy()
+
+
+def build_model(config: GPTConfig | None = None) -> GPT:
+    return GPT(config or GPTConfig(**asdict(parity.build_model().config))).to(train_torch.DEVICE)
+
+
+def to_ours(params: ref.Params) -> dict[str, torch.Tensor]:
+    return {parity.our_name(name): tensor(p) for name, p in params.items()}
+
+
+def assert_all_close(ours: dict[str, torch.Tensor], theirs: ref.Params, tolerance: float) -> None:
+    parity.assert_all_close({name: array(p) for name, p in ours.items()}, theirs, tolerance)
+
+
+def split(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same file, twice
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def outline(name: str) -> tuple[list[str], dict[str, str]]:
+    """Names of classes, their methods and functions in order; source of the upper-case constants, in order."""
+    order, constants = [], {}
+    for node in ast.parse((ROOT / name).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            order += [node.name, *(f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef))]
+        elif isinstance(node, ast.FunctionDef):
+            order.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = ast.unparse(node.value)
+    return [n.replace("__call__", "forward") for n in order], constants
+
+
+def test_it_is_a_translation() -> None:
+    """Whatever one trainer has, the other has, in the same order and with the same value; torch needs a few helpers more."""
+    (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
+    helpers = set(torch_order) - set(mlx_order)
+    assert helpers == {"compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb"}
+    assert [n for n in torch_order if n not in helpers] == mlx_order
+    own = {"DEVICE", "GPU", "TIER", "DTYPE"}
+    assert [(n, v) for n, v in torch_constants.items() if n not in own] == [
+        (n, v) for n, v in mlx_constants.items() if n not in own]
+
+
+def test_schedules_are_equal() -> None:
+    for progress in (0.0, 0.3, 0.6, 0.8, 1.0, 1.2):
+        for step in (0, 1, 100, 199, 200, 5000):
+            np.testing.assert_allclose(array(schedule(progress, step)), np.array(train_mlx.schedule(progress, step)), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("tokens", [16, 9, 5, 1])
+def test_logits_are_those_of_mlx(tokens: int) -> None:
+    """From MLX's own weights, tables of n-grams included: their rows are found by the same hash."""
+    theirs = train_mlx.GPT(train_mlx.GPTConfig(**SMALL))
+    shapes = {name: p.shape for name, p in tree_flatten(theirs.parameters())}
+    rng = np.random.default_rng(2)
+    weights = {name: (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32) for name, shape in shapes.items()}
+    theirs.update(tree_unflatten([(name, mx.array(p)) for name, p in weights.items()]))
+    ours = build_model(GPTConfig(**SMALL))
+    assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == shapes
+    ours.load_state_dict({name: tensor(p) for name, p in weights.items()})
+    x = rng.integers(0, SMALL["vocab_size"], (3, tokens)).astype(np.int32)
+    expected = np.array(theirs(mx.array(x)))
+    assert np.abs(expected).max() > 0.1
+    assert np.abs(array(ours(tensor(x))) - expected).max() < 1e-4
+    assert ours.flops_per_token(16) == theirs.flops_per_token(16)
+
+
+@pytest.mark.usefixtures("fp32")
+def test_new_weights_are_distributed_as_those_of_mlx() -> None:
+    theirs, ours = train_mlx.GPT(train_mlx.GPTConfig(**SMALL)), build_model(GPTConfig(**SMALL))
+    theirs.init_weights(1)
+    ours.init_weights(1)
+    expected = {name: np.array(p) for name, p in tree_flatten(theirs.parameters())}
+    for name, p in ours.named_parameters():
+        spread = float(expected[name].std())
+        assert array(p).mean() == pytest.approx(float(expected[name].mean()), abs=0.1 * spread + 1e-6), name
+        assert array(p).std() == pytest.approx(spread, rel=0.05, abs=1e-6), name
+        assert np.abs(array(p)).max() == pytest.approx(float(np.abs(expected[name]).max()), rel=0.3), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against the reference
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("upstream")
+@pytest.mark.parametrize("tokens", [21, 11, 12, 1])     # all; the last that a window holds; one more; one
+def test_logits(tokens: int) -> None:
+    params, x = parity.weights(seed=0), parity.batches(1, seed=1)[0, :, :tokens]
+    model = build_model()
+    model.load_state_dict(to_ours(params))
+    ours = model(tensor(x))
+    assert ours.dtype == torch.float32
+    assert parity.difference(array(ours), ref.forward(params, CONFIG, x)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("upstream")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", parity.BF16_LOGITS)])
+def test_logits_of_a_saved_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    monkeypatch.setattr(train_torch, "DTYPE", getattr(torch, dtype))
+    params, x = parity.weights(seed=0), parity.batches(1, seed=1)[0, :, :-1]
+    torch.save({name: p.cpu() for name, p in to_ours(params).items()}, tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(build_model().config)))
+    ours = train_torch.load_model(tmp_path)(x)
+    assert ours.dtype == np.float32
+    assert parity.difference(ours, ref.forward(params, CONFIG, x)) < tolerance
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    class Malice:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"wte.weight": Malice()}, tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(GPTConfig(**SMALL))))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        train_torch.load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def loss_and_grads(params: ref.Params, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, torch.Tensor]]:
+    """By the step that trains: after the first one, every momentum is its gradient times (1 - beta)."""
+    ours = to_ours(params)
+    _, state, loss = make_step(build_model(), CONFIG.n_embd, 1)(
+        ours, init_optimizer(ours), torch.tensor([1.0, 0.5, 0.0, 1.0]), iter([(x, y)]))
+    grads = {}
+    for (rows, columns), names in train_torch.matrix_groups(ours).items():
+        grads |= dict(zip(names, state[f"muon.{rows}x{columns}"][0] / (1 - 0.5), strict=True))
+    for name in set(ours) - set(grads):
+        grads[name] = state[name][0] / (1 - train_torch.adam_group(name, CONFIG.n_embd)[1][0])
+    return loss.item(), grads
+
+
+@pytest.mark.usefixtures("upstream")
+def test_loss_and_all_gradients() -> None:
+    params, (x, y) = parity.weights(seed=2), split(parity.batches(1, seed=3)[0])
+    loss, grads = loss_and_grads(params, x, y)
+    expected_loss, expected = ref.loss_and_grads(params, CONFIG, x, y)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
+    assert_all_close(grads, expected, TOLERANCE)
+
+
+@pytest.mark.usefixtures("upstream")
+def test_loss_and_all_gradients_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_torch, "DTYPE", torch.bfloat16)
+    params, (x, y) = parity.weights(seed=2), split(parity.batches(1, seed=3)[0])
+    loss, grads = loss_and_grads(params, x, y)
+    expected_loss, expected = ref.loss_and_grads(params, CONFIG, x, y)
+    assert {g.dtype for g in grads.values()} == {torch.float32}
+    assert loss == pytest.approx(expected_loss, rel=parity.BF16_LOSS)
+    scalars = {name: expected.pop(name) for name in ("resid_lambdas", "x0_lambdas")}
+    assert_all_close({name: grads.pop(name) for name in scalars}, scalars, parity.BF16_SCALAR_GRADS)
+    assert_all_close(grads, expected, parity.BF16_GRADS)
+
+
+@pytest.mark.usefixtures("upstream")
+def test_ten_training_steps() -> None:
+    """Left to itself for ten steps, without decay, whose mask is a step function: see test_parity.py."""
+    params, optimizer = parity.weights(seed=42), ref.MuonAdamW(CONFIG)
+    ours = to_ours(params)
+    state, step_fn = init_optimizer(ours), make_step(build_model(), CONFIG.n_embd, 1)
+    for step, batch in enumerate(parity.batches(10, seed=43)):
+        x, y = split(batch)
+        factor, momentum = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step)
+        ours, state, loss = step_fn(ours, state, torch.tensor([factor, momentum, 0.0, step + 1.0]), iter([(x, y)]))
+        expected_loss, grads = ref.loss_and_grads(params, CONFIG, x, y)
+        optimizer.step(params, grads, factor, momentum, 0.0)
+        assert loss.item() == pytest.approx(expected_loss, rel=TOLERANCE)
+        assert_all_close(ours, params, TOLERANCE)
+
+
+@pytest.mark.usefixtures("upstream")
+def test_ten_optimizer_steps_with_decay() -> None:
+    """From the same weights and gradients at every step. An entry whose update is zero to within rounding may be decayed on
+    one side only: such entries are off by that one decay, and are very few."""
+    params, optimizer = parity.weights(seed=6), ref.MuonAdamW(CONFIG)
+    state = init_optimizer(to_ours(params))
+    entries = undecided = 0
+    for step in range(10):
+        grads = parity.weights(seed=100 + step)
+        factor, momentum, decay = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step), 0.2 * (1 - step / 10)
+        before = dict(params)
+        ours, state = train_torch.update(
+            to_ours(params), to_ours(grads), state, tensor(np.array([factor, momentum, decay, step + 1.0])), CONFIG.n_embd)
+        optimizer.step(params, grads, factor, momentum, decay)
+        for name, p in params.items():
+            off = array(ours[parity.our_name(name)]) - p
+            if name.startswith("transformer.h."):
+                rows, columns = p.shape
+                one_decay = 0.04 * factor * max(1.0, rows / columns) ** 0.5 * decay * np.abs(before[name])
+                flipped = np.abs(off) > np.maximum(one_decay / 2, TOLERANCE * np.sqrt(np.mean(p * p)))
+                off -= flipped * np.sign(off) * one_decay
+                entries, undecided = entries + p.size, undecided + flipped.sum()
+            assert np.linalg.norm(off) < TOLERANCE * np.linalg.norm(p), f"{name} at step {step}"
+        params = {name: p.astype(np.float32).astype(float) for name, p in params.items()}
+    assert undecided < 1e-5 * entries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention, steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["own", "mps"])      # the masks that MPS gets are tried on the machine's own device
+@pytest.mark.parametrize(("tokens", "window"), [(16, 8), (17, 5), (16, 15), (16, 16), (16, 1), (5, 4)])
+def test_windows_see_exactly_their_keys(monkeypatch: pytest.MonkeyPatch, device: str, tokens: int, window: int) -> None:
+    q, k, v = (tensor(np.random.default_rng(i).standard_normal((2, 3, tokens, 8))) for i in range(3))
+    if device == "mps":
+        monkeypatch.setattr(train_torch, "DEVICE", "mps")
+    age = np.arange(tokens)[:, None] - np.arange(tokens)
+    scores = np.where((age >= 0) & (age <= window), array(q @ k.mT) * 8**-0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ array(v)
+    assert np.abs(array(attend(q, k, v, window)) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_token_sees_the_future(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(train_torch, "DTYPE", getattr(torch, dtype))
+    model = build_model(GPTConfig(**SMALL))
+    rng = np.random.default_rng(1)
+    model.load_state_dict({n: tensor(0.1 * rng.standard_normal(p.shape)) for n, p in model.named_parameters()})
+    for name, p in model.named_parameters():
+        if train_torch.is_matrix(name) or name == "lm_head.weight":
+            p.data = p.data.to(train_torch.DTYPE)
+    a = rng.integers(0, SMALL["vocab_size"], (2, 16))
+    for t in range(1, 16):
+        b = a.copy()
+        b[:, t:] = (b[:, t:] + 7) % SMALL["vocab_size"]
+        with torch.inference_mode():
+            left, right = array(model(tensor(a))), array(model(tensor(b)))
+        assert np.array_equal(left[:, :t], right[:, :t])
+        assert np.abs(left[:, t:] - right[:, t:]).max() > 1e-3
+
+
+def steps(n: int, accumulate: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
+    """Weights, first moments and losses of `n` steps from random weights, on 4 rows a step in `accumulate` parts."""
+    model, rng, losses = build_model(GPTConfig(**SMALL)), np.random.default_rng(5), []
+    params = {n: tensor(rng.standard_normal(p.shape) * p.shape[-1] ** -0.5) for n, p in model.named_parameters()}
+    state, step = init_optimizer(params), make_step(model, SMALL["n_embd"], accumulate)
+    for i in range(n):
+        x, y = split(rng.integers(0, SMALL["vocab_size"], (4, 17), dtype=np.int32))
+        parts = zip(np.split(x, accumulate), np.split(y, accumulate), strict=True)
+        params, state, loss = step(params, state, schedule(i / n, i), parts)
+        losses.append(loss.item())
+    return params, {name: moments[0] for name, moments in state.items()}, losses
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative to each tensor's norm."""
+    return max((torch.linalg.norm(a[n] - b[n]) / torch.linalg.norm(b[n])).item() for n in a)
+
+
+@pytest.mark.usefixtures("fp32")
+def test_accumulated_gradients_are_those_of_one_batch() -> None:
+    (_, parts, parts_losses), (_, whole, whole_losses) = steps(1, accumulate=4), steps(1)
+    assert parts_losses == pytest.approx(whole_losses, rel=TOLERANCE)
+    assert largest_difference(parts, whole) < TOLERANCE
+
+
+def test_a_weight_that_the_loss_does_not_use_stays() -> None:
+    """As in MLX: an edit may leave a weight unused without ending the run."""
+    model = build_model(GPTConfig(**SMALL))
+    model.idle = torch.nn.Parameter(torch.ones(3, device=train_torch.DEVICE))
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    x = np.zeros((2, 16), np.int32)
+    after, _, _ = make_step(model, SMALL["n_embd"], 1)(params, init_optimizer(params), schedule(0, 0), iter([(x, x)]))
+    assert torch.equal(after["idle"], params["idle"])
+
+
+@pytest.mark.usefixtures("fp32")
+def test_the_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one graph for the loss and one for the update, whatever step and rate: nothing is compiled during training."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, _, _ = steps(5)
+    monkeypatch.setattr(train_torch, "compiled", lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=backend))
+    traced, _, _ = steps(5)
+    assert largest_difference(traced, plain) < 1e-4
+    assert len(graphs) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs, as processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(tmp_path: Path, dataset, replace: tuple[str, str] = ("", ""), **env: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """Train a copy of the file in which one text is replaced."""
+    source = (ROOT / "train_torch.py").read_text()
+    assert replace[0] in source
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "train_torch.py").write_text(source.replace(*replace) if replace[0] else source)
+    out = tmp_path / "run"
+    done = program("train_torch.py", home=dataset.home, cwd=tmp_path, **{
+        "AUTORESEARCH_DATA": str(dataset.train), "AUTORESEARCH_RUN_DIR": str(out), "AUTORESEARCH_BUDGET": "30steps",
+        "AUTORESEARCH_SCORE": "0", "OMP_NUM_THREADS": "1", **env})  # threads that spin slow down everything beside them
+    return done, out
+
+
+def test_a_run_trains_and_is_scored(tmp_path: Path, tiny) -> None:
+    done, out = run(tmp_path, tiny, AUTORESEARCH_SCORE="1")
+    assert done.returncode == 0, done.stderr
+    summary = summary_of(done.stdout)
+    assert 0 < float(summary["val_bpb"]) < 4
+    assert summary["num_steps"] == "30"
+    assert summary["device"].endswith("torch")
+    facts = json.loads((out / "train.json").read_text())
+    assert facts["total_tokens"] == 30 * 1024
+    assert facts["num_params"] == sum(p.numel() for p in torch.load(out / "weights.pt", weights_only=True).values())
+    assert facts["peak_vram_mb"] > 0
+    assert 0 < facts["mfu_percent"] < 150
+    logits = train_torch.load_model(out)(np.zeros((2, 8), np.int32))
+    assert logits.shape == (2, 8, 320)
+    assert logits.dtype == np.float32
+
+
+def test_metrics_have_the_keys_of_mlx_and_the_loss_falls(tmp_path: Path, tiny) -> None:
+    done, out = run(tmp_path, tiny, AUTORESEARCH_BUDGET="4s")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    keys = ["step", "tokens", "seconds", "loss", "lr", "tokens_per_second", "mfu_percent", "memory_mb"]
+    assert [list(line) for line in lines] == [keys] * len(lines)
+    assert len(lines) >= 2
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_same_seed_trains_the_same_weights(tmp_path: Path, tiny) -> None:
+    weights = []
+    for name, seed in (("a", "4"), ("b", "4"), ("c", "5")):
+        _, out = run(tmp_path / name, tiny, AUTORESEARCH_SEED=seed, AUTORESEARCH_BUDGET="3steps")
+        weights.append(torch.load(out / "weights.pt", weights_only=True))
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert not all(torch.equal(weights[0][n], weights[2][n]) for n in weights[0])
+
+
+@pytest.mark.parametrize(("before", "after", "kind", "exit_code"), [
+    ("    return p - lr * update, m, v", "    return p * torch.inf, m, v", "nan", 3),
+    ("    model = GPT(config)", "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 TiB')", "oom", 4),
+    ("    model = GPT(config)", "    raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')", "oom", 4),
+    ("    model = GPT(config)", "    1 / 0", "crash", 1),
+], ids=["nan", "oom-cuda", "oom-mps", "crash"])
+def test_a_failed_run_ends_at_once_with_its_name(
+        tmp_path: Path, tiny, before: str, after: str, kind: str, exit_code: int) -> None:
+    done, out = run(tmp_path, tiny, (before, f"{after}\n{before}"), AUTORESEARCH_BUDGET="100000steps")
+    assert done.returncode == exit_code, done.stderr
+    error = json.loads((out / "error.json").read_text())
+    assert error["kind"] == kind
+    assert not (out / "train.json").exists()
+
+
+def test_it_imports_its_framework_and_not_the_other_one() -> None:
+    code = "import sys, train_torch; print('mlx' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

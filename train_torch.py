@@ -1,0 +1,533 @@
+"""
+A small GPT, trained on one device for a fixed budget, on PyTorch. This is the file that the agent edits.
+
+    python prepare_mlx.py && python train_torch.py
+
+The same experiment as train_mlx.py for CUDA, MPS and plain CPUs: the same names in the same order, so that a diff of the
+two files reads as a translation. Weights have the same names and shapes too.
+"""
+
+import json
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from prepare_mlx import HarnessError, detect_preset, start_run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+GPU = DEVICE != "cpu"
+TIER = detect_preset() if DEVICE == "mps" else DEVICE  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
+
+
+def compiled(function):
+    """torch.compile on CUDA only: on the CPU it gains little and runs a C++ compiler for a minute, on MPS it is young."""
+    return torch.compile(function, dynamic=False) if DEVICE == "cuda" else function
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants: edit these first
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Model
+DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layers
+WIDTH = {"cpu": 128, "mac": 256, "mac-max": 384, "cuda": 512}[TIER]  # channels of the residual stream
+HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head
+WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
+SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
+NGRAM_BUCKETS = (8192, 16384)  # rows of the hashed bigram table, of the trigram table; they cost look-ups, not FLOPs
+SOFTCAP = 15.0  # logits stay within +-SOFTCAP
+ROPE_BASE = 10_000  # slowest rotation of the positions
+
+# Optimization
+BATCH_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**18}[TIER]  # tokens an optimizer step
+MICRO_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**16}[TIER]  # tokens a forward and backward pass
+EMBEDDING_LR = 0.4  # token, value and n-gram embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
+UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
+MATRIX_LR = 0.02  # matrices of the blocks (Muon)
+SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
+WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
+ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
+MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
+MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
+WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
+WARMDOWN_RATIO = 0.4  # share of the budget in which it falls
+FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
+ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
+
+DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
+EPS = 1.1920929e-07  # of every norm, fp32's epsilon, as upstream has it
+VE_GATE_CHANNELS = 32  # channels that decide how much of a value embedding a head takes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    seq_len: int
+    n_layer: int = DEPTH
+    n_head: int = max(1, WIDTH // HEAD_DIM)
+    n_embd: int = WIDTH
+    window_pattern: str = WINDOW_PATTERN
+    ngram_buckets: tuple = NGRAM_BUCKETS
+    softcap: float = SOFTCAP
+    rope_base: float = ROPE_BASE
+
+
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def has_ve(layer, n_layer):
+    """Value embeddings stand on every second layer, the last one included."""
+    return layer % 2 == (n_layer - 1) % 2
+
+
+def rope(x, base):
+    """Rotary positions: channels c and c + D/2 of x [B, H, T, D] turn by -position, as upstream has it; in fp32."""
+    T, half = x.shape[2], x.shape[3] // 2
+    speed = base ** (torch.arange(half, device=x.device) / -half)               # [D/2]
+    angle = torch.arange(T, device=x.device)[:, None] * speed                   # [T, D/2]
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, dim=-1)                                           # [B, H, T, D/2]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+
+def masked_attention(q, k, v, mask=None):
+    """Attention where mask [Tq, Tk] says so, causal without one.
+
+    MPS always gets a mask that is added: before torch 2.14 its is_causal let bf16 queries see up to three tokens ahead
+    (pytorch#195910), and not all of its kernels were right with a Boolean mask.
+    """
+    if DEVICE == "mps":
+        t = torch.arange(q.shape[2], device=q.device)
+        mask = torch.where(t <= t[:, None] if mask is None else mask, 0.0, float("-inf")).to(q.dtype)  # [Tq, Tk]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def attend(q, k, v, window):
+    """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t.
+
+    No array mask on a full layer, so that flash attention applies. A windowed layer is a causal part, then bands:
+    queries in chunks against the keys they can see, all chunks with one small mask.
+    """
+    T = q.shape[2]
+    if window >= T - 1:
+        return masked_attention(q, k, v)
+    first = slice(0, window)
+    parts = [masked_attention(q[:, :, first], k[:, :, first], v[:, :, first])]
+    chunk = max(1, -(-(T - window) // 3))
+    row, column = torch.arange(chunk, device=q.device)[:, None], torch.arange(window + chunk, device=q.device)[None, :]
+    mask = (column >= row) & (column <= row + window)                           # [chunk, window + chunk]
+    for start in range(window, T, chunk):
+        stop = min(start + chunk, T)
+        keys = slice(start - window, stop)
+        parts.append(masked_attention(
+            q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask[: stop - start, : stop - start + window]))
+    return torch.cat(parts, dim=2)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, self.n_head = config.n_embd, config.n_head
+        self.c_q = nn.Linear(C, C, bias=False)
+        self.c_k = nn.Linear(C, C, bias=False)
+        self.c_v = nn.Linear(C, C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        if has_ve(layer, config.n_layer):
+            self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)
+        self._rope_base = config.rope_base
+
+    def forward(self, x, ve, window):                                           # x [B, T, C], ve [B, T, C] or None
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = (c(x).reshape(B, T, H, D) for c in (self.c_q, self.c_k, self.c_v))
+        if ve is not None:  # value residual (ResFormer), gated per head by the first channels
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))   # [B, T, H]
+            v = v + gate[..., None] * ve.reshape(B, T, H, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # [B, H, T, D]
+        q, k = (norm(rope(t, self._rope_base)) for t in (q, k))
+        y = attend(q, k, v, window).transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(torch.square(F.relu(self.c_fc(x))))                  # relu²
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, ve, window):
+        x = x + self.attn(norm(x), ve, window)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        V, C, L = config.vocab_size, config.n_embd, config.n_layer
+        self.wte = nn.Embedding(V, C)
+        self.ngrams = nn.ModuleList(nn.Embedding(buckets, C) for buckets in config.ngram_buckets)
+        self.value_embeds = nn.ModuleList(nn.Embedding(V, C) for i in range(L) if has_ve(i, L))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.lm_head = nn.Linear(C, V, bias=False)
+        self.resid_lambdas = nn.Parameter(torch.ones(L))
+        self.x0_lambdas = nn.Parameter(torch.zeros(L))
+        half = config.seq_len // 2
+        letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(L - 1)] + ["L"]
+        self._windows = [config.seq_len if letter == "L" else half for letter in letters]
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Upstream's: matrices uniform with the spread of 1/sqrt(width), output projections and gates 0, n-grams 0."""
+        generator = torch.Generator().manual_seed(seed)  # the CPU's, so that a seed means the same on every device
+        s = 3**0.5 * self.config.n_embd**-0.5
+        for name, p in self.named_parameters():
+            if name == "wte.weight":
+                p.copy_(torch.randn(p.shape, generator=generator))
+            elif name == "lm_head.weight":
+                p.copy_(0.001 * torch.randn(p.shape, generator=generator))
+            elif name == "x0_lambdas":
+                p.fill_(0.1)
+            elif name.startswith("ngrams") or name.endswith(("c_proj.weight", "ve_gate.weight")):
+                p.zero_()
+            elif name != "resid_lambdas":
+                p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
+
+    def embed(self, tokens):
+        """Token embedding plus hashed bigram and trigram embeddings: int64 [B, T] -> [B, T, C], normed, in DTYPE."""
+        x = self.wte(tokens)                                                    # [B, T, C]; tables are fp32
+        code, earlier = tokens, tokens
+        for table in self.ngrams:
+            earlier = F.pad(earlier[:, :-1], (1, 0))                            # [B, T]: one token further back
+            code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF                # uint32 in int64: wraps around at 2^32
+            x = x + table((code ^ (code >> 15)) % table.weight.shape[0])
+        return norm(x.to(DTYPE))
+
+    def forward(self, tokens):                                                  # int64 [B, T] -> fp32 logits [B, T, V]
+        x = x0 = self.embed(tokens)
+        resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
+        value_embeds = iter(self.value_embeds)
+        for i, block in enumerate(self.blocks):
+            ve = next(value_embeds)(tokens).to(x.dtype) if has_ve(i, len(self.blocks)) else None
+            x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
+        logits = self.lm_head(norm(x)).float()
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def flops_per_token(self, seq_len):
+        """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
+        weights = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and is_matrix(name))
+        weights += self.lm_head.weight.numel()
+        return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
+
+
+def cross_entropy(logits, targets):
+    """Mean over tokens in nats. logits fp32 [B, T, V], targets int64 [B, T]."""
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the matrices of the blocks, AdamW for the rest
+# ---------------------------------------------------------------------------------------------------------------------
+
+POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def is_matrix(name):
+    return name.startswith("blocks.")
+
+
+def orthogonalize(g):
+    """Nearest semi-orthogonal matrices, [n, rows, cols], by Polar Express; the norm is taken in fp32."""
+    x = g.to(DTYPE)
+    x = x / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6).to(DTYPE)
+    tall = g.shape[1] > g.shape[2]
+    if tall:
+        x = x.mT
+    for a, b, c in POLAR_EXPRESS:
+        A = x @ x.mT                                                            # [n, short, short]
+        x = a * x + (b * A + c * (A @ A)) @ x
+    return (x.mT if tall else x).float()
+
+
+def muon(p, g, m, v, lr, momentum, weight_decay):
+    """One Muon step on stacked matrices p, g, m [n, rows, cols]; v [n, rows, 1] or [n, 1, cols]. Returns p, m, v.
+
+    Nesterov momentum, orthogonalisation, NorMuon's variance reduction (arXiv 2510.05491), cautious weight decay.
+    """
+    m = m + (1 - momentum) * (g - m)
+    u = orthogonalize(g + momentum * (m - g))
+    axis = 2 if p.shape[1] >= p.shape[2] else 1
+    size = p.shape[axis]
+    mean_square = torch.mean(torch.square(u), dim=axis, keepdim=True)
+    norm_before = torch.sqrt(torch.sum(mean_square, dim=(1, 2), keepdim=True) * size)
+    v = v + (1 - MUON_BETA2) * (mean_square - v)
+    scale = torch.rsqrt(torch.clamp(v, min=1e-10))
+    norm_after = torch.sqrt(torch.sum(mean_square * size * torch.square(scale), dim=(1, 2), keepdim=True))
+    u = u * scale * (norm_before / torch.clamp(norm_after, min=1e-10))
+    lr = lr * max(1.0, p.shape[1] / p.shape[2]) ** 0.5
+    return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
+
+
+def adamw(p, g, m, v, lr, betas, t):
+    """One Adam step (no decay is used on tables and scalars); t is the step's number, from 1. Returns p, m, v."""
+    m = m + (1 - betas[0]) * (g - m)
+    v = v + (1 - betas[1]) * (torch.square(g) - v)
+    update = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
+    return p - lr * update, m, v
+
+
+def adam_group(name, width):
+    """Learning rate and betas of a parameter that AdamW trains."""
+    scale = (width / 768) ** -0.5  # tuned at width 768
+    if name == "lm_head.weight":
+        return UNEMBEDDING_LR * scale, ADAM_BETAS
+    if name == "resid_lambdas":
+        return SCALAR_LR * 0.01, ADAM_BETAS
+    if name == "x0_lambdas":
+        return SCALAR_LR, (0.96, 0.95)
+    return EMBEDDING_LR * scale, ADAM_BETAS
+
+
+def matrix_groups(params):
+    """Names of the matrices that one batched Muon step takes together: those of equal shape."""
+    groups = {}
+    for name, p in params.items():
+        if is_matrix(name):
+            groups.setdefault(tuple(p.shape), []).append(name)
+    return groups
+
+
+def init_optimizer(params):
+    """Moments for {name: tensor}: one pair a shape for Muon, one pair a parameter for AdamW."""
+    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n)}
+    for (rows, cols), names in matrix_groups(params).items():
+        n, zeros = len(names), params[names[0]].new_zeros
+        state[f"muon.{rows}x{cols}"] = (zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols))
+    return state
+
+
+@torch.no_grad()
+def update(params, grads, state, schedule, width):
+    """One optimizer step over {name: tensor}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1."""
+    lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
+    new, moments = {}, {}
+    for shape, names in matrix_groups(params).items():
+        key = f"muon.{shape[0]}x{shape[1]}"
+        p, g = (torch.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
+        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
+        new |= dict(zip(names, p, strict=True))
+    for name, p in params.items():
+        if not is_matrix(name):
+            rate, betas = adam_group(name, width)
+            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
+    return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(progress, step):
+    """Learning-rate factor, Muon momentum, weight decay, step from 1, as one tensor: a number would be compiled anew."""
+    progress = min(progress, 1.0)
+    if progress < WARMUP_RATIO:
+        lr = progress / WARMUP_RATIO
+    elif progress < 1 - WARMDOWN_RATIO:
+        lr = 1.0
+    else:
+        left = (1 - progress) / WARMDOWN_RATIO
+        lr = left + (1 - left) * FINAL_LR_FRAC
+    first, last, steps = MUON_MOMENTUM
+    risen = min(step / steps, 1)
+    return torch.tensor([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step: gradients and update; weights go in and come out, nothing is hidden
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_device(t):
+    """On CUDA without waiting for what the device does: pinned memory is copied behind it. On MPS that corrupts data."""
+    return t.contiguous().pin_memory().to(DEVICE, non_blocking=True) if DEVICE == "cuda" else t.to(DEVICE)
+
+
+def make_step(model, width, accumulate):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
+
+    def loss_fn(params, x, y):
+        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
+        return cross_entropy(functional_call(model, cast, (x,)), y)
+
+    forward, apply = compiled(loss_fn), compiled(update)
+
+    def step(params, state, schedule, batches):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        total = 0.0
+        for _ in range(accumulate):
+            x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))  # [B, T]
+            loss = forward(leaves, x, y) / accumulate
+            loss.backward()                                                     # adds to the gradients of the leaves
+            total = total + loss.detach()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}  # None: not in the loss
+        return *apply(params, grads, state, to_device(schedule), width), total
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def synchronize():
+    """Wait for the device."""
+    if GPU:
+        getattr(torch, DEVICE).synchronize()
+
+
+def later(loss):
+    """A function that waits for this loss only. `loss.item()` waits for every step begun since; MPS knows no better."""
+    if DEVICE != "cuda":
+        return loss.item
+    host, done = torch.empty((), pin_memory=True), torch.cuda.Event()
+    host.copy_(loss, non_blocking=True)
+    done.record()
+    return lambda: (done.synchronize(), host.item())[1]
+
+
+def peak_memory_mb():
+    """The most memory used so far: of the device; on MPS, what its driver holds now; on the CPU, of this process."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if DEVICE == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_flops():
+    """FLOP/s of a large matrix product on this device: what MFU is measured against."""
+    n = 4096 if GPU else 1024
+    a = torch.randn(n, n, device=DEVICE).to(DTYPE)
+    times = []
+    for _ in range(4):
+        synchronize()
+        start = time.perf_counter()
+        a @ a
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def train(run):
+    """Train until the budget is used, then save. Returns what train.json records."""
+    seq_len = min(SEQ_LEN, run.seq_len)
+    rows, accumulate = max(1, MICRO_TOKENS // seq_len), max(1, BATCH_TOKENS // MICRO_TOKENS)
+    batch_tokens = rows * seq_len * accumulate
+    config = GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)
+    model = GPT(config).to(DEVICE)
+    model.init_weights(run.seed)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    state = init_optimizer(params)
+    num_params = sum(p.numel() for p in params.values())
+    flops, peak = model.flops_per_token(seq_len), peak_flops()
+    print(f"{TIER}: {num_params / 1e6:.2f} M parameters, depth {config.n_layer}, width {config.n_embd}, {batch_tokens:,} tokens a "
+          f"step in rows of {seq_len}, {flops / 1e6:.2f} MFLOPs a token, matrix products at {peak / 1e12:.2f} TFLOP/s", flush=True)
+
+    step_fn = make_step(model, config.n_embd, accumulate)
+    dummy = torch.zeros(rows, seq_len, dtype=torch.int32).numpy()
+    step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate))  # compile; the results are thrown away
+    synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    batches = run.batches(rows, seq_len)
+    step, smooth, pending, window = 0, 0.0, None, (0, 0.0)
+    run.budget.start()
+    while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
+        scale = schedule(progress, step)
+        params, state, loss = step_fn(params, state, scale, batches)
+        loss = later(loss)
+        if pending is not None:  # the loss of the step before: reading this one's would idle the device
+            value = pending()
+            if not value < ABORT_LOSS:
+                raise HarnessError("nan", f"the loss became {value} at step {step - 1}")
+            smooth = 0.95 * smooth + 0.05 * value
+        pending, step = loss, step + 1
+        seconds = run.budget.seconds
+        if step > 1 and (seconds - window[1] >= 1 or step % 500 == 0):
+            rate = (step - window[0]) * batch_tokens / (seconds - window[1])
+            window = (step, seconds)
+            debiased, mfu, memory = smooth / (1 - 0.95 ** (step - 1)), 100 * rate * flops / peak, peak_memory_mb()
+            run.log(step=step, tokens=step * batch_tokens, seconds=seconds, loss=debiased, lr=scale[0].item(),
+                    tokens_per_second=rate, mfu_percent=mfu, memory_mb=memory)
+            left = (1 - progress) * seconds / max(progress, 1e-9)
+            print(f"\rstep {step:5d} ({100 * progress:3.0f} %)  loss {debiased:.4f}  lr x{scale[0].item():.2f}  {rate:,.0f} tok/s  "
+                  f"mfu {mfu:.1f} %  {memory:,.0f} MB  {left:.0f} s left   ", end="", flush=True)
+    synchronize()
+    training_seconds = run.budget.seconds
+    if pending is None or not pending() < ABORT_LOSS:
+        raise HarnessError("nan", f"the loss became {pending and pending()} at step {step}")
+    print()
+    torch.save({n: p.cpu() for n, p in params.items()}, run.dir / "weights.pt")
+    (run.dir / "config.json").write_text(json.dumps(asdict(config)))
+    tokens = step * batch_tokens
+    return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
+            "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(),
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "device": device_name()}
+
+
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")
+
+
+def load_model(run_dir):
+    """The trained model as logits(tokens): int32 [B, T] numpy -> float32 [B, T, vocab] numpy. The scorer calls this."""
+    run_dir = Path(run_dir)
+    model = GPT(GPTConfig(**json.loads((run_dir / "config.json").read_text())))
+    weights = torch.load(run_dir / "weights.pt", map_location="cpu", weights_only=True)  # tensors only, no pickled code
+    model.load_state_dict({n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in weights.items()}, assign=True)
+    model.to(DEVICE)
+
+    @torch.inference_mode()
+    def forward(tokens):  # not compiled: that takes longer than scoring does
+        return model(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
+
+    return forward
+
+
+if __name__ == "__main__":
+    with start_run(__file__) as run:
+        run.finish(**train(run))
