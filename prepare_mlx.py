@@ -316,7 +316,7 @@ class Budget:
         if waited > STARTUP_LIMIT:
             raise HarnessError("timeout", f"{waited:.0f} s passed before training began, expected at most {STARTUP_LIMIT}: warm-up "
                                "compiles, it doesn't train")
-        self._work, self._probe_seconds = work, min(1.0, self.amount / 300) if self.unit == "s" else 0.1
+        self._work, self._probe_seconds = work, min(1.0, max(0.2, self.amount / 300)) if self.unit == "s" else 0.2
         self._speed = speed(work, self._probe_seconds)
         self.started, self._start, self._wall = True, time.monotonic(), time.time()
 
@@ -343,16 +343,16 @@ class Budget:
 
 
 def speed(work: Callable[[], object] | None, seconds: float) -> float:
-    """How often a second this machine does `work` now: a callable that does one fixed piece of work, say a matrix product, on
-    the device that trains and waits for its end. By default NumPy's product: it sees the CPU only."""
+    """How often a second this machine does `work` now, by the median: a callable that does one fixed piece of work, say a matrix
+    product, on the device that trains and waits for its end. By default NumPy's product: it sees the CPU only."""
     square = np.ones((384, 384), np.float32)
     work = work or (lambda: square @ square)
     work()  # the first time it may compile
-    began, times = time.monotonic(), 0
-    while (passed := time.monotonic() - began) < seconds or not times:
+    times, began = [], time.perf_counter()
+    while not times or times[-1] - began < seconds:
         work()
-        times += 1
-    return times / max(passed, 1e-9)
+        times.append(time.perf_counter())
+    return 1 / float(np.median(np.diff([began, *times])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def kind_of(error: BaseException) -> str:
         return error.kind
     if getattr(error, "errno", None) == errno.EFBIG:  # a file beyond SERVER_FILE_BYTES
         return "violation"
-    no_memory = re.search(r"out of memory|[Uu]nable to allocate|maximum allowed buffer", str(error))
+    no_memory = re.search(r"out of memory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer", str(error))
     return "oom" if isinstance(error, MemoryError) or no_memory else "crash"
 
 
