@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
 TRAIN_FILES = {"train_mlx", "train_torch"}
-HARNESS = {"prepare_mlx", "corpus", "probes"}
+HARNESS = {"prepare_mlx", "corpus", "probes", "stories"}
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
 
 
@@ -30,17 +30,17 @@ def imports(path: Path, module_level_only: bool = False) -> set[str]:
 def test_the_harness_needs_only_numpy_to_be_imported() -> None:
     third_party = imports(ROOT / "prepare_mlx.py", module_level_only=True) - set(sys.stdlib_module_names)
     assert third_party == {"numpy"}
-    code = "import sys, prepare_mlx; print(sorted({m.split('.')[0] for m in sys.modules} & {'mlx', 'torch', 'agent', 'corpus', 'probes'}))"
+    code = "import sys, prepare_mlx; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert loaded.strip() == "[]"
+    assert not set(loaded.split()) & (FRAMEWORKS | {"agent", "corpus", "probes", "stories"})
 
 
 def test_the_harness_knows_no_train_file_and_no_driver() -> None:
-    for name in ("prepare_mlx.py", "corpus.py", "probes.py"):
+    for name in ("prepare_mlx.py", "corpus.py", "probes.py", "stories.py"):
         assert not imports(ROOT / name) & (TRAIN_FILES | FRAMEWORKS | {"agent"})
 
 
-@pytest.mark.parametrize("name", ["train_mlx.py"])
+@pytest.mark.parametrize("name", ["train_mlx.py", "train_torch.py"])
 def test_a_train_file_imports_the_harness_and_its_framework_only(name: str) -> None:
     ours = imports(ROOT / name) & ({p.stem for p in ROOT.glob("*.py")} | {"agent", "scripts", "tests"})
     assert ours == {"prepare_mlx"}
@@ -52,8 +52,9 @@ def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    limits = [("prepare_mlx.py", 700), ("corpus.py", 460), ("probes.py", 250), ("train_mlx.py", 650), *((str(p.relative_to(ROOT)), 260) for p in AGENT)]
-    too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits
+    limits = {"prepare_mlx.py": 710, "corpus.py": 460, "probes.py": 250, "train_mlx.py": 650, "train_torch.py": 650,
+              **{str(p.relative_to(ROOT)): 260 for p in AGENT}}
+    too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()
                 if len((ROOT / name).read_text().splitlines()) > limit}
     assert not too_long
 
