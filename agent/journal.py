@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,12 +101,18 @@ class Journal:
         """Write one event and return it once it is on the disk."""
         full: Event = {"v": SCHEMA, "seq": len(self.events), "t": round(time.time(), 3), "event": event, **fields}
         line = encode(full)
-        written = os.write(self._file, line)
-        if written != len(line):  # a full disk: the torn line is set aside by the next driver
-            raise JournalError(f"{self.path}: expected to write {len(line)} bytes, wrote {written}; is the disk full?")
-        os.fsync(self._file)
-        self.events.append(full)
-        return full
+        size, problem = os.fstat(self._file).st_size, ""
+        try:
+            written = os.write(self._file, line)
+            if written == len(line):
+                _sync(self._file)
+                self.events.append(full)
+                return full
+            problem = f"{written} bytes were written"
+        except OSError as error:
+            problem = str(error.strerror)
+        os.ftruncate(self._file, size)  # the next line must not follow half of this one
+        raise JournalError(f"{self.path}: expected to write {len(line)} bytes, but {problem}; make room on the disk, then --resume")
 
     def close(self) -> None:
         os.close(self._file)
@@ -124,11 +131,11 @@ class Journal:
         with open(aside, "wb") as file:
             file.write(rest)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         _sync_folder(self.folder)
         os.truncate(self.path, self.path.stat().st_size - len(rest))
         with open(self.path, "rb+") as file:
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         return aside
 
 
@@ -180,10 +187,19 @@ def _make_durable_folder(folder: Path) -> None:
         _sync_folder(made.parent)
 
 
+def _sync(descriptor: int) -> None:
+    """Have a file on the disk itself: on macOS fsync leaves it in the disk's own cache, which power loss empties."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):  # a file system that knows no such order
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
 def _sync_folder(folder: Path) -> None:
     """A file's name survives power loss only once its folder has been synced."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     finally:
         os.close(handle)

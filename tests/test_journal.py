@@ -96,6 +96,34 @@ def test_no_nan_in_a_journal(tmp_path: Path) -> None:
     assert len(read(tmp_path / "journal.jsonl")[0]) == 1
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from agent.errors import JournalError
+from agent.journal import Journal
+with Journal(Path(sys.argv[1])) as journal:
+    journal.append("note", text="before")
+    size = journal.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + int(sys.argv[2]), resource.RLIM_INFINITY))  # no more fits
+    try:
+        journal.append("note", text="lost")
+    except JournalError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append("night_end", reason="error", text="")
+"""
+
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_line_that_a_full_disk_cuts_off_does_not_spoil_the_next(tmp_path: Path, room: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "n"), str(room)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "make room on the disk, then --resume" in done.stdout
+    events, torn = read(tmp_path / "n" / "journal.jsonl")
+    assert ([event["event"] for event in events], torn) == (["note", "night_end"], b"")
+
+
 def test_decode_says_what_is_wrong() -> None:
     line = encode({"v": 1, "seq": 0, "t": 0, "event": "note"})
     assert decode(line, 0)["event"] == "note"
