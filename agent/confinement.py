@@ -21,9 +21,11 @@ _METAL_CACHE = '(regex #"^/private/var/folders/[^/]+/[^/]+/C/(.+/)?com\\.apple\\
 _LAUNCHING = ("lsopen", "job-creation", "appleevent-send")  # asking a system service to start something outside
 
 
-def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True) -> list[str]:
-    """bwrap on Linux; `strict` has a PID namespace, which some containers forbid."""
-    command = ["bwrap", "--die-with-parent", "--unshare-ipc", "--cap-drop", "ALL"]
+def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True, outer: bool = False) -> list[str]:
+    """bwrap on Linux; `strict` has a PID namespace, which some containers forbid. Inside an `outer` one another can be started."""
+    command = ["bwrap", "--die-with-parent", "--unshare-ipc"]
+    if not outer:
+        command += ["--cap-drop", "ALL"]
     if not network:
         command.append("--unshare-net")
     if strict:

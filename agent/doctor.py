@@ -192,7 +192,7 @@ def check_power() -> Iterable[Finding]:
 
 def check_sandbox() -> Finding:
     cover = sandbox.available()
-    return Finding("sandbox", "ok" if cover.present else "note", str(cover))
+    return Finding("sandbox", "ok" if cover.present else "note", sandbox.described() if cover.present else str(cover))
 
 
 def _has_battery() -> bool:

@@ -12,22 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent import briefing, judgement, limits, views
+from agent import briefing, guard, judgement, limits, start, views
 from agent.console import Console
 from agent.decision import Rule, decide
 from agent.digest import family
-from agent.errors import BaselineError, NightError, Stopped
+from agent.errors import BaselineError, Stopped
 from agent.hooks import Hooks
 from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
-from agent.night import Experiment, apply, fold
+from agent.night import REPEATED, Experiment, apply, fold
 from agent.proposal import Bench, Proposal, ask
 from agent.settings import Settings
 from agent.stopping import Stopper
 from agent.trial import Lab, Result, run_trial, score
 from agent.worktree import Worktree
-
-MAX_INTERRUPTIONS = 5  # of one trial, in a row
 
 
 @dataclass
@@ -63,7 +61,7 @@ class Engine:
             if experiment.commit:
                 self.worktree.keep_ref(experiment.n, experiment.commit)
         views.write_results(self.night, self.lab.folder / "results.tsv")
-        prune(self.night, self.lab.folder / "trials")
+        prune(self.night, self.lab.folder)
 
     def run(self) -> tuple[str, str]:
         """Work until a limit or a request ends the night: its name and its words."""
@@ -160,7 +158,7 @@ class Engine:
     def judge(self, experiment: Experiment) -> None:
         """Train and score the candidate until there is a verdict."""
         best = self.night.leader
-        self.worktree.show(experiment.parent, experiment.commit or "", self.lab.train_file)
+        self.lay(experiment)
         known = None if experiment.scores else judgement.recall(self.night, experiment) or judgement.broken(self.lab)
         if known:
             return self.verdict(experiment, *known)
@@ -182,27 +180,31 @@ class Engine:
                 return self.verdict(experiment, "discard", f"the best could not be measured again: {result.status}", result.error)
             return self.verdict(experiment, result.status, (result.error or {}).get("message", ""), result.error)
 
+    def lay(self, experiment: Experiment) -> None:
+        """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""
+        self.worktree.show(self._branch(), experiment.commit or "", self.lab.train_file)
+        guard.scrub(self.worktree.path, experiment.commit or "")  # byte by byte: git believes sizes and times
+        start.lay_harness(self.worktree.repository, self.night.base, self.lab.folder)
+
     def trial(self, experiment: Experiment) -> Result:
-        """Train and score one experiment's file with its next seed; repeated if the machine slept."""
+        """Train and score one experiment's file with its next seed; repeated if the machine slept, or was not itself."""
         k = len([trial for trial in experiment.trials if trial.status != "running"])
         seed = self.night.seed + k  # trial k of every candidate has the same seed: a pair
         run_dir = self.lab.folder / "trials" / f"{experiment.n:04d}-{seed}"
-        name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
-        baseline = self.night.experiments[0].summary() if experiment.n or k else {}
+        name, baseline = experiment.name, self.night.experiments[0].summary() if experiment.n or k else {}
         while True:
-            self.worktree.show(self._branch(), experiment.commit or "", self.lab.train_file)
-            self.console.stage(f"{name}, trial {k + 1}: {experiment.description}" if experiment.n else f"{name}, trial {k + 1}")
+            self.lay(experiment)
+            self.console.stage(f"{name}, trial {k + 1}" + f": {experiment.description}" * (experiment.n > 0))
             self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
-            result = run_trial(self.lab, run_dir, seed, baseline)
-            if result.status == "interrupted" and experiment.interruptions + 1 >= MAX_INTERRUPTIONS:
-                raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
+            result = judgement.settle(self.night, experiment, run_trial(self.lab, run_dir, seed, baseline), self.lab)
             self.record(
                 "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
                 summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
             )  # fmt: skip
             if result.status == "ok":
-                self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s)")
-            if result.status != "interrupted":
+                unquiet = f"; the machine's speed: {words}" if (words := judgement.disturbance(result)) else ""
+                self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s{unquiet})")
+            if result.status not in REPEATED:
                 return result
             self.console.say(f"{name}, trial {k + 1} is repeated: {(result.error or {}).get('message')}")
 
@@ -218,30 +220,27 @@ class Engine:
         )  # fmt: skip
         self.worktree.reset(self._branch())
         views.write_results(self.night, self.lab.folder / "results.tsv")
-        prune(self.night, self.lab.folder / "trials")
-        name = "baseline" if experiment.n == 0 else f"experiment {experiment.n}"
+        prune(self.night, self.lab.folder)
         shown = f" {mean:.4f}" if mean is not None else ""
-        self.console.say(f"{name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
         self.hooks.after_experiment(self.night, experiment)
 
     def held_out(self) -> None:
         """Score baseline and best on the held-out test text, once each."""
         for n in sorted({0, self.night.leader.n}):
             experiment = self.night.experiments[n]
-            trial = next((t for t in experiment.trials if t.status == "ok" and self._folder(t.folder).is_dir()), None)
+            folders = ((t, self.lab.folder / "trials" / t.folder) for t in experiment.trials if t.status == "ok")
+            trial, folder = next((found for found in folders if found[1].is_dir()), (None, Path()))
             if n in self.night.tests or trial is None:
                 continue
-            self.console.stage(f"held-out test of {'the baseline' if n == 0 else f'experiment {n}'}")
-            result = score(self.lab, self._folder(trial.folder), "test")
+            self.console.stage(f"held-out test of {experiment.name}")
+            result = score(self.lab, folder, "test")
             if result.status == "interrupted":
                 return
             self.record(
                 "test_score", n=n, split="test", val_bpb=trial.val_bpb, test_bpb=result.val_bpb, summary=result.summary,
                 error=result.error,
             )  # fmt: skip
-
-    def _folder(self, name: str) -> Path:
-        return self.lab.folder / "trials" / name
 
     def _branch(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
@@ -257,4 +256,3 @@ class Engine:
         self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
         self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
         return ("stopped", "stopped by request") if self.stopper.finishing() else None
-

@@ -15,20 +15,20 @@ from agent.redact import redact
 def sweep(folder: Path) -> list[int]:
     """End processes and remove scratch folders that a killed driver has left; the pids that were ended."""
     ended = end_leftovers(folder)
-    for left in (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "import"):
+    for left in (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "import", folder / "tmp" / "import"):
         shutil.rmtree(left, ignore_errors=True)
     for draft in (*folder.glob(".*.new"), *folder.glob(".stop-*")):
         draft.unlink(missing_ok=True)
     return ended
 
 
-def prune(night: Night, trials: Path) -> None:
-    """Remove run directories that nobody will ask for: all but the baseline's, the best's and the last one's."""
+def prune(night: Night, folder: Path) -> None:
+    """Remove run and scratch directories that nobody will ask for: all but the baseline's, the best's and the last one's."""
     wanted = {0, night.best, len(night.experiments) - 1}
-    for folder in trials.glob("[0-9]*-*"):
-        number = folder.name.partition("-")[0]
+    for made in (*folder.glob("trials/[0-9]*-*"), *folder.glob("tmp/[0-9]*")):
+        number = made.name.partition("-")[0]
         if not (number.isdigit() and int(number) in wanted):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def neighbours(folder: Path) -> list[str]:

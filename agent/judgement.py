@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent.candidate import Source, SourceError, inspect
+from agent.candidate import Source, SourceError, inspect, one_line
 from agent.decision import Noise, estimate_noise, fresh
+from agent.errors import NightError
 from agent.night import Experiment, Night
-from agent.trial import Lab, check_import
+from agent.trial import Lab, Result, check_import
 
+MOST_INTERRUPTIONS = 5  # of one trial, in a row
+MOST_REPEATS = 2  # of one trial, in a row, because the machine was not alike at its beginning and its end
+REPEATS_OF_A_NIGHT = 4, 10  # so many and one in so many trials: a machine that is never quiet is the night's noise, no event
+SHORTEST_PROBED = 60.0  # seconds of training; in a shorter one the harness measures the machine's speed too briefly
 UNREADABLE = Source("", 0)  # of a file that does not parse: equal to no other
 
 
@@ -53,6 +59,26 @@ def broken(lab: Lab) -> Known | None:
         return _fault("crash", str(wrong))
     error = check_import(lab)
     return Known("crash", error["message"], error) if error else None
+
+
+def settle(night: Night, experiment: Experiment, result: Result, lab: Lab) -> Result:
+    """The result of a trial, or that it counts for nothing: `disturbed` where the machine grew faster or slower meanwhile by
+    more than the harness finds harmless, so that neither heat nor another program decides. Within bounds: then it is taken.
+
+    NightError if the machine sleeps through every attempt."""
+    if result.status == "interrupted" and experiment.repeats.get("interrupted", 0) + 1 >= MOST_INTERRUPTIONS:
+        raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
+    few, one_in = REPEATS_OF_A_NIGHT
+    disturbed = result.status == "ok" and (lab.budget_seconds or 0.0) >= SHORTEST_PROBED and disturbance(result)
+    if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
+        return result
+    message = f"the machine's speed changed, {disturbed}"
+    return replace(result, status="disturbed", error={"kind": "disturbed", "message": message, "step": None, "tail": ""})
+
+
+def disturbance(result: Result) -> str:
+    """What the harness says about the machine during a training, "" if it was quiet."""
+    return one_line(str(result.summary.get("speed_warning", "")))
 
 
 def noise(night: Night) -> Noise:

@@ -49,7 +49,7 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--max-agent-minutes", type=click.FloatRange(0), help="For the agent, in one experiment. Default 15.")
 @click.option("--target", type=float, help="End once val_bpb is this low.")
 @click.option("--patience", type=click.IntRange(1), help="End after so many experiments without a keep.")
-@click.option("--baseline-seeds", type=click.IntRange(2), help="Trainings of the unchanged file, for the noise.")
+@click.option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, for the noise.")
 @click.option("--startup", type=click.FloatRange(1), help="Seconds a training may take beyond its budget. Default 120.")
 @click.option("--memory-gb", type=click.FloatRange(0.1), help="Memory that a training may use.")
 @click.option("--sandbox/--no-sandbox", default=None, help="Train without network, writing to the run folder only. Default: on.")
@@ -72,6 +72,9 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: An
     except coders.CoderError as error:
         complain(str(error))
         code = UsageError.exit_code
+    except OSError as error:  # a full disk, a folder without rights: nothing is lost, the journal knows how far it came
+        complain(f"{error}; mend it, then: python -m agent.loop --resume")
+        code = NightError.exit_code
     sys.exit(code)
 
 
@@ -143,15 +146,15 @@ def _session(
     lab = Lab(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
         train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
-        vocab_size=int(night.dataset["vocab_size"]), startup_seconds=settings.startup,
+        vocab_size=int(night.dataset["vocab_size"]), hidden=start.hidden(night.dataset, worktree), startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
-        show=console.metrics,
+        show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
     bench = Bench(folder, worktree.path, night.train_file, coder, settings, stopper.now)
     engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {sandbox.available()}" if settings.sandbox else "sandbox of trainings: off, as asked")
+    console.say(f"sandbox of trainings: {sandbox.described() if settings.sandbox else 'off, as asked'}")
     with stay_awake():
         engine.recover()
         try:

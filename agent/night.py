@@ -10,7 +10,8 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal.py):
                                                                        what the agent left, kept under a ref
     trial_start  n, k, seed, dir
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
-                                                                       status: ok, a failure's name, or interrupted
+                                                                       status: ok, a failure's name, or that it is to be
+                                                                       repeated: interrupted, disturbed
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
@@ -24,9 +25,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent.errors import JournalError
-from agent.state import FAILURES, STATUSES, Experiment, Night, Trial
+from agent.state import FAILURES, REPEATED, STATUSES, Experiment, Night, Trial
 
-__all__ = ["FAILURES", "STATUSES", "Experiment", "Night", "Trial", "apply", "fold"]
+__all__ = ["FAILURES", "REPEATED", "STATUSES", "Experiment", "Night", "Trial", "apply", "fold"]
 
 
 def fold(events: Iterable[Mapping[str, Any]]) -> Night:
@@ -118,13 +119,15 @@ def _trial_end(night: Night, event: Mapping[str, Any]) -> None:
     trial = experiment.trials[-1] if experiment.trials else None
     if trial is None or trial.k != event["k"] or trial.status != "running":
         raise JournalError(f"event {event['seq']}: trial {event['k']} of experiment {event['n']} ends without a start")
-    if event["status"] == "interrupted":
+    if event["status"] in REPEATED:
         experiment.trials.pop()
-        experiment.interruptions += 1
+        experiment.repeats[event["status"]] = experiment.repeats.get(event["status"], 0) + 1
+        night.disturbed += event["status"] == "disturbed"
         return
     trial.status, trial.val_bpb, trial.seconds = event["status"], event["val_bpb"], event["seconds"]
     trial.summary, trial.error = event["summary"] or {}, event["error"]
-    experiment.interruptions = 0
+    experiment.repeats.clear()
+    night.trials += 1
 
 
 def _verdict(night: Night, event: Mapping[str, Any]) -> None:

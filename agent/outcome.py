@@ -16,8 +16,8 @@ class Limits:
     idle_seconds: float | None = None  # without a byte of output
     log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
     memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
-    directory: Path | None = None
-    directory_bytes: int | None = None
+    directories: tuple[Path, ...] = ()
+    directory_bytes: int | None = None  # in all of them together
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The one spawner: every child of the driver is started, watched, bounded and ended here.
 
 A child runs under `agent/supervise.py`, which ends its whole family when it exits, when this module says so, or when the
-driver dies. What is bounded: wall clock, silence, output, memory, bytes in a directory.
+driver dies. What is bounded: wall clock, silence, output, memory, bytes in directories.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from agent.redact import secrets_in
 __all__ = ["Limits", "Outcome", "clean_env", "end_leftovers", "run"]
 
 TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
-SAMPLE_SECONDS = 0.5  # how often memory and directory are measured
+SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
 GRACE_SECONDS = 1.0  # between TERM and KILL
 _CHUNK = 256 * 1024
 
@@ -202,8 +202,8 @@ class _Child:
         self.peak_mb = max(self.peak_mb, resident / 2**20)
         if limits.memory_bytes is not None and resident > limits.memory_bytes:
             return "memory"
-        if limits.directory is not None and limits.directory_bytes is not None:
-            return "disk" if directory_bytes(limits.directory) > limits.directory_bytes else None
+        if limits.directory_bytes is not None:
+            return "disk" if sum(map(directory_bytes, limits.directories)) > limits.directory_bytes else None
         return None
 
     def _end(self) -> None:

@@ -91,6 +91,35 @@ def wrap(
     return wrapper(command, _rules(writable, readable_only, hidden), network), cover
 
 
+def wrap_scorer(argv: Sequence[str | Path], *, writable: Iterable[Path], readable_only: Iterable[Path]) -> list[str]:
+    """The command of a program of ours that itself starts one under `wrap`: without network, writing where it may. As it is
+    where this machine's sandbox does not work inside itself."""
+    command = [str(word) for word in argv]
+    return bubblewrap(command, _rules(writable, readable_only, []), False, _strict(), outer=True) if nests() else command
+
+
+@lru_cache(maxsize=1)
+def nests() -> bool:
+    """Whether a sandbox can be started inside a sandbox here: in bubblewrap mostly, in sandbox-exec never."""
+    if available().kind != "bubblewrap":
+        return False
+
+    def both(argv: list[str], rules: Rules, network: bool) -> list[str]:
+        return bubblewrap(bubblewrap(argv, rules, network, _strict()), rules, network, _strict(), outer=True)
+
+    return not _problem(both)
+
+
+def described() -> str:
+    """What is covered, of trainings and logits servers, and of the scorer, which runs the harness's own code."""
+    scorer = "has no network and writes only to the run directory" if nests() else "runs with the user's rights and network"
+    return f"{available()}. The scorer, which is the harness's own code, {scorer}"
+
+
+def _strict() -> bool:
+    return available() == BUBBLEWRAP
+
+
 def available() -> Cover:
     """What `wrap` covers on this machine; found out by running it once."""
     return _detect()[1]

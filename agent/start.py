@@ -19,6 +19,7 @@ import psutil
 from agent import process
 from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped, UsageError
+from agent.filetree import remove
 from agent.journal import Journal, holder, read
 from agent.night import Night, fold
 from agent.worktree import Repository, Worktree
@@ -57,6 +58,26 @@ def latest(runs: Path) -> str:
     return max(journals, key=lambda path: path.stat().st_mtime).parent.name
 
 
+def data_home() -> Path:
+    """Where the harness keeps its data."""
+    return Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")
+
+
+def hidden(entry: Mapping[str, Any], worktree: Worktree) -> tuple[Path, ...]:
+    """Where held-out text lies that a training must not read: all held-out shards, what they were made from; of the user's
+    own text also what git keeps of it, where it is a part of the checkout."""
+    homes = {data_home(), Path(entry["held_dir"]).parent.parent}
+    found = [home / name for home in homes for name in ("held", "downloads", "work")]
+    dataset = str(entry.get("name") or "")
+    if dataset.startswith("text:"):
+        root = worktree.repository.root.resolve()
+        source = (root / Path(dataset.removeprefix("text:")).expanduser()).resolve()
+        found.append(source)
+        if source.is_relative_to(root):
+            found += [worktree.common, worktree.path / source.relative_to(root)]
+    return tuple(path for path in found if path != worktree.path)
+
+
 def dataset(
     harness: Path, cwd: Path, name: str | None, preset: str | None, log: Path, stop: Callable[[], bool],
     show: Callable[[str], None],
@@ -65,7 +86,7 @@ def dataset(
 
     HarnessError with the harness's own words if it cannot be made ready.
     """
-    current = Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx") / "current.json"
+    current = data_home() / "current.json"
     if name is None and preset is None and current.is_file():
         found = _entry(current)
         if Path(found["train_dir"]).is_dir() and Path(found["held_dir"]).is_dir():
@@ -113,6 +134,9 @@ def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
     """Write the base commit's harness to the night's folder, or put it back there; the scorer's path."""
     place = folder / "harness"
     place.mkdir(parents=True, exist_ok=True)
+    for stranger in place.iterdir():  # beside a program Python also finds modules that nobody committed, and their bytecode
+        if stranger.name not in (HARNESS, *HARNESS_PARTS) or not stranger.is_file() or stranger.is_symlink():
+            remove(stranger)
     for name in (HARNESS, *HARNESS_PARTS):
         if name != HARNESS and not repository.has(base, name):
             continue

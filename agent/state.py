@@ -9,6 +9,7 @@ from agent.errors import JournalError
 
 FAILURES = ("crash", "oom", "nan", "timeout", "violation", "noop", "agent_error")
 STATUSES = ("keep", "discard", *FAILURES)
+REPEATED = ("interrupted", "disturbed")  # how a trial may end that counts for nothing: the machine slept, or its speed changed
 
 
 @dataclass
@@ -45,7 +46,12 @@ class Experiment:
     val_bpb: float | None = None
     error: dict[str, Any] | None = None
     ended: float = 0.0
-    interruptions: int = 0
+    repeats: dict[str, int] = field(default_factory=dict)  # of the trial at hand, in a row, by their reason
+
+    @property
+    def name(self) -> str:
+        """What the human reads: baseline, or experiment 7."""
+        return f"experiment {self.n}" if self.n else "baseline"
 
     @property
     def scores(self) -> list[float]:
@@ -83,6 +89,8 @@ class Night:
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
     notes: list[str] = field(default_factory=list)
+    trials: int = 0  # that count
+    disturbed: int = 0  # that were repeated because the machine's speed changed meanwhile
     rested: int = 0  # experiments with a verdict when this session began: it has its own patience with failures
     ended: str | None = None  # the reason, None while a driver works or after one was killed
     started: float = 0.0

@@ -21,6 +21,7 @@ from agent import process, sandbox
 from agent.candidate import one_line
 from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped
+from agent.measure import directory_bytes
 from agent.metrics import Watch
 from agent.redact import redact
 from agent.summary import SummaryError, differences, parse
@@ -29,7 +30,7 @@ TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "v
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "crash", "nan": "nan"}
 SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
 IMPORT_SECONDS = 5.0
-SCORE_SECONDS = 900.0
+SCORE_SECONDS = 300.0, 900.0  # the wall limit of a score: that of a training, within these
 UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens
 GIB = 1 << 30
 _IMPORT = "import importlib.util as u, sys; s = u.spec_from_file_location('candidate', sys.argv[1]); m = u.module_from_spec(s); \
@@ -48,9 +49,11 @@ class Lab:
     held_dir: Path
     budget: str  # "300s", "200steps", "5Mtokens"
     vocab_size: int
+    hidden: tuple[Path, ...] = ()  # beside `held_dir`: where else text lies that the score is made from
     startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget
     memory_bytes: int | None = None
-    directory_bytes: int = 20 * GIB
+    directory_bytes: int = 20 * GIB  # in run directory and TMPDIR together
+    spare_bytes: int = 0  # that stay free on the disk
     stop: Callable[[], bool] = lambda: False
     show: Callable[[dict[str, Any]], None] = lambda row: None
     sandboxed: bool = True
@@ -60,23 +63,28 @@ class Lab:
         """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `run_dir`.
 
         An empty command gives the words to put before one."""
-        self.scratch.mkdir(exist_ok=True)
+        scratch = self.scratch(run_dir)
+        scratch.mkdir(parents=True, exist_ok=True)
         if not self.sandboxed:
             return argv
-        readable = [self.worktree, self.harness.parent, self.train_dir]
-        return sandbox.wrap(argv, writable=[run_dir, self.scratch], readable_only=readable, hidden=[self.held_dir])[0]
+        readable, hidden = [self.worktree, self.harness.parent, self.train_dir], [self.held_dir, *self.hidden]
+        return sandbox.wrap(argv, writable=[run_dir, scratch], readable_only=readable, hidden=hidden)[0]
+
+    def scratch(self, run_dir: Path) -> Path:
+        """TMPDIR of a candidate's trainings, `tmp/NNNN`. MLX compiles kernels there and takes what it finds compiled: so it
+        lasts from one trial of a candidate to the next, and no candidate gets another's."""
+        return self.folder / "tmp" / run_dir.name.partition("-")[0]
 
     @property
-    def scratch(self) -> Path:
-        """TMPDIR of trainings: it stays for the night, since MLX compiles its kernels there."""
-        return self.folder / "tmp"
+    def budget_seconds(self) -> float | None:
+        """The budget, None if it is one of steps or tokens."""
+        match = re.fullmatch(r"([0-9.]+)([kM]?)s", self.budget)
+        return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match else None
 
     @property
     def wall_seconds(self) -> float:
         """What one training may take from start to exit."""
-        match = re.fullmatch(r"([0-9.]+)([kM]?)s", self.budget)
-        seconds = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match else UNTIMED_SECONDS
-        return seconds + self.startup_seconds
+        return (self.budget_seconds or UNTIMED_SECONDS) + self.startup_seconds
 
     @property
     def abort_loss(self) -> float:
@@ -86,7 +94,7 @@ class Lab:
 
 @dataclass(frozen=True)
 class Result:
-    """`status` is ok, interrupted or a failure's name; `val_bpb` in bits per byte, only with ok."""
+    """`status` is ok, interrupted, disturbed or a failure's name; `val_bpb` in bits per byte, with ok and disturbed."""
 
     status: str
     seconds: float
@@ -101,7 +109,8 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
     python = [sys.executable, "-B", "-c", _IMPORT, str(lab.worktree / lab.train_file)]
     scratch = _fresh(lab.folder / "trials" / "import")
     outcome = _child(lab, lab.confined(python, scratch), log, scratch, IMPORT_SECONDS)
-    shutil.rmtree(scratch, ignore_errors=True)
+    for used in (scratch, lab.scratch(scratch)):
+        shutil.rmtree(used, ignore_errors=True)
     if outcome.reason != "exited" or outcome.exit_code == 0:
         return None
     return _error("crash", f"importing {lab.train_file} fails: {_last_words(outcome)}", outcome)
@@ -143,7 +152,11 @@ def score(lab: Lab, run_dir: Path, split: str) -> Result:
     server = json.dumps(lab.confined([], run_dir))
     scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split, "--held", str(lab.held_dir)]
     scorer += ["--wrap", server]
-    outcome = _child(lab, scorer, log, run_dir, SCORE_SECONDS, stdout_to=out)
+    if lab.sandboxed:
+        readable = [lab.worktree, lab.harness.parent, lab.train_dir, lab.held_dir]
+        scorer = sandbox.wrap_scorer(scorer, writable=[run_dir, lab.scratch(run_dir)], readable_only=readable)
+    shortest, longest = SCORE_SECONDS
+    outcome = _child(lab, scorer, log, run_dir, min(longest, max(shortest, lab.wall_seconds)), stdout_to=out)
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
         return Result("interrupted", outcome.seconds, error=_error("interrupted", "the machine slept", outcome))
     if outcome.reason != "exited":
@@ -170,8 +183,8 @@ def _ending(lab: Lab, outcome: process.Outcome, watch: Watch, run_dir: Path) -> 
     if outcome.reason != "exited":
         limits = {
             "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
-            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB", "memory": "used more memory than allowed",
-            "log": "printed without end",
+            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB, or filled the disk",
+            "memory": "used more memory than allowed", "log": "printed without end",
         }  # fmt: skip
         return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
     kind, message = _error_file(run_dir / "error.json")
@@ -191,11 +204,11 @@ def _child(
     watch: Callable[[], str | None] = lambda: None, stdout_to: Path | None = None,
 ) -> process.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
-    limits = process.Limits(
-        wall_seconds=wall, memory_bytes=lab.memory_bytes, directory=run_dir, directory_bytes=lab.directory_bytes
-    )
+    written = (run_dir, lab.scratch(run_dir))
+    room = min(lab.directory_bytes, sum(map(directory_bytes, written)) + max(0, shutil.disk_usage(run_dir).free - lab.spare_bytes))
+    limits = process.Limits(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
     outcome = process.run(
-        argv, cwd=lab.worktree, env={**lab.environ, "TMPDIR": str(lab.scratch), **(env or {})}, log=log, limits=limits,
+        argv, cwd=lab.worktree, env={**lab.environ, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, limits=limits,
         stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":

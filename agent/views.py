@@ -63,4 +63,6 @@ def status(night: Night, pid: int | None) -> list[str]:
     spent = f"agent: {night.agent_seconds / 60:.1f} min, {night.tokens:,} tokens, ${night.cost:.2f}"
     if night.unpriced:
         spent += f" and {night.unpriced} calls of unknown cost (give --price-in and --price-out)"
+    if night.disturbed:
+        spent += f"; {night.disturbed} of {night.trials + night.disturbed} trainings repeated, the machine's speed had changed"
     return [*lines, spent, *(f"note: {one_line(note, 200)}" for note in night.notes[-3:])]

@@ -125,7 +125,7 @@ class Worktree:
         self.repository, self.tag, self.path = repository, tag, path
         self.branch = f"autoresearch/{tag}"
         self._ref = f"refs/heads/{self.branch}"
-        self._common = Path(run_git(repository.root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+        self.common = Path(run_git(repository.root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
         self._admin: Path | None = None
 
     def check_free(self) -> None:
@@ -222,7 +222,7 @@ class Worktree:
 
     def _find_admin(self) -> Path | None:
         """Git's folder of this worktree; None if there is none, or only a half-made or half-removed one."""
-        for pointer in (self._common / "worktrees").glob("*/gitdir"):
+        for pointer in (self.common / "worktrees").glob("*/gitdir"):
             whole = all((pointer.parent / name).is_file() for name in ("HEAD", "commondir"))
             target = os.path.normpath(pointer.parent / pointer.read_text(errors="surrogateescape").rstrip("\n"))
             if target == str(self.path / ".git"):
@@ -231,7 +231,7 @@ class Worktree:
 
     def _unlock(self) -> None:
         """Remove locks that a killed git left on what is the night's alone; a git that still runs gets a second."""
-        locks = [self._common / f"{self._ref}.lock"]
+        locks = [self.common / f"{self._ref}.lock"]
         if self._admin:
             locks += [self._admin / "index.lock", self._admin / "HEAD.lock"]
         for lock in locks:

@@ -259,7 +259,7 @@ def test_memory_of_the_whole_family_is_limited(child):
 def test_a_full_directory_ends_a_child(child, tmp_path):
     outcome = child(
         "import time\nopen('big', 'wb').write(b'x' * (8 << 20)); time.sleep(1000)",
-        limits={"directory": tmp_path, "directory_bytes": 4 << 20},
+        limits={"directories": (tmp_path / "absent", tmp_path), "directory_bytes": 4 << 20},
     )
     assert outcome.reason == "disk"
 

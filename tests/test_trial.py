@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -72,11 +73,24 @@ def test_words_in_a_log_are_no_evidence(tmp_path: Path) -> None:
 
 
 def test_nan_stops_a_training_within_two_seconds(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    result = trial(tmp_path, mode("nan"))
+    deaf = "import json, os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    source = mode("nan").replace("import json, os, sys, time", deaf)
+    result = trial(tmp_path, source)
+    ended = time.time()
     assert result.status == "nan"
-    assert time.monotonic() - begin < 8  # the toy would sleep for 60
+    assert ended - (tmp_path / "trials/0001-7/metrics.jsonl").stat().st_mtime < 2.0  # since it wrote that line
     assert "nan at step 3" in (result.error or {})["message"]
+
+
+def test_a_training_may_fill_neither_its_folders_nor_the_disk(tmp_path: Path) -> None:
+    fill = 'open(os.path.join(os.environ["TMPDIR"], "x"), "wb").write(b"x" * (8 << 20)); time.sleep(60); run = Path'
+    source = TRAINER.replace("run = Path", fill)
+    free = shutil.disk_usage(tmp_path).free
+    for limit in ({"directory_bytes": 4 << 20}, {"spare_bytes": free}):
+        result = trial(tmp_path, source, **limit)
+        assert result.status == "violation"
+        assert "or filled the disk" in (result.error or {})["message"]
+        shutil.rmtree(tmp_path / "tmp")
 
 
 def test_wall_limit_is_budget_and_startup(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""A machine that grows slower or faster during a training: the trial is repeated, within bounds, so that heat does not decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from night_kit import HARNESS, TRAINER, Bed, git
+from test_night import Story, told
+from test_trial import lab
+
+from agent import judgement, views
+from agent.errors import NightError
+from agent.journal import read
+from agent.night import fold
+from agent.trial import Result
+
+WARNING = "-31% over the training: heat, or another program"
+
+
+def drifting(bed: Bed) -> None:
+    """Have the scorer report for each training what the next word of the file `drifts` says."""
+    trainer = TRAINER.replace(
+        '"budget": os.environ["AUTORESEARCH_BUDGET"]}',
+        '"budget": os.environ["AUTORESEARCH_BUDGET"]}\n        words = Path(os.environ["AUTORESEARCH_DRIFTS"])\n'
+        '        made["drift"], _, rest = words.read_text().partition(" ")\n        words.write_text(rest)',
+    )
+    warn = f'    if made["drift"] == "drift":\n        values["speed_warning"] = {WARNING!r}\n'
+    harness = HARNESS.replace('    print("---")', warn + '    print("---")')
+    assert trainer != TRAINER
+    assert harness != HARNESS
+    (bed.repo / "train_mlx.py").write_text(trainer)
+    (bed.repo / "prepare_mlx.py").write_text(harness)
+    git(bed.repo, "commit", "-qam", "with drifts")
+
+
+def test_a_disturbed_training_is_repeated_twice_then_taken(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    drifting(bed)
+    (bed.tools / "drifts").write_text("quiet drift quiet drift drift drift quiet")
+    done = bed.run("--experiments", "0", "--budget", "60s", "--no-sandbox", AUTORESEARCH_DRIFTS=str(bed.tools / "drifts"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = read(bed.folder() / "journal.jsonl")[0]
+    ends = [(e["k"], e["seed"], e["status"]) for e in events if e["event"] == "trial_end"]
+    assert ends == [(0, 1, "ok"), (1, 2, "disturbed"), (1, 2, "ok"), (2, 3, "disturbed"), (2, 3, "disturbed"), (2, 3, "ok")]
+    night = fold(events)
+    assert [trial.seed for trial in night.experiments[0].trials] == [1, 2, 3]
+    assert (night.trials, night.disturbed) == (3, 3)
+    assert f"trial 2 is repeated: the machine's speed changed, {WARNING}" in done.stdout
+    assert f"the machine's speed: {WARNING})" in done.stdout, "what is taken all the same is said"
+    assert "3 of 6 trainings repeated" in bed.loop("--status").stdout
+    assert all(e["val_bpb"] for e in events if e["event"] == "trial_end"), "what was not counted is on record"
+
+
+@pytest.mark.parametrize(
+    ("budget", "status", "warning", "expected"),
+    [
+        ("300s", "ok", WARNING, "disturbed"),
+        ("300s", "ok", "", "ok"),
+        ("300s", "crash", WARNING, "crash"),
+        ("12s", "ok", WARNING, "ok"),  # measured too briefly to mean anything
+        ("200steps", "ok", WARNING, "ok"),  # speed does not decide
+    ],
+)
+def test_only_a_timed_training_of_some_length_is_repeated(
+    tmp_path: Path, budget: str, status: str, warning: str, expected: str
+) -> None:
+    summary: dict[str, Any] = {"speed_warning": warning} if warning else {}
+    night = told().night
+    result = judgement.settle(night, night.leader, Result(status, 1.0, 1.5, summary), lab(tmp_path, budget=budget))
+    assert result.status == expected
+    assert result.val_bpb == 1.5
+
+
+def test_a_machine_that_is_never_quiet_costs_four_repeats_and_one_in_ten(tmp_path: Path) -> None:
+    story, room = Story(), lab(tmp_path, budget="300s")
+    story.add("experiment", n=0, parent="p")
+    story.add("candidate", n=0, commit="c0", ast="a", lines=1, description="", usage={}, seconds=0.0)
+    trained = 0
+    while story.night.trials < 40:
+        night = story.night
+        result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, {"speed_warning": WARNING}), room)
+        story.trial(0, len(night.experiments[0].trials), 1.5, result.status)
+        trained += 1
+    assert trained == 40 + 4 + 3
+    assert any("7 of 47 trainings repeated" in line for line in views.status(story.night, None))
+
+
+def test_a_machine_that_sleeps_through_every_attempt_ends_the_night(tmp_path: Path) -> None:
+    story, room = told(), lab(tmp_path)
+    asleep = Result("interrupted", 1.0)
+    for attempt in range(judgement.MOST_INTERRUPTIONS - 1):
+        assert judgement.settle(story.night, story.night.leader, asleep, room) is asleep
+        story.trial(2, 2, None, "interrupted")
+        assert story.night.leader.repeats == {"interrupted": attempt + 1}
+    with pytest.raises(NightError, match="suspended during every attempt"):
+        judgement.settle(story.night, story.night.leader, asleep, room)
+    story.trial(2, 2, 1.4)
+    assert story.night.leader.repeats == {}
