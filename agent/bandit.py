@@ -20,7 +20,8 @@ from agent.judgement import noise
 from agent.moves import Change
 from agent.night import Night
 
-TRUST = 3.0  # experiments that a prior is worth
+TRUST = 2.0  # experiments that a prior is worth
+SHARPNESS = 6.0  # of the draws: as if all that is known had been seen so often, so that a short night begins with the likeliest
 FADE = 0.6  # of evidence, by every keep after it
 COUPLED_FADE = 0.3  # of failures, by a keep of something coupled
 LABELLED = {"smeared embedding", "middle layer backed out", "weight decay of tables", "z-loss"}  # forms whose names are numbers
@@ -110,7 +111,7 @@ class Bandit:
     def chance(self, change: Change) -> tuple[float, float]:
         """The two parameters of the Beta distribution of a change's arm."""
         won, lost = self.counts.get(change.arm, (0.0, 0.0))
-        return TRUST * change.prior + won, TRUST * (1 - change.prior) + lost
+        return SHARPNESS * (TRUST * change.prior + won), SHARPNESS * (TRUST * (1 - change.prior) + lost)
 
     def pick(self, options: Sequence[Change]) -> Change:
         """One of the options: the arm of the best draw, then one of its steps, rather the first."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HIGH, MEDIUM, LOW = 0.3, 0.15, 0.06
+FIRST, HIGH, MEDIUM, LOW = 0.45, 0.3, 0.12, 0.05
 SMALLEST_TABLE, LARGEST_TABLE = 512, 2**18  # rows of an n-gram table
 
 
@@ -23,6 +23,7 @@ class Knob:
     key: str
     prior: float
     why: str
+    down: float | None = None  # the prior of a smaller value, where that is another one
     ladder: tuple[float, ...] = ()
     factors: tuple[float, ...] = (1.5, 2.0, 1.25)
     low: float = 0.0  # of what factors lead to
@@ -44,10 +45,11 @@ class Switch:
     forms: dict[str, tuple[str, ...]]
     scope: str = ""
     remarks: dict[str, str] | None = None  # label -> comment that goes along where it is found
+    others: dict[str, float] | None = None  # label -> the prior of a form that has another one
 
 
 KNOBS = (
-    Knob("MATRIX_LR", HIGH, "the step of the matrices decides most of a short run"),
+    Knob("MATRIX_LR", FIRST, "the step of the matrices decides most of a short run", factors=(2.0, 1.5, 1.25)),
     Knob("EMBEDDING_LR", HIGH, "tables see few tokens in a short run, their step must fit"),
     Knob("UNEMBEDDING_LR", MEDIUM, "the head's step sets how fast the logits sharpen"),
     Knob("SCALAR_LR", MEDIUM, "the residual scalars may move too slowly or too fast", factors=(2.0, 1.5)),
@@ -68,11 +70,11 @@ KNOBS = (
     Knob("SOFTCAP", MEDIUM, "the cap on logits limits confidence and costs a tanh", ladder=(5, 10, 15, 20, 30, 50), off=True),
     Knob("ROPE_BASE", MEDIUM, "the slowest rotation has to fit the context",
          ladder=(500, 1000, 2000, 5000, 10_000, 30_000, 100_000, 200_000)),
-    Knob("DEPTH", HIGH, "another layer buys capacity for speed, one less the reverse", ladder=tuple(range(1, 33))),
+    Knob("DEPTH", FIRST, "another layer buys capacity for speed, one less the reverse", ladder=tuple(range(1, 33))),
     Knob("VE_GATE_CHANNELS", LOW, "the gate of value embeddings may read more or fewer channels", ladder=(8, 16, 32, 64, 128)),
-    Knob("NGRAM_BUCKETS[0]", HIGH, "fewer collisions against rarer updates of bigrams",
+    Knob("NGRAM_BUCKETS[0]", HIGH, "fewer collisions against rarer updates of bigrams", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
-    Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions against rarer updates of trigrams",
+    Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions against rarer updates of trigrams", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
     Knob("NGRAM_BUCKETS[2]", MEDIUM, "fewer collisions against rarer updates",
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
@@ -135,7 +137,7 @@ SWITCHES = (
         "all": "Value embeddings stand on every layer.",
         "last": "Value embeddings stand on the last layer.",
         "none": "No value embeddings.",
-    }),
+    }, others={"last": LOW, "none": LOW, "alternate": MEDIUM}),
     Switch("value gate", LOW, "a gate less is a matrix less to train", {
         "on": (_OUT + _VE_GATE, _GATED),
         "off": (_OUT, "v = v + ve.reshape(B, T, H, D)"),

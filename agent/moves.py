@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from agent.catalogue import HIGH, KNOBS, MEDIUM, SWITCHES, Knob, Switch
+from agent.catalogue import FIRST, HIGH, KNOBS, MEDIUM, SWITCHES, Knob, Switch
 from agent.edits import Constant, Edit, TrainFile, spell
 
 FUSED_HEADS = (64, 128)  # head sizes with a fast attention kernel on a GPU
@@ -71,7 +71,8 @@ def _knob(file: TrainFile, knob: Knob) -> Iterator[Change]:
         if new == value:
             continue
         edits = tuple(Edit(p.start, p.end, "") if new == knob.default else p.set(new) for p in places)
-        yield Change(knob.key, spell(value), spell(new), direction, knob.prior, knob.why, edits)
+        prior = knob.down if direction == "down" and knob.down is not None else knob.prior
+        yield Change(knob.key, spell(value), spell(new), direction, prior, knob.why, edits)
 
 
 def _places(file: TrainFile, knob: Knob) -> list[Constant]:
@@ -105,7 +106,8 @@ def _switch(file: TrainFile, switch: Switch) -> Iterator[Change]:
         edits = [Edit(*span, text) for span, text, old in places if text != old]
         if switch.remarks and (place := file.find(switch.scope, switch.remarks[present])):
             edits.append(Edit(*place, switch.remarks[label]))
-        yield Change(switch.key, present, label, label, switch.prior, switch.why, tuple(edits))
+        prior = (switch.others or {}).get(label, switch.prior)
+        yield Change(switch.key, present, label, label, prior, switch.why, tuple(edits))
 
 
 def _same_layers(file: TrainFile, old: str, new: str) -> bool:
@@ -183,7 +185,7 @@ def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
     if batch is None or row is None:
         return
     length = min(row.value, data_seq_len or row.value)  # a longer row than the data's is cut to it
-    for factor, direction, prior in ((0.5, "down", HIGH), (2, "up", MEDIUM), (0.25, "down", HIGH)):
+    for factor, direction, prior in ((0.5, "down", FIRST), (2, "up", MEDIUM), (0.25, "down", FIRST)):
         new = int(batch.value * factor)
         if new < length or new % length:
             continue
@@ -193,10 +195,11 @@ def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
         note = "MICRO_TOKENS too" if follows else ""
         yield Change("BATCH_TOKENS", str(batch.value), str(new), direction, prior, why, edits, note)
     if micro is not None and micro.value < batch.value:
-        yield Change("MICRO_TOKENS", str(micro.value), str(2 * micro.value), "up", HIGH, "less accumulation, larger passes",
+        yield Change("MICRO_TOKENS", str(micro.value), str(2 * micro.value), "up", FIRST, "less accumulation, larger passes",
                      (micro.set(2 * micro.value),))  # fmt: skip
     for new, direction in ((length // 2, "down"), (length * 2, "up"), (length * 3 // 4, "down"), (length // 4, "down")):
         fits = new >= 8 and batch.value % new == 0 and (micro is None or micro.value % new == 0)
         if fits and (direction == "down" or (data_seq_len and new <= data_seq_len)):
             why = "shorter rows cost less attention" if new < length else "longer rows train the context that is scored"
-            yield Change("SEQ_LEN", str(row.value), str(new), direction, HIGH, why, (row.set(new),))
+            prior = HIGH if direction == "down" else MEDIUM
+            yield Change("SEQ_LEN", str(row.value), str(new), direction, prior, why, (row.set(new),))

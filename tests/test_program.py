@@ -98,7 +98,7 @@ WORDS = {  # how the brief calls what the catalogue thinks most of
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", sorted(entry.key for entry in (*KNOBS, *SWITCHES) if entry.prior == HIGH))
+@pytest.mark.parametrize("key", sorted(entry.key for entry in (*KNOBS, *SWITCHES) if entry.prior >= HIGH))
 def test_brief_and_catalogue_agree_on_what_to_try_first(key: str) -> None:
     first = re.search(r"\*\*First\*\*:(.*?)\n- \*\*", PROGRAM, re.S)
     assert first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import pytest
 
 from agent import coders, search
 from agent.bandit import Bandit, Outcome, outcomes, parse
-from agent.catalogue import COUPLED, KNOBS, SWITCHES
+from agent.catalogue import COUPLED, FIRST, HIGH, KNOBS, SWITCHES
 from agent.coders import Job
 from agent.edits import TrainFile, spell
 from agent.journal import Journal
@@ -31,8 +32,19 @@ SOURCE = (ROOT / "train_mlx.py").read_bytes()
 TIERS = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}  # and the data's seq_len there
 
 
+@functools.cache
 def everything(tier: str = "cpu", seq_len: int | None = None, source: bytes = SOURCE) -> list[Change]:
     return changes(TrainFile(source, tier), seq_len or TIERS[tier])
+
+
+@functools.cache
+def applied(tier: str) -> list[tuple[Change, str, str, dict[str, Any]]]:
+    """Every change; the text, the tree and the constants of the file with it."""
+    file, found = TrainFile(SOURCE, tier), []
+    for change in everything(tier):
+        after = TrainFile(file.apply(change.edits), tier)
+        found.append((change, after.text, ast.dump(after.tree), {name: c.value for name, c in after.constants.items()}))
+    return found
 
 
 def named(key: str, options: list[Change]) -> list[Change]:
@@ -150,14 +162,12 @@ def test_every_entry_of_the_catalogue_fits_the_train_file() -> None:
     assert {name for key, others in COUPLED.items() for name in (key, *others)} <= wanted
 
 
-@pytest.mark.parametrize("tier", ["cpu", "mac", "cuda"])
+@pytest.mark.parametrize("tier", ["cpu", pytest.param("mac", marks=pytest.mark.slow), "cuda"])
 def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier: str) -> None:
-    file = TrainFile(SOURCE, tier)
-    sources = {ast.unparse(file.tree)}
-    for change in everything(tier):
-        data = file.apply(change.edits)
-        sources.add(ast.unparse(ast.parse(data)))
-        old, new = SOURCE.decode().splitlines(), data.decode().splitlines()
+    sources = {ast.dump(TrainFile(SOURCE, tier).tree)}
+    for change, text, tree, _ in applied(tier):
+        sources.add(tree)
+        old, new = SOURCE.decode().splitlines(), text.splitlines()
         assert abs(len(old) - len(new)) <= 3, change
         assert len(set(old) - set(new)) <= 4, change
         assert parse(str(change)) == [change.arm], change
@@ -166,11 +176,10 @@ def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier:
     assert len(sources) == 1 + len(everything(tier)), "two changes make the same source"
 
 
-@pytest.mark.parametrize("tier", ["cpu", "mac", "cuda"])
+@pytest.mark.parametrize("tier", ["cpu", pytest.param("mac", marks=pytest.mark.slow), "cuda"])
 def test_every_change_leaves_shapes_that_can_train(tier: str) -> None:
     file = TrainFile(SOURCE, tier)
-    for change in everything(tier):
-        value = {name: c.value for name, c in TrainFile(file.apply(change.edits), tier).constants.items()}
+    for change, _, _, value in applied(tier):
         row = min(value["SEQ_LEN"], TIERS[tier])
         assert value["BATCH_TOKENS"] % row == value["MICRO_TOKENS"] % row == 0, change
         assert value["BATCH_TOKENS"] % value["MICRO_TOKENS"] == 0, change
@@ -254,7 +263,7 @@ def test_keeps_raise_an_arms_chance_and_failures_lower_it() -> None:
         won, lost = bandit.chance(change)
         return won / (won + lost), change.prior
 
-    assert chance("MATRIX_LR", "up")[0] > 1.5 * chance("MATRIX_LR", "up")[1]
+    assert chance("MATRIX_LR", "up")[0] > 0.15 + chance("MATRIX_LR", "up")[1]
     assert chance("SOFTCAP", "up")[0] < 0.6 * chance("SOFTCAP", "up")[1]
     assert chance("ROPE_BASE", "up")[0] > chance("ROPE_BASE", "up")[1]  # a near miss is a sign of life
     assert chance("SCALAR_LR", "up")[0] == pytest.approx(chance("SCALAR_LR", "up")[1])
@@ -344,6 +353,27 @@ def test_learning_finds_more_than_chance() -> None:
     chance = [simulated_night(False, seed) for seed in nights]
     start = 1 + 0.02 * sum(abs(math.log(TrainFile(TOY, "cpu").constants[name].value / best)) for name, best in LANDSCAPE.items())
     assert start - sum(learnt) / len(nights) > 1.25 * (start - sum(chance) / len(nights)), (learnt, chance)
+
+
+def test_a_short_night_begins_with_what_helps_most_often() -> None:
+    """Nights of eight experiments that all fail: mostly the first ideas of the brief, each way round."""
+    file, keys = TrainFile(SOURCE, "mac"), []
+    for night in range(4):
+        story = Story(seq_len=512)
+        for turn in range(8):
+            found = search.propose(file, story.night(), random.Random(f"{night} {turn}"))
+            assert found
+            keys += [change.arm for change in found[0] if change.prior >= HIGH]
+            story.tried(" + ".join(map(str, found[0])), -0.05, identity=search.identity(found[1]))
+    assert len(keys) > 0.75 * 4 * 8
+    first = {change.arm for change in everything("mac") if change.prior == FIRST}
+    assert first == {("BATCH_TOKENS", "down"), ("MATRIX_LR", "up"), ("MATRIX_LR", "down"), ("DEPTH", "up"), ("DEPTH", "down")}
+    assert sum(arm in first for arm in keys) > 0.4 * 4 * 8
+    assert first <= set(keys)
+    assert len(set(keys)) > len(first) + 3, "not always the same"
+    likeliest = {arm: next(c for c in everything("mac") if c.arm == arm) for arm in first}
+    assert likeliest["BATCH_TOKENS", "down"].new == "4096", "halve it before anything else"
+    assert (likeliest["MATRIX_LR", "up"].new, likeliest["MATRIX_LR", "down"].new) == ("0.04", "0.01")
 
 
 def test_the_random_control_draws_every_change_alike() -> None:
@@ -497,14 +527,6 @@ def check_training(bench: tuple[Path, Path, int], picked: list[Change]) -> None:
         if done.returncode or weights == unchanged:
             wrong.append(f"{change}: exit {done.returncode}{' no effect' * (weights == unchanged)} {done.stderr[-300:]}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_a_few_changes_train(bench: tuple[Path, Path, int]) -> None:
-    options = changes(TrainFile(SOURCE, "cpu"), bench[2])
-    words = ("BATCH_TOKENS 1024 -> 512 (MICRO_TOKENS too)", "attention output gate off -> on", "depth by width 2x128 -> 3x96")
-    picked = [change for change in options if str(change) in words]
-    assert len(picked) == len(words)
-    check_training(bench, picked)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
