@@ -49,7 +49,7 @@ class EditError(Exception):
         self.name = name
 
 
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.S)
+_THOUGHTS = re.compile(r"\A.*</think>", re.S)  # where the prompt's template opens them, the reply only closes them
 _BLOCK = re.compile(r"^<{5,9} SEARCH[ \t]*\n(.*?)^={5,9}[ \t]*\n(.*?)^>{5,9} REPLACE[ \t]*$", re.M | re.S)
 
 

@@ -5,11 +5,13 @@
     hooks/night_end           once the night is over, or has failed
 
 Each gets one JSON object on standard input, the checkout as working directory, the user's environment, and 30 seconds. One that
-fails, hangs or is not executable costs a note in the journal, never the night.
+fails, hangs or is not executable costs a note in the journal, never the night. One that was written or changed after the driver
+began is not run: it may be an agent's work, or a training's, and would see the user's keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from agent.environment import clean_env
 from agent.night import Experiment, Night
 
 FOLDER = "hooks"
+NAMES = ("before_experiment", "after_experiment", "night_end")
 SECONDS = 30.0
 OUTPUT_BYTES = 64 << 10  # of each output that is kept
 TEXT_CHARACTERS = 2_000  # of what before_experiment says that reaches the prompt
@@ -36,6 +39,7 @@ class Hooks:
     ) -> None:  # fmt: skip
         self.root, self.folder, self._record, self._say, self._stop = root, night_folder, record, say, stop
         self._said: dict[str, str] = {}  # by hook: the same trouble a hundred times is one note
+        self._known = {name: _digest(root / FOLDER / name) for name in NAMES}
 
     def before_experiment(self, night: Night, experiment: Experiment) -> str:
         """What the hook says for the agent, bounded; "" without one."""
@@ -55,6 +59,8 @@ class Hooks:
         path = self.root / FOLDER / name
         if not path.is_file():
             return ""
+        if _digest(path) != self._known[name]:
+            return self._trouble(name, "is not what it was when the driver began, and was not run; --resume takes it as it is then")
         if not os.access(path, os.X_OK):
             return self._trouble(name, f"is not executable and was not run; run: chmod +x {FOLDER}/{name}")
         out, log = (self.folder / "logs" / f"hook.{name}.{kind}" for kind in ("out", "log"))
@@ -82,6 +88,13 @@ class Hooks:
             note = f"{FOLDER}/{name} {text}"
             self._record("note", text=note)
             self._say(f"note: {note}")
+        return ""
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
         return ""
 
 

@@ -35,8 +35,9 @@ def test_blocks_are_applied_in_order() -> None:
     assert apply_blocks(SOURCE, reply) == SOURCE.replace("LR = 0.1\nWD = 0.1\n", "LR = 0.3\n")
 
 
-def test_a_block_can_delete_and_a_thought_is_not_an_edit() -> None:
-    reply = "<think>" + block("import math\n", "import os\n") + "</think>" + block("WD = 0.1\n", "")
+@pytest.mark.parametrize("opening", ["<think>", ""])
+def test_a_block_can_delete_and_a_thought_is_not_an_edit(opening: str) -> None:
+    reply = opening + block("import math\n", "import os\n") + "</think>" + block("WD = 0.1\n", "")
     assert apply_blocks(SOURCE, reply) == SOURCE.replace("WD = 0.1\n", "")
 
 

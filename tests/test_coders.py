@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from night_kit import ROOT, Bed
 
 from agent import coders
 from agent.coders import Coder, CoderError, Job, Report
 from agent.coders.base import BASE_ENV, with_last_lines
 from agent.coders.failures import name_failure, wait_seconds
+from agent.journal import read
+from agent.night import fold
 
 ALL = [coders.get(name) for name in coders.names()]
 PROGRAMS = [coder for coder in ALL if coder.binary != sys.executable]
@@ -189,6 +193,37 @@ def test_a_login_file_without_a_login_does_not_count(tmp_path: Path) -> None:
     assert coders.detect(environ).coder.name == "search"
     (tmp_path / ".claude.json").write_text('{"oauthAccount": {}}')
     assert coders.detect(environ).coder.name == "claude"
+
+
+def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    programs = tmp_path / "bin"
+    install(programs, "claude", "codex")
+    (programs / "codex").write_text(
+        f"#!{sys.executable}\nimport json, pathlib\np = pathlib.Path('train_mlx.py')\n"
+        "p.write_text(p.read_text().replace('GAIN = 0.0', 'GAIN = 0.05'))\n"
+        f"for event in {CODEX!r}: print(json.dumps(event))\n"
+    )
+    (bed.home / ".codex").mkdir()
+    (bed.home / ".codex" / "auth.json").write_text("{}")
+    env = {"PATH": f"{programs}{os.pathsep}{os.defpath}", "HOME": str(bed.home), "PYTHONPATH": str(ROOT),
+           "AUTORESEARCH_HOME": str(bed.home / "data")}  # fmt: skip
+    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0"]
+    prices = ["--price-in", "1000", "--price-out", "10000"]
+    done = subprocess.run([sys.executable, "-m", "agent.loop", *options, *prices], cwd=bed.repo, env=env, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = "agent: codex, the first one installed and logged in (claude is installed but not logged in: run `claude` and /login"
+    assert words in done.stdout
+    night = fold(read(bed.folder() / "journal.jsonl")[0])
+    assert [(e.status, e.description, e.hypothesis) for e in night.done] == [("keep", "double LR", "larger steps")]
+    assert (night.tokens, night.cost) == (980, pytest.approx(1.43))
+    status = bed.loop("--status").stdout
+    assert "980 tokens, $1.43" in status
+    further = ["--resume", "--experiments", "9", "--max-cost", "1.4"]
+    again = subprocess.run([sys.executable, "-m", "agent.loop", *further], cwd=bed.repo, env=env, capture_output=True, text=True,
+                           timeout=120)  # fmt: skip
+    assert "the agent has cost $1.43 of $1.40" in again.stdout
 
 
 def test_nothing_installed_is_said(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Yard:
         (self.root / "hooks").mkdir(parents=True)
         (folder / "night" / "logs").mkdir(parents=True)
         self.stopping = False
-        self.hooks = Hooks(self.root, folder / "night", self.record, self.said.append, lambda: self.stopping)
+        self.begin()
 
     def record(self, event: str, **fields: Any) -> None:
         assert event == "note"
@@ -54,6 +54,10 @@ class Yard:
         path = self.root / "hooks" / name
         path.write_text(f"{head}{body}\n")
         path.chmod(mode)
+        self.begin()
+
+    def begin(self) -> None:
+        self.hooks = Hooks(self.root, self.root.parent / "night", self.record, self.said.append, lambda: self.stopping)
 
     def ask(self) -> str:
         state = night()
@@ -108,11 +112,33 @@ def test_a_failing_hook_is_a_note_said_once(yard: Yard, body: str, head: str | N
     assert yard.ask() == yard.ask() == ""
     assert len(yard.notes) == 1
     assert yard.notes[0].startswith(f"hooks/before_experiment {note}")
-    yard.write("print('better now')")
-    assert yard.ask() == "better now"
-    yard.write(body, **({"head": head} if head else {}))
-    assert yard.ask() == ""
-    assert len(yard.notes) == 2, "it has failed again"
+
+
+def test_a_hook_that_fails_again_is_said_again(yard: Yard) -> None:
+    yard.write("import os, sys\nsys.exit('down') if os.path.exists('down') else print('up')")
+    assert yard.ask() == "up"
+    for count in (1, 2):
+        (yard.root / "down").touch()
+        assert yard.ask() == yard.ask() == ""
+        assert len(yard.notes) == count
+        (yard.root / "down").unlink()
+        assert yard.ask() == "up"
+
+
+@pytest.mark.parametrize("before", ["print('mine')", None], ids=["changed", "new"])
+def test_a_hook_that_somebody_wrote_during_the_night_is_not_run(yard: Yard, before: str | None) -> None:
+    if before:
+        yard.write(before)
+        assert yard.ask() == "mine"
+    path = yard.root / "hooks" / "before_experiment"
+    path.write_text(f"#!{sys.executable}\nopen('ran', 'w'); print('not mine')\n")
+    path.chmod(0o755)
+    assert yard.ask() == yard.ask() == ""
+    assert not (yard.root / "ran").exists()
+    assert len(yard.notes) == 1
+    assert "is not what it was when the driver began, and was not run; --resume takes it" in yard.notes[0]
+    yard.begin()
+    assert yard.ask() == "not mine"
 
 
 def test_a_file_that_is_not_executable_is_said_once_and_not_run(yard: Yard) -> None:
