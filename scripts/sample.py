@@ -41,7 +41,7 @@ def main(run_dir: Path, prompt: str, tokens: int, temperature: float, top_k: int
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for _ in range(tokens):
         window = ids[-context:]
-        row = np.zeros((1, context), np.int32)                                  # one shape for every step; causal, so padding is free
+        row = np.zeros((1, context), np.int32)  # one shape for every step; causal, so padding is free
         row[0, : len(window)] = window
         logits = logits_of(row)[0, len(window) - 1].astype(np.float64)          # [vocab]
         best = np.argsort(-logits)[: 1 if temperature == 0 else top_k]
