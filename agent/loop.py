@@ -58,6 +58,7 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default 30.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of a new night: trainings use it and the ones after it.")
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file to improve.")
+@click.option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on.")
 @click.option("--resume", is_flag=True, help="Go on with a night: the one of --tag, or the latest.")
 @click.option("--status", is_flag=True, help="Show how the latest night (or --tag) stands, and exit.")
 @click.option("--stop", "stop_", is_flag=True, help="Ask the running night to stop after its experiment; twice: now.")
@@ -170,10 +171,12 @@ def _session(
         engine.hooks.night_end(engine.night, words)
     worktree.close()
     (folder / "stop").unlink(missing_ok=True)
-    console.stage("drawing the picture")
-    _picture(folder, root)
+    drawn = ""
+    if options["picture"]:
+        console.stage("drawing the picture")
+        drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {folder / 'results.tsv'}, picture: {folder / 'progress.png'}")
+    console.say(f"results: {folder / 'results.tsv'}{drawn}")
     console.say(views.last_line(engine.night))
     return 0 if name not in ("failures", "login", "missing", "rate_limit") else 1
 
@@ -202,12 +205,12 @@ def _coder(options: Mapping[str, Any]) -> tuple[coders.Coder, str]:
     return coder, redact(about)
 
 
-def _picture(folder: Path, cwd: Path) -> None:
+def _picture(folder: Path, cwd: Path) -> bool:
     """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
-    process.run(
+    return process.run(
         [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
         limits=process.Limits(wall_seconds=120), pidfile=folder / "report.pid",
-    )  # fmt: skip
+    ).ok  # fmt: skip
 
 
 if __name__ == "__main__":

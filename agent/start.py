@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,18 @@ def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
         if stranger.name not in (HARNESS, *HARNESS_PARTS) or not stranger.is_file() or stranger.is_symlink():
             remove(stranger)
     for name in (HARNESS, *HARNESS_PARTS):
-        if name != HARNESS and not repository.has(base, name):
+        content = _committed(repository, base, name)
+        if content is None:
             continue
-        content = repository.file_at(base, name)
         if not (place / name).is_file() or (place / name).read_bytes() != content:
             (place / name).write_bytes(content)
     return place / HARNESS
+
+
+@lru_cache(maxsize=2 * (1 + len(HARNESS_PARTS)))  # asked before every training
+def _committed(repository: Repository, base: str, name: str) -> bytes | None:
+    """A file of the harness at a commit, None for a part that it does not have."""
+    return repository.file_at(base, name) if name == HARNESS or repository.has(base, name) else None
 
 
 def check_data(entry: Mapping[str, Any]) -> None:

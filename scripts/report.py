@@ -127,17 +127,19 @@ def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: li
         text = f"{experiment.n}: {experiment.description}"
         text = (text if len(text) <= 40 else text[:39] + "…").replace("$", r"\$")
         point = (experiment.n, experiment.mean or 0.0)
+        note = axes.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=7, color=KEEP,
+            arrowprops={"arrowstyle": "-", "color": KEEP, "lw": 0.4, "alpha": 0.6},
+        )  # fmt: skip
         for across, along, down in PLACES:
-            note = axes.annotate(
-                text, point, xytext=(across, -down), textcoords="offset points", fontsize=7, color=KEEP, ha=along,
-                va="top" if down > 0 else "bottom", arrowprops={"arrowstyle": "-", "color": KEEP, "lw": 0.4, "alpha": 0.6},
-            )  # fmt: skip
+            note.set(position=(across, -down), ha=along, va="top" if down > 0 else "bottom")
             note.update_positions(drawer)
             box = Text.get_window_extent(note, drawer)  # without its line
             free = not any(box.overlaps(other) for other in taken)
             if free and room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 + 12 <= box.y0 and box.y1 <= room.y1:
                 taken.append(box.padded(2))
                 break
+        else:
             note.remove()
 
 

@@ -205,7 +205,7 @@ class Bed:
         return {**kept, **own, **extra}
 
     def command(self, *options: str, tag: str = "night") -> list[str]:
-        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30")
+        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture")
         return [sys.executable, "-m", "agent.loop", "--agent-cmd", self.agent, "--tag", tag, *fast, *options]
 
     def run(self, *options: str, tag: str = "night", **extra: str) -> subprocess.CompletedProcess[str]:

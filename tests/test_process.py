@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import process
+from agent import process, supervise
 from agent.capture import BoundedLog, safe_tail, safe_text
 from agent.process import Limits, Outcome, clean_env, end_leftovers, run
 from agent.redact import Redactor, is_secret_name, redact, secrets_in
@@ -239,8 +239,8 @@ def test_any_bytes_have_a_tail_that_can_be_shown(tmp_path_factory, raw, limit):
 
 
 def test_silence_ends_a_child_and_output_keeps_it_alive(child):
-    chatty = "import time\nfor _ in range(20): print('.', flush=True); time.sleep(0.5)"
-    assert child(chatty, limits={"idle_seconds": 8.0}).ok
+    chatty = "import time\nfor _ in range(10): print('.', flush=True); time.sleep(0.35)"
+    assert child(chatty, limits={"idle_seconds": 3.0}).ok
     assert child("import time; time.sleep(1000)", limits={"idle_seconds": 1.0}).reason == "idle"
 
 
@@ -284,7 +284,8 @@ def test_an_exception_in_watch_ends_the_child_first(child):
     assert living(marker) == []
 
 
-def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child):
+def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child, monkeypatch):
+    monkeypatch.setattr(supervise, "KILL_SECONDS", 0.5)  # what the driver gives a supervisor that does not answer
     for number in ("SIGKILL", "SIGSTOP"):
         marker = f"{number}-{os.getpid()}"
         code = f"import os, signal, time; os.kill(os.getppid(), signal.{number}); time.sleep(1000)  # {marker}"
