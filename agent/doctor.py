@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from agent import coders, power, sandbox
 from agent.environment import clean_env
@@ -178,28 +177,20 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_power() -> Iterable[Finding]:
-    warnings = power.battery_warning()
-    yield from (Finding("power", "note", f"{warning}; plug it in") for warning in warnings)
-    if not warnings:
+    yield from (Finding("power", "note", warning) for warning in power.battery_warning())
+    if power.battery() != "in use":
         yield Finding("power", "ok", "not on battery")
     if sys.platform == "darwin":
         awake = shutil.which("caffeinate") is not None
-        told = "a night holds off idle sleep; keep the lid open" if awake else "caffeinate is missing; set sleep to never"
+        told = "a night holds off idle sleep" if awake else "caffeinate is missing; set sleep to never"
         yield Finding("sleep", "ok" if awake else "note", told)
-    elif _has_battery():
+    elif power.battery():
         yield Finding("sleep", "note", "a laptop may suspend; start with: systemd-inhibit --what=sleep:idle python -m agent.loop")
 
 
 def check_sandbox() -> Finding:
     cover = sandbox.available()
     return Finding("sandbox", "ok" if cover.present else "note", sandbox.described() if cover.present else str(cover))
-
-
-def _has_battery() -> bool:
-    try:
-        return psutil.sensors_battery() is not None
-    except (OSError, RuntimeError, AttributeError, NotImplementedError):
-        return False
 
 
 def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:

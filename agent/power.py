@@ -39,20 +39,22 @@ def stay_awake() -> Iterator[None]:
             keeper.join(10)
 
 
-def on_battery() -> bool:
-    """Whether the machine runs on its battery; False where nobody can say."""
+def battery() -> str:
+    """"" for a machine without one (or where nobody can say), else `in use` or `plugged in`."""
     import psutil
 
     try:
-        battery = psutil.sensors_battery()
+        found = psutil.sensors_battery()
     except (OSError, RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return battery is not None and battery.power_plugged is False
+        return ""
+    return "" if found is None else "in use" if found.power_plugged is False else "plugged in"
 
 
 def battery_warning() -> list[str]:
-    """What to tell the user about the power supply, if anything."""
-    if not on_battery():
-        return []
-    lid = "; a closed lid sends a Mac to sleep whatever we ask" if sys.platform == "darwin" else ""
-    return [f"running on battery: trainings are slower and less alike, and the night may not end by itself{lid}"]
+    """What to tell the user of a laptop about its power supply and its lid."""
+    state, found = battery(), []
+    if state == "in use":
+        found.append("running on battery: trainings are slower and less alike, and the night may not end by itself; plug it in")
+    if state and sys.platform == "darwin":
+        found.append("keep the lid open: a closed lid sends a Mac to sleep whatever we ask, unless a display is attached to it")
+    return found

@@ -10,9 +10,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import git
+import psutil
 import pytest
 
-from agent import doctor, sandbox
+from agent import doctor, power, sandbox
 from agent.doctor import Finding, check_agents, check_data, check_disk, check_framework, check_git
 
 ROOT = Path(__file__).parent.parent
@@ -181,3 +182,22 @@ def test_power_never_stops_a_night():
     findings = list(doctor.check_power())
     assert "power" in [one.subject for one in findings]
     assert {one.state for one in findings} <= {"ok", "note"}
+
+
+@pytest.mark.parametrize(
+    ("system", "plugged", "words"),
+    [
+        ("darwin", None, []),
+        ("darwin", True, ["keep the lid open"]),
+        ("darwin", False, ["running on battery", "keep the lid open"]),
+        ("linux", True, []),
+        ("linux", False, ["running on battery"]),
+    ],
+)
+def test_a_laptop_is_told_of_its_battery_and_its_lid(monkeypatch, system, plugged, words):
+    state = namedtuple("state", "percent secsleft power_plugged")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: None if plugged is None else state(50, 1, plugged), raising=False)
+    warnings = power.battery_warning()
+    assert len(warnings) == len(words)
+    assert all(warning.startswith(start) for warning, start in zip(warnings, words, strict=True))
