@@ -59,6 +59,7 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
     out, log = (bench.folder / "logs" / f"{n:04d}.agent.{kind}" for kind in ("out", "log"))
     out.parent.mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=bench.folder))
+    left = [path for path in (seen.admin.parent.parent / name for name in bench.coder.leaves) if not path.exists()]
     settings = bench.settings
     job = Job(
         worktree=bench.worktree, train_file=bench.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
@@ -82,6 +83,8 @@ def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: floa
         return Proposal("missing", message=str(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for path in left:
+            path.unlink(missing_ok=True)
     cost = cost_usd(report, settings.price_in, settings.price_out)
     usage = {
         "cost": cost, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0), "tokens_in": report.tokens_in,

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +30,7 @@ class Script:
     edits: bool = True
     status: int = 200
     retry_after: int | str | None = None  # seconds (or a date), in the header and in the text
+    lifted: Callable[[], bool] = lambda: False  # whether a refusal is over
     location: str = ""  # of a redirect
     endless: bool = False
     replies: list[str] = field(default_factory=list)  # plain texts, one a request, instead of all of the above
@@ -258,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             self.whole(200, {"input_tokens": TOKENS_IN, "totalTokens": TOKENS_IN})
         elif speak is None:
             self.whole(404, {"error": {"message": f"the scripted server has no {path}"}})
-        elif script.status != 200:
+        elif script.status != 200 and not script.lifted():
             self.refuse(script)
         else:
             stream = bool(body.get("stream")) or "stream" in path

@@ -39,10 +39,13 @@ class Desk:
     def file(self) -> Path:
         return self.worktree.path / "train_mlx.py"
 
-    def ask(self, body: str, reader: coders.base.Reader = shapes.plain, idle: float | None = None, **settings: object) -> Proposal:
+    def ask(
+        self, body: str, reader: coders.base.Reader = shapes.plain, idle: float | None = None, leaves: tuple[str, ...] = (),
+        **settings: object,
+    ) -> Proposal:  # fmt: skip
         self.script.write_text(f"import json, os, pathlib, sys, time\nprompt = sys.stdin.read()\n{body}\n")
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(self.script))}"
-        coder = replace(coders.template(command), reader=reader, idle_seconds=idle)
+        coder = replace(coders.template(command), reader=reader, idle_seconds=idle, leaves=leaves)
         given = {"max_agent_minutes": 0.5, **settings}
         bench = Bench(self.folder, self.worktree.path, "train_mlx.py", coder, Settings(**given), lambda: False)  # type: ignore[arg-type]
         return ask(bench, "PROMPT", self.base, 1, 1, None)
@@ -105,6 +108,16 @@ def test_arguments_of_the_users_reach_the_agent(desk: Desk) -> None:
     assert got.description == "['--effort', 'high', '--note', 'two words']"
     with pytest.raises(coders.CoderError, match=r"--agent-args .*split into words: No closing quotation; expected such as"):
         coders.arguments("it's")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_an_agent_leaves_in_the_users_git_folder_is_removed_unless_it_was_there(desk: Desk, there: bool) -> None:
+    file = desk.worktree.repository.root / ".git" / "its-number"
+    if there:
+        file.write_text("the user's")
+    got = desk.ask(f"{EDIT}\nopen({str(file)!r}, 'a').write('!')\nprint('DESCRIPTION: d')", leaves=("its-number",))
+    assert got.kind == "changed", got
+    assert file.exists() == there
 
 
 def test_what_an_agent_says_of_its_edit_is_believed_and_kept_apart(desk: Desk) -> None:

@@ -10,19 +10,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from model_server import CLOSING, TOKENS_IN, TOKENS_OUT, ModelServer, Script
+from night_kit import Bed, checkout_digest, git
 
 from agent import coders, process
+from agent.journal import Event, read
+from agent.night import Night, fold
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(900)]
 PROMPT = "Improve the training file train_mlx.py. MARKER-7 of the prompt."
@@ -55,6 +59,7 @@ class Real:
     setup: Callable[[Path, str], None] = no_setup
     limited_seconds: float = 40  # for a rate limit: some go on trying, and are ended
     tells_wait: bool = True  # whether a rate limit's wait can be read from what it prints
+    no_proxy: bool = True  # whether it goes past its proxy to this machine's loopback
 
 
 CODEX = ("-c", "model_provider=x", "-c", 'model_providers.x.base_url="{url}/v1"', "-c", 'model_providers.x.name="x"',
@@ -76,7 +81,7 @@ REAL = {
     ),
     "qwen": Real(
         "@qwen-code/qwen-code", "0.15.10", {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "key"}, "m",
-        ("--auth-type", "openai"), limited_seconds=150,
+        ("--auth-type", "openai"), limited_seconds=150, no_proxy=False,
     ),
     "copilot": Real(
         "@github/copilot", "1.0.102",
@@ -137,6 +142,17 @@ class Session:
         return f"{self.outcome}\n{self.report}\n--- out\n{self.stdout[-3000:]}\n--- log\n{self.outcome.tail(3000)}"
 
 
+def clean(real: Real, programs: Path, home: Path, url: str, proxy: str) -> dict[str, str]:
+    """The whole environment of somebody who has this command line and nothing else, but for a proxy that leads nowhere."""
+    real.setup(home, url)
+    return {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "HOME": str(home),
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy),
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
+        **{key: value.format(url=url) for key, value in real.env.items()},
+    }  # fmt: skip
+
+
 def run(name: str, script: Script, seconds: float = 60) -> Session:
     """One job, run by the driver's own spawner."""
     programs, real = install(name), REAL[name]
@@ -155,13 +171,7 @@ def run(name: str, script: Script, seconds: float = 60) -> Session:
         script.path = str((beside if script.path == "outside.py" else worktree) / script.path)
         script.creates = script.creates and str(beside / script.creates)
         with ModelServer(script) as server:
-            real.setup(home, server.url)
-            environ = {
-                "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "HOME": str(home),
-                **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), server.url),
-                **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
-                **{key: value.format(url=server.url) for key, value in real.env.items()},
-            }  # fmt: skip
+            environ = clean(real, programs, home, server.url, server.url)
             extra = tuple(word.replace("{url}", server.url) for word in real.extra)
             job = coders.Job(worktree, "train_mlx.py", PROMPT, scratch, model=real.model, extra_args=extra)
             coder = coders.get(name)
@@ -266,3 +276,101 @@ def test_a_stream_without_an_end_is_ended_and_still_read(name: str) -> None:
     assert seen.outcome.reason == ("exited" if name == "gemini" else "wall")  # gemini notices that it goes round in circles
     assert seen.text == SOURCE
     assert seen.report.failure == "agent_error"
+
+
+# --- whole nights, from the command line -------------------------------------------------------------------------------
+
+
+@dataclass
+class Lived:
+    """One night of one experiment, as its user finds it in the morning."""
+
+    code: int
+    output: str
+    events: list[Event]
+    night: Night
+    kept: str  # the train file on the night's branch
+    server: ModelServer
+    touched: list[str]  # what is not as it was in the user's checkout
+
+
+def live(name: str, script: Script, minutes: float = 1.0) -> Lived:
+    """`python -m agent.loop --agent NAME --experiments 1` on a toy repository, by the real command line."""
+    programs, real = install(name), REAL[name]
+    (cache() / "work").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache() / "work", prefix=f"{name}-", ignore_cleanup_errors=True) as temporary:
+        bed = Bed(Path(temporary))
+        outside = bool(script.creates)  # in the checkout around the worktree, which is the user's
+        script.path = str((bed.repo if outside else bed.folder() / "worktree") / "train_mlx.py")
+        script.old, script.new, script.creates = "GAIN = 0.0", "GAIN = 0.05", script.creates and str(bed.repo / script.creates)
+        journal = bed.folder() / "journal.jsonl"
+        script.lifted = lambda: journal.exists() and b'"agent_failed"' in journal.read_bytes()
+        before = checkout_digest(bed.repo)
+        with ModelServer(script) as server:
+            env = clean(real, programs, bed.home, server.url, "http://127.0.0.1:9" if real.no_proxy else server.url)
+            env |= {"AUTORESEARCH_HOME": str(bed.home / "data"), "PYTHONPATH": str(Path(__file__).parent.parent)}
+            extra = shlex.join(word.replace("{url}", server.url) for word in real.extra)
+            options = [*(("--agent-args", extra) if extra else ()), *(("--model", real.model) if real.model else ())]
+            done = subprocess.run(
+                [sys.executable, "-m", "agent.loop", "--agent", name, "--experiments", "1", "--tag", "night", "--no-sandbox",
+                 "--baseline-seeds", "3", "--disk-gb", "0", "--max-agent-minutes", str(minutes), *options],
+                cwd=bed.repo, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
+            )  # fmt: skip
+        events = read(journal)[0]
+        kept = git(bed.repo, "show", "autoresearch/night:train_mlx.py")
+        touched = sorted(path for path, _ in before.items() ^ checkout_digest(bed.repo).items())
+        lived = Lived(done.returncode, done.stdout + done.stderr, events, fold(events), kept, server, touched)
+        print(lived.output, *(f"{log}: {log.read_text()[-3000:]}" for log in bed.folder().glob("logs/*.agent.*")), file=sys.stderr)
+        return lived
+
+
+def test_a_night_by_this_agent_commits_its_edit(name: str) -> None:
+    lived = live(name, Script())
+    assert lived.code == 0
+    (experiment,) = lived.night.done
+    assert (experiment.status, lived.night.kept) == ("keep", [1])
+    assert "GAIN = 0.05\n" in lived.kept
+    assert (experiment.description, experiment.hypothesis) == ("double the learning rate", "a larger step learns faster")
+    used = next(event["usage"] for event in lived.events if event["event"] == "candidate" and event["n"] == 1)
+    assert (used["tokens_in"], used["tokens_out"]) == usage(lived.server)
+    assert (used["cost"] is not None) == (name == "claude")
+    assert "Lower val_bpb." in lived.server.prompts, "the user's program.md"
+    assert "The baseline trains 10 steps" in lived.server.prompts
+    assert lived.touched == []
+
+
+ENDINGS = {
+    "endless": (Script(endless=True), ("agent_error",)),
+    "no edit": (Script(edits=False), ("noop",)),
+    "outside": (Script(creates="new.py"), ("noop", "agent_error", "violation")),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_each_other_ending_has_its_status(name: str, case: str) -> None:
+    script, statuses = ENDINGS[case]
+    lived = live(name, replace(script), 0.3 if case == "endless" else 1.0)
+    assert lived.code == 0
+    (experiment,) = lived.night.done
+    assert experiment.status in statuses, experiment
+    assert "GAIN = 0.0\n" in lived.kept
+    assert lived.touched == []
+
+
+def test_an_expired_login_ends_the_night_with_the_mend(name: str) -> None:
+    lived = live(name, Script(status=401))
+    assert (lived.code, lived.night.ended) == (1, "login")
+    assert coders.get(name).login_hint in lived.output
+    assert lived.night.done == []
+    assert "GAIN = 0.0\n" in lived.kept
+    assert lived.touched == []
+
+
+def test_a_rate_limit_is_waited_out_and_uses_no_experiment(name: str) -> None:
+    lived = live(name, Script(status=429, retry_after=3), REAL[name].limited_seconds / 60)
+    assert lived.code == 0
+    waits = [(event["kind"], event["wait"]) for event in lived.events if event["event"] == "agent_failed"]
+    assert waits == [("rate_limit", 3.0 if REAL[name].tells_wait else None)]
+    assert "rate limit: " in lived.output
+    assert [experiment.status for experiment in lived.night.done] == ["keep"]
+    assert "GAIN = 0.05\n" in lived.kept

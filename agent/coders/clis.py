@@ -172,6 +172,7 @@ CLIS = (
         arguments=opencode,
         reader=shapes.opencode,
         idle_seconds=SILENCE,
+        leaves=("opencode",),  # a number for the project
         install_hint="npm install -g opencode-ai",
         login_hint="opencode auth login",
         env_names=("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "OPENCODE_API_KEY", *PROVIDERS),
@@ -191,7 +192,10 @@ CLIS = (
         env_names=("AIDER_MODEL", "AIDER_OPENAI_API_BASE", "AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDERS),
         login_env=("AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDER_KEYS),
         login_files=(Login(".aider.conf.yml", "key"), Login(".aider/oauth-keys.env")),
-        env_set={"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else every start fetches a price list
+        # without the first every start fetches a price list; without the others it writes a name to the user's .git/config
+        env_set={"LITELLM_LOCAL_MODEL_COST_MAP": "True", "GIT_CONFIG_COUNT": "2",
+                 "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "autoresearch",
+                 "GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "autoresearch@localhost"},
         prompt_on_stdin=False,
         edit_only="the train file is what it is given; a path outside the repository is refused; no shell commands",
     ),
