@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -58,9 +59,10 @@ def test_three_hundred_experiments(tmp_path: Path) -> None:
     night = check(bed, EXPERIMENTS)
     print(f"outcomes: {dict(Counter(e.status for e in night.done))}", file=sys.stderr)
     quarter = len(samples) // 4
-    for name, column, room in (("resident MB", 1, 16.0), ("open files", 2, 3.0)):
-        early = max(sample[column] for sample in samples[quarter : 2 * quarter])
-        late = max(sample[column] for sample in samples[-quarter:-1])
+    # The middle of the open files, for a sample that falls on the start of a child sees a dozen that are closed at once.
+    for name, column, middle, room in (("resident MB", 1, max, 16.0), ("open files", 2, median, 3.0)):
+        early = middle(sample[column] for sample in samples[quarter : 2 * quarter])
+        late = middle(sample[column] for sample in samples[-quarter:-1])
         print(f"{name}: {samples[1][column]:.0f} at first, {early:.0f} early, {late:.0f} late", file=sys.stderr)
         assert late <= early + room, f"{name} grew from {early} to {late}"
     assert len(list((bed.folder() / "trials").iterdir())) <= 3 * 20
