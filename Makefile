@@ -1,4 +1,4 @@
-# make demo   a night in small, from nothing: set up, prepare, measure, run 8 experiments, draw
+# make demo   a night in small, from nothing: set up, prepare, measure, run 7 experiments, draw
 # make test   lint, types and the test suite, as CI runs them
 # Both set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
 
@@ -9,7 +9,7 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 .PHONY: demo test test-slow test-gpu test-agents test-browser soak lint clean
 
 demo: .venv/.ready
-	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 8 --tag demo-$$(date +%m%d-%H%M%S)
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
 
 test: lint
 	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q

@@ -325,6 +325,8 @@ def begin_worker(parent: int) -> None:
 
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int) -> str:
     """What a prepared dataset depends on, as 10 hex digits: the user's files byte by byte, or its name; and the preset."""
+    if dataset == "text:" or shards < 1:
+        raise HarnessError("usage", f"expected text:PATH with a path and --shards of 1 or more, got {dataset} and {shards}")
     if not (own := dataset.startswith("text:")) and dataset not in DATASETS:
         raise HarnessError("usage", f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)} or text:PATH")
     text = [(p.name, sha256_of(p)) for p in own_files(dataset)] if own else [dataset, shards]

@@ -64,7 +64,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
-    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="12s"),          # make demo, 2 CPU cores
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="8s"),           # make demo, 2 CPU cores
     "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-24 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
@@ -372,17 +372,17 @@ class Run:
             try:
                 place = json.loads((home() / "current.json").read_text())["train_dir"]
             except FileNotFoundError:
-                raise SystemExit("no data is prepared: run `python prepare_mlx.py --dataset stories` first") from None
+                raise HarnessError("data", "no data is prepared: run `python prepare_mlx.py --dataset stories` first") from None
         self.data = Path(place)
         self.meta = json.loads((self.data / "meta.json").read_text())
-        self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
-        self.dir.mkdir(parents=True, exist_ok=True)
         import psutil
         age = time.time() - psutil.Process().create_time()
         self.budget = Budget(os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], age=age)
         self.seed = int(os.environ.get("AUTORESEARCH_SEED") or 1)
         self.vocab_size, self.seq_len = self.meta["vocab_size"], self.meta["seq_len"]
         self.step = 0
+        self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
+        self.dir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(train_file, self.dir / Path(train_file).name)
 
     def __enter__(self) -> "Run":
@@ -426,7 +426,11 @@ class Run:
 
 def start_run(train_file: str) -> Run:
     """Begin a run from the AUTORESEARCH_* variables (CONTRIBUTING.md lists them), or from what was prepared last."""
-    return Run(train_file)
+    try:
+        return Run(train_file)
+    except (HarnessError, OSError, ValueError) as error:
+        print(f"error: {error}; AUTORESEARCH_DATA, _BUDGET, _SEED and _RUN_DIR decide how a run begins", file=sys.stderr)
+        sys.exit(HarnessError.exit_codes["usage"])
 
 
 def kind_of(error: BaseException) -> str:
@@ -635,7 +639,7 @@ def read_facts(run_dir: Path) -> dict:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
             raise HarnessError("violation", f"train.json: expected a finite number for {key}, got {str(value)[:80]}")
     for key in ("budget", "device", "data"):
-        if not re.fullmatch(r"\w[\w.()+ -]{0,63}", str(facts.get(key))):
+        if not re.fullmatch(r"\w[\w.,@:()+ -]{0,95}", str(facts.get(key))):
             raise HarnessError("violation", f"train.json: expected a short name for {key}, got {str(facts.get(key))[:80]!r}")
     return facts
 

@@ -475,7 +475,7 @@ def train(run):
 
 def device_name():
     info = mx.device_info()
-    return f"{info.get('device_name', 'cpu')} mlx".replace("/", " ")
+    return f"{info.get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
 
 
 def load_model(run_dir):

@@ -36,7 +36,7 @@ def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
     if tag:
         if "/" in tag or tag.startswith(".") or not tag.strip():
             raise UsageError(f"--tag {tag}: expected letters, digits and dashes")
-        if resume and not (runs / tag / "journal.jsonl").exists():
+        if resume and not read(runs / tag / "journal.jsonl")[0]:
             raise UsageError(f"--resume: there is no night runs/{tag}")
         return tag
     if resume:
@@ -53,7 +53,7 @@ def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
 
 def latest(runs: Path) -> str:
     """The tag of the night whose journal was written last. UsageError if there is none."""
-    journals = list(runs.glob("*/journal.jsonl"))
+    journals = [path for path in runs.glob("*/journal.jsonl") if read(path)[0]]  # one without events is a false start
     if not journals:
         raise UsageError(f"there is no night in {runs}; start one: python -m agent.loop")
     return max(journals, key=lambda path: path.stat().st_mtime).parent.name

@@ -16,11 +16,15 @@ done
 rm -rf .venv
 echo "setting up .venv (a minute or two, once) ..."
 if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then
-    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".[$extras]"
+    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".[$extras]" || failed=1
 elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$extras]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$extras]" || failed=1
 else
     echo "error: need uv, or Python 3.10+ with venv; mend it with 'brew install uv' (macOS) or" \
          "'apt-get install python3 python3-venv' (Debian, Ubuntu), then run make again" >&2
+    exit 1
+fi
+if [ -n "${failed:-}" ]; then
+    echo "error: the packages could not be installed (see above); check the network and the Python version, then run make again" >&2
     exit 1
 fi

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, environment, program, summary_of
 
@@ -344,8 +345,7 @@ def test_nothing_is_left_behind(tiny, candidate):
     before = {p.name for p in run_dir.iterdir()}
     assert score(run_dir, tiny).returncode == 0
     assert {p.name for p in run_dir.iterdir()} - before <= {"serve.log", "__pycache__"}
-    left = subprocess.run(["pgrep", "-f", f"serve {run_dir}"], capture_output=True, text=True)
-    assert left.stdout == ""
+    assert not [p for p in psutil.process_iter(["cmdline"]) if {"serve", str(run_dir)} <= set(p.info["cmdline"] or [])]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says it by prctl")
@@ -359,8 +359,9 @@ def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
                "except prepare_mlx.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
         assert program("-c", code, home=tiny.home).stdout.strip() == "0"
     else:
-        assert score(candidate(source=source), tiny).returncode == 0
-        assert (tiny.home / "owner").read_text() == "0"
+        run_dir = candidate(source=source)
+        assert score(run_dir, tiny).returncode == 0
+        assert (run_dir / "owner").read_text() == "0"
 
 
 @pytest.mark.slow
