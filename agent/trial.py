@@ -27,7 +27,7 @@ from agent.redact import redact
 from agent.summary import SummaryError, differences, parse
 
 TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "violation"}
-REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "crash", "nan": "nan"}
+REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
 SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
 IMPORT_SECONDS = 5.0
 SCORE_SECONDS = 300.0, 900.0  # the wall limit of a score: that of a training, within these
