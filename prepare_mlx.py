@@ -221,6 +221,8 @@ def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str =
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
     preset = replace(PRESETS[preset_name], vocab_size=vocab_size or PRESETS[preset_name].vocab_size)
+    if dataset.startswith("text:") and dataset != "text:":  # from wherever it is asked for: what is hidden has to be found
+        dataset = f"text:{Path(dataset[5:]).expanduser().absolute()}"
     slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
     ident = f"{slug}-{preset.vocab_size}-{corpus.fingerprint(dataset, preset, field, shards)}"
     train, held = home() / "train" / ident, home() / "held" / ident
