@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from agent import coders, power, sandbox
-from agent.environment import clean_env
+from agent.environment import clean_env, data_home
 from agent.errors import NightError
 from agent.process import Limits, run
 
@@ -127,7 +127,7 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
 
 
 def check_data(environ: Mapping[str, str]) -> Finding:
-    home = Path(environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")
+    home = data_home(environ)
     current = home / "current.json"
     if not current.exists():
         return Finding("data", "note", f"none prepared in {home}; a night prepares it, or: python prepare_mlx.py --dataset stories")

@@ -1,8 +1,9 @@
-"""The environment a child is given: what it needs, and no secret unless it is a coding agent's."""
+"""The environment a child is given: what it needs, and no secret unless it is a coding agent's; and where the data lies."""
 
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from agent.redact import is_secret_name
 from agent.supervise import MARKER
@@ -29,3 +30,8 @@ def clean_env(extra: Mapping[str, str] | None = None, *, keep_secrets: bool = Fa
             kept[name] = value
     kept.pop(MARKER, None)  # names the driver's own family, if something supervises the driver
     return {**kept, **(extra or {})}
+
+
+def data_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the harness keeps its data."""
+    return Path(environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")

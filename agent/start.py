@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 
 from agent import process
-from agent.environment import clean_env
+from agent.environment import clean_env, data_home
 from agent.errors import HarnessError, Stopped, UsageError
 from agent.filetree import remove
 from agent.journal import Journal, holder, read
@@ -59,24 +60,31 @@ def latest(runs: Path) -> str:
     return max(journals, key=lambda path: path.stat().st_mtime).parent.name
 
 
-def data_home() -> Path:
-    """Where the harness keeps its data."""
-    return Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")
-
-
 def hidden(entry: Mapping[str, Any], worktree: Worktree) -> tuple[Path, ...]:
     """Where held-out text lies that a training must not read: all held-out shards, what they were made from; of the user's
     own text also what git keeps of it, where it is a part of the checkout."""
     homes = {data_home(), Path(entry["held_dir"]).parent.parent}
     found = [home / name for home in homes for name in ("held", "downloads", "work")]
-    dataset = str(entry.get("name") or "")
-    if dataset.startswith("text:"):
-        root = worktree.repository.root.resolve()
-        source = (root / Path(dataset.removeprefix("text:")).expanduser()).resolve()
+    root = worktree.repository.root.resolve()
+    for source in _own_text(entry, root):
         found.append(source)
         if source.is_relative_to(root):
             found += [worktree.common, worktree.path / source.relative_to(root)]
-    return tuple(path for path in found if path != worktree.path)
+    return tuple(path for path in dict.fromkeys(found) if path != worktree.path)
+
+
+def _own_text(entry: Mapping[str, Any], root: Path) -> Iterator[Path]:
+    """The user's files behind `text:PATH`: where this night had them from and, as the same text has the same id, where the data
+    was first made from; also what links in a folder lead to. A relative path is of older data, and taken from `root`."""
+    if not str(entry.get("name") or "").startswith("text:"):
+        return
+    paths = [entry["name"].removeprefix("text:")]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        paths.append(json.loads((Path(entry["held_dir"]) / "meta.json").read_text(encoding="utf-8"))["source"])
+    for path in paths:
+        source = (root / Path(path).expanduser()).resolve()
+        yield source
+        yield from (link.resolve() for link in source.rglob("*") if link.is_symlink() and link.is_file())
 
 
 def dataset(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, program, some_text
 from night_kit import HARNESS, TRAINER, Bed, git
 
 from agent import sandbox, start
@@ -128,6 +129,29 @@ def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inside = start.hidden({**entry, "name": "text:notes"}, worktree)
     assert set(inside) - set(homes) == {bed.repo / "notes", bed.repo / ".git", worktree.path / "notes"}
     assert worktree.path not in start.hidden({**entry, "name": "text:."}, worktree), "else there would be nothing to train"
+    # the same text, once prepared from somewhere else; and a file that is only linked into the folder
+    held, letters = tmp_path / "home/held/toy", tmp_path / "letters"
+    held.mkdir(parents=True, exist_ok=True)
+    (held / "meta.json").write_text(json.dumps({"source": str(tmp_path / "older")}))
+    letters.mkdir()
+    (tmp_path / "linked.txt").write_text("text")
+    (letters / "a.txt").symlink_to(tmp_path / "linked.txt")
+    (letters / "root").symlink_to("/")  # a linked folder is no source, and all would be hidden
+    twice = start.hidden({**entry, "name": f"text:{letters}"}, worktree)
+    assert set(twice) - set(homes) == {letters, tmp_path / "linked.txt", tmp_path / "older"}
+
+
+def test_a_relative_text_is_hidden_wherever_it_was_prepared_from(tmp_path: Path) -> None:
+    bed, folder = Bed(tmp_path), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "book.txt").write_text(some_text(400_000), encoding="utf-8")
+    done = program(ROOT / "prepare_mlx.py", "--dataset", "text:book.txt", "--preset", "tiny", home=bed.home, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    entry = start._entry(bed.home / "current.json")
+    worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
+    assert folder / "book.txt" in start.hidden(entry, worktree)
+    (bed.home / "current.json").write_text(json.dumps({**entry, "dataset": "text:book.txt"}))  # an entry as it was
+    assert folder / "book.txt" in start.hidden(start._entry(bed.home / "current.json"), worktree), "its meta.json tells"
 
 
 PLANT = '''
