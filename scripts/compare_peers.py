@@ -1,0 +1,228 @@
+"""Train other projects' train.py and ours: same wall-clock budget, same text, same tokenizer, same evaluation, interleaved.
+
+    python prepare_mlx.py --dataset text:PATH --preset cpu
+    python scripts/compare_peers.py --budget 60s --seeds 3 --peer upstream=CHECKOUT --peer fork=CHECKOUT --speedrun
+
+A peer's train.py runs as its authors wrote it, but for what SUBSTITUTIONS says, and for the size: as shipped (depth 4 to 8, 2^16
+tokens a step and more) a CPU makes a handful of steps, so SETUPS gives every peer the shape that our file has there, and keeps
+its learning rates, schedule and optimizer. Its harness is peer_shim.py over our data. Upstream's file needs CUDA and a Hopper
+kernel: on another machine it runs with PyTorch's own attention, `cpu` for `cuda` and, like every peer, in fp32, which is faster
+than bf16 on CPUs without it (--peer-bf16 keeps what was shipped). A peer's clock is its own: it doesn't count its first steps
+(11 of upstream's, 1 of the MLX fork's), which on a small machine is time for free; ours counts all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from prepare_mlx import detect_preset, home  # noqa: E402
+
+SHIM = Path(__file__).resolve().parent / "peer_shim.py"
+TRAIN_FILE = ROOT / "train_mlx.py"
+SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)                                           # of the peers' budget, for --speedrun
+LIMIT = 3, 300                                                                  # of the budget, and seconds: what a peer may take
+
+# (what, pattern, replacement), applied wherever a file has them
+SUBSTITUTIONS = [
+    ("the seed is ours to choose", r"seed\(42\)", "seed({seed})"),
+    ("a check that this is a Mac", r"^verify_macos_env\(\)$", ""),
+]
+NO_CUDA = [
+    ("upstream's device", r'^device = torch\.device\("cuda"\)', 'device = torch.device("cpu")'),
+    ("and its autocast", r'^(autocast_ctx = torch\.amp\.autocast\(device_type=)"cuda"', r'\1"cpu"'),
+]
+IN_FP32 = [
+    ("dtypes", r"\b(torch|mx)\.bfloat16", r"\1.float32"),
+    ("casts", r"\.bfloat16\(\)", ".float()"),
+]
+SHAPE = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 32, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 1024}
+SETUPS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name: (what it is, tokens in a row, 0: as in evaluation; constants)
+    "cpu": ("our cpu tier's shape, rows as long as at evaluation", 0, SHAPE),
+    "cpu-64": ("the same in rows of 64 tokens, as ours", 64, SHAPE),
+    "readme": ("upstream's advice for small machines: depth 4, full windows, 2^14 tokens a step", 0,
+               {"DEPTH": 4, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 2**14, "DEVICE_BATCH_SIZE": 16}),
+    "shipped": ("every constant as shipped", 0, {}),
+}
+
+
+class Failed(click.ClickException):
+    """A run without a result; the message ends with what the run said last."""
+
+
+def adapt(source: str, constants: dict[str, Any], seed: int = 1, fp32: bool = True) -> str:
+    """A peer's file with other constants, for this machine. Failed if it doesn't have one of them."""
+    for name, value in constants.items():
+        source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1, flags=re.M)
+        if not found:
+            raise Failed(f"expected a line `{name} = ...` in the train file")
+    changes = [*SUBSTITUTIONS, *([] if detect_preset() == "cuda" else NO_CUDA), *(IN_FP32 if fp32 else [])]
+    for _, pattern, replacement in changes:
+        source = re.sub(pattern, replacement.replace("{seed}", str(seed)), source, flags=re.M)
+    return source
+
+
+def launch(name: str, source: str, folder: Path, settings: dict[str, Any], limit: float, python: str = sys.executable,
+           **environment: str) -> dict[str, Any]:
+    """Train `source` as folder/name in a process of its own; what peer_shim.py reports. Failed if it failed or took too long."""
+    (folder / name).write_text(source)
+    settings = settings | {"report": str(folder / "report.json")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "PEER_"))}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1", "PEER_SETTINGS": json.dumps(settings),
+                   **environment}
+    with open(folder / "output.txt", "w+") as output:
+        command = [python, str(SHIM), str(folder / name)]
+        try:
+            code = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            raise Failed(f"no end within {limit:.0f} s") from None
+        if code or not (folder / "report.json").exists():
+            output.seek(0)
+            raise Failed(f"exit code {code}: ...{output.read()[-1500:]}")
+    return json.loads((folder / "report.json").read_text())
+
+
+def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, seed: int, fp32: bool = True,
+               python: str = sys.executable) -> dict[str, Any]:
+    """One training of a peer: report with val_bpb."""
+    _, row, constants = SETUPS[setup]
+    row = row or json.loads((held / "meta.json").read_text())["seq_len"]
+    if "TOTAL_BATCH_SIZE" in constants and "DEVICE_BATCH_SIZE" not in constants:
+        constants = constants | {"DEVICE_BATCH_SIZE": constants["TOTAL_BATCH_SIZE"] // row}
+    with tempfile.TemporaryDirectory() as folder:
+        source = adapt((path / "train.py").read_text(), constants, seed, fp32)
+        settings = {"data": str(data), "held": str(held), "seq_len": row, "seconds": seconds, "seed": seed}
+        report = launch("train.py", source, Path(folder), settings, LIMIT[0] * seconds + LIMIT[1], python)
+    if not {"val_bpb", "tokens"} <= report.keys():
+        raise Failed("it ended without a step, or without asking for its score")
+    return report
+
+
+def train_ours(data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
+    """One training of train_mlx.py, scored by `prepare_mlx.py score`: report with val_bpb."""
+    with tempfile.TemporaryDirectory() as folder:
+        (run_dir := Path(folder, "run")).mkdir()
+        variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": f"{seconds}s", "SEED": str(seed), "SCORE": "0"}
+        report = launch(TRAIN_FILE.name, TRAIN_FILE.read_text(), Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
+                        **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
+        command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
+        scored = subprocess.run(command, capture_output=True, text=True)
+        if not (found := re.search(r"^val_bpb: +(\S+)", scored.stdout, re.M)):
+            raise Failed(f"no score of our own run: {scored.stderr[-1500:]}")
+        return report | {"val_bpb": float(found[1])}
+
+
+def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation and median of the score, medians of the rest."""
+    scores = [t["val_bpb"] for t in trials]
+    measured = ("mean_tokens_per_second", "tokens", "framework_mb", "process_mb")
+    medians = {k: statistics.median(t[k] for t in trials) for k in measured}
+    return {"n": len(scores), "mean": statistics.fmean(scores), "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+            "median": statistics.median(scores), **medians}
+
+
+def render(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in ("val_bpb", "sd", "median", "n", "tokens/s", "M tokens", "arrays MB", "process MB"):
+        table.add_column(title, justify="right")
+    for name, result in results.items():
+        s = result.get("summary")
+        cells = [f"{s['mean']:.4f}", f"{s['sd']:.4f}" if s["sd"] is not None else "-", f"{s['median']:.4f}", str(s["n"]),
+                 f"{s['mean_tokens_per_second']:,.0f}", f"{s['tokens'] / 1e6:.2f}",
+                 f"{s['framework_mb']:,.0f}" if s["framework_mb"] else "-", f"{s['process_mb']:,.0f}"] if s else ["failed"]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def speedrun(results: dict[str, dict[str, Any]], ours: dict[float, float], seconds: float) -> list[str]:
+    """For each peer the shortest of our budgets whose mean score is below the peer's."""
+    lines = []
+    for name, mean in ((n, r["summary"]["mean"]) for n, r in results.items() if "summary" in r and not n.startswith("ours")):
+        reached = min((budget for budget, score in ours.items() if score < mean), default=None)
+        said = f"ours is below after {reached:.0f} s, 1/{seconds / reached:.1f} of the time" if reached else "ours is not below"
+        lines.append(f"{name}: {mean:.4f} after {seconds:.0f} s; {said}")
+    return lines
+
+
+def wide_console() -> Console:
+    """Standard output; tables keep their width in a file."""
+    return Console(width=None if sys.stdout.isatty() else 132)
+
+
+def named_path(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    """NAME=PATH options as a dictionary."""
+    paths = {name: Path(path) for name, equals, path in (v.partition("=") for v in values) if equals}
+    if len(paths) < len(values) or not all((p / "train.py").is_file() for p in paths.values()):
+        raise click.BadParameter(f"expected NAME=PATH of checkouts with a train.py, each name once, got {', '.join(values)}")
+    return paths
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--budget", default="60s", show_default=True, help="Of each training, in seconds.")
+@click.option("--seeds", default=3, show_default=True, help="Trainings of each, with seeds 1, 2, ...")
+@click.option("--peer", "peers", multiple=True, callback=named_path, help="NAME=PATH of a checkout, in fp32; can be repeated.")
+@click.option("--peer-bf16", "shipped", multiple=True, callback=named_path, help="NAME=PATH, in the dtypes it was shipped with.")
+@click.option("--setup", "setups", multiple=True, type=click.Choice(list(SETUPS)), default=("cpu", "cpu-64"), show_default=True,
+              help="Size of the peers: " + "; ".join(f"{k}: {what}" for k, (what, _, _) in SETUPS.items()))
+@click.option("--speedrun", "race", is_flag=True, help="Train ours at parts of the budget, too: when does it pass each peer?")
+@click.option("--ours/--no-ours", "with_ours", default=True, help="Train train_mlx.py as well.")
+@click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="peers.json", show_default=True)
+def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...], race: bool,
+         with_ours: bool, peer_python: str, out: Path) -> None:
+    """Train PEERS and ours at the same budget and compare their val_bpb."""
+    if not re.fullmatch(r"\d+(\.\d+)?s", budget) or seeds < 1:
+        raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
+    seconds = float(budget[:-1])
+    data = Path(os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"])
+    held = home() / "held" / data.name
+    todo: dict[str, Any] = {}
+    if with_ours:
+        for part in (1.0, *(SHARES if race else ())):
+            todo["ours" if part == 1 else f"ours in {part * seconds:.0f} s"] = \
+                lambda seed, part=part: train_ours(data, held, part * seconds, seed)
+    for dtype, group in ((" bf16", shipped), ("", peers)):
+        for name, path in group.items():
+            for setup in setups:
+                todo[f"{name} {setup}{dtype}"] = lambda seed, path=path, setup=setup, fp32=not dtype: train_peer(
+                    path, setup, data, held, seconds, seed, fp32, peer_python)
+    console, results = wide_console(), {name: {"trials": [], "failures": []} for name in todo}
+    facts = {"budget": budget, "data": data.name, "meta": json.loads((data / "meta.json").read_text())["data_hash"]}
+    for seed in range(1, seeds + 1):  # interleaved: a slow hour hits all of them
+        for name, run in todo.items():
+            try:
+                trial = run(seed)
+                results[name]["trials"].append(trial | {"seed": seed})
+                said = f"{trial['val_bpb']:.4f} bpb, {trial['mean_tokens_per_second']:,.0f} tokens/s"
+            except Failed as failure:
+                results[name]["failures"].append(said := str(failure))
+            console.print(f"{name}, seed {seed}: {said}", markup=False, highlight=False, soft_wrap=True)
+            if results[name]["trials"]:
+                results[name]["summary"] = summary(results[name]["trials"])
+            out.write_text(json.dumps(facts | {"results": results}, indent=1))
+    console.print(render(results))
+    if race:
+        ours = {part * seconds: results[f"ours in {part * seconds:.0f} s"].get("summary", {}).get("mean", float("inf"))
+                for part in SHARES} | {seconds: results["ours"].get("summary", {}).get("mean", float("inf"))}
+        for line in speedrun(results, ours, seconds):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
