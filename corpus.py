@@ -27,21 +27,23 @@ from pathlib import Path
 import numpy as np
 
 from prepare_mlx import HarnessError, Preset, Tokenizer, home, sha256, write_atomically
+from stories import book
 
-BLOCK_BYTES = 8 << 20           # text handed to one worker at a time
+BLOCK_BYTES = 2 << 20           # text handed to one worker at a time; decides, with WORKERS, how much memory is used
+WORKERS = 32                    # at most, of about 40 MB each
 PASSAGE_BYTES = 2048            # a text without document separators is cut at blank lines into passages of this size
 DOCUMENT_BYTES = 1 << 16        # a document twice as long is cut into passages of this size: a book would be a whole split
 SEPARATOR = b"<|endoftext|>"    # between the documents of a .txt or .md file, where it has any
-STORIES = 12_000                # of about 900 bytes: more than a CPU reads in five minutes
+STORIES_BYTES = 8 << 20         # to train on: more than a CPU reads in five minutes
 TEXT_KINDS = (".txt", ".md", ".jsonl", ".parquet")
 TOKENIZER_BYTES = 16 << 20      # of training text, from all over the source, that the tokenizer learns from
 DOWNLOADS, TRIES = 4, 5         # files at a time; times each is tried, with 0.5, 1, 2 and 4 seconds between
-FORMAT = 2                      # raise it when what lies on disk changes its meaning: old datasets are then rebuilt
-DATASETS = {  # name: (licence, source, file pattern in the hub repository)
-    "stories": ("MIT, made by stories.py", "embedded grammar, seed 1", ""),
-    "tinystories": ("CDLA-Sharing-1.0", "karpathy/tinystories-gpt4-clean", "*.parquet"),
-    "climbmix": ("ODC-By", "karpathy/climbmix-400b-shuffle", "shard_*.parquet"),
-    "fineweb-edu": ("ODC-By", "HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
+FORMAT = 3                      # raise it when what lies on disk changes its meaning: old datasets are then rebuilt
+DATASETS = {  # name: (licence, source, file pattern in the hub repository, its commit)
+    "stories": ("MIT, made by stories.py", "embedded grammar, seed 1", "", ""),
+    "tinystories": ("CDLA-Sharing-1.0", "karpathy/tinystories-gpt4-clean", "*.parquet", "0397e27157956705a0260709da3095bb9c43d6a7"),
+    "climbmix": ("CC-BY-NC-4.0", "karpathy/climbmix-400b-shuffle", "shard_*.parquet", "915333b4f8b8684f39aeaafea600fea6f43fb703"),
+    "fineweb-edu": ("ODC-By", "HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
 }
 
 
@@ -75,17 +77,20 @@ def identity(path: Path) -> dict:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def fetch(source: str, pattern: str, shards: int) -> tuple[list[Path], dict]:
-    """The first `shards` files of a hub dataset, and its revision with their names, sizes and SHA-256.
+def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[Path], dict]:
+    """The first `shards` files of a hub dataset at a commit, branch or tag, and its commit with their names, sizes and SHA-256.
 
-    The revision is chosen at the first call and kept in listing.json: what is fetched later belongs to the same text, and
-    what is there already needs no network. HF_ENDPOINT, proxies and HF_TOKEN are huggingface_hub's matter. Errors: HarnessError.
+    What a branch means is looked up once and kept in listing.json: what is fetched later belongs to the same text, and what is
+    there already needs no network. HF_ENDPOINT, proxies and HF_TOKEN are huggingface_hub's matter. Errors: HarnessError.
     """
     from huggingface_hub import HfApi
-    place = home() / "downloads" / source.replace("/", "--")
+    place = home() / "downloads" / f"{source}@{revision}".replace("/", "--")
     place.mkdir(parents=True, exist_ok=True)
     if not (place / "listing.json").exists():
-        info = patiently(f"the list of {source}", lambda: HfApi().dataset_info(source, files_metadata=True, timeout=30))
+        info = patiently(f"the list of {source} at {revision}",
+                         lambda: HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=30))
+        if re.fullmatch("[0-9a-f]{40}", revision) and info.sha != revision:
+            raise HarnessError("data", f"{source}: expected commit {revision}, got {info.sha}")
         files = [{"name": s.rfilename, "bytes": s.size, "sha256": s.lfs and s.lfs.sha256} for s in info.siblings or []]
         write_atomically(place / "listing.json", json.dumps({"revision": info.sha, "files": files}, indent=1).encode())
     listing = json.loads((place / "listing.json").read_text())
@@ -139,8 +144,8 @@ def patiently(what: str, once):
             if attempt == TRIES - 1 or (400 <= status < 500 and status not in (408, 429)) or getattr(error, "errno", 0) == 28:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise HarnessError("data", f"{what} could not be fetched: {reason}. "
-                                   "What arrived is kept, run the same command again to go on. HF_ENDPOINT, HTTPS_PROXY and "
-                                   "HF_TOKEN are honoured; `--dataset stories` needs no network") from error
+                                   "What arrived is kept, run the same command again to go on (a commit that is gone: --revision). "
+                                   "HF_ENDPOINT, HTTPS_PROXY, HF_TOKEN count; `--dataset stories` needs no network") from error
             time.sleep(2**attempt / 2)
     return None
 
@@ -158,18 +163,19 @@ class Block:
     field: str = "text"         # of a .jsonl object, column of a .parquet file
 
 
+def cut(window: bytes, *marks: bytes) -> int:
+    """Where to cut text: after one of `marks`, a blank line, a line or a space, whichever is there; else between two characters."""
+    for mark in (*marks, b"\n\n", b"\n", b" "):
+        if (found := window.find(mark)) >= 0:
+            return found + len(mark)
+    return next((i for i, b in enumerate(window[:4]) if b & 0xC0 != 0x80), 0)
+
+
 def passages(data: bytes, size: int) -> list[bytes]:
     """Cut text into passages of about `size` bytes at blank lines (else lines, else spaces); joined they are `data` again."""
     cuts, position = [0], 0
     while len(data) - position > 2 * size:
-        window = data[position + size : position + 8 * size]
-        for mark in (b"\n\n", b"\n", b" "):
-            found = window.find(mark)
-            if found >= 0:
-                position += size + found + len(mark)
-                break
-        else:  # no white space at all: cut between two characters of UTF-8
-            position += size + next((i for i, b in enumerate(window[:4]) if b & 0xC0 != 0x80), 0)
+        position += size + cut(data[position + size : position + 8 * size])
         cuts.append(position)
     return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True) if b > a or not data]
 
@@ -231,14 +237,11 @@ def blocks_of(path: Path, field: str, work: Path) -> list[Block]:
             path = unpacked
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSErrors or ValueErrors
         raise HarnessError("data", f"{path}: cannot be read as {path.suffix}, it is damaged or cut off ({error})") from error
-    marks = (b"\n",) if path.suffix.lower() == ".jsonl" else (SEPARATOR, b"\n\n", b"\n", b" ")
-    size, borders = path.stat().st_size, [0]
+    size, borders, lines = path.stat().st_size, [0], path.suffix.lower() == ".jsonl"
     with open(path, "rb") as f:
         while size - borders[-1] > BLOCK_BYTES:
-            f.seek(borders[-1] + BLOCK_BYTES)
-            window = f.read(BLOCK_BYTES)
-            found = next((window.index(m) + len(m) for m in marks if m in window), len(window))
-            borders.append(borders[-1] + BLOCK_BYTES + found)
+            start = f.seek(borders[-1] + BLOCK_BYTES)
+            borders.append(start + (len(f.readline()) if lines else cut(f.read(BLOCK_BYTES), SEPARATOR)))  # no line of JSON is cut
     return [Block(str(path), a, b, field) for a, b in zip(borders, [*borders[1:], size], strict=True) if b > a]
 
 
@@ -254,18 +257,20 @@ def own_files(dataset: str) -> list[Path]:
     return files
 
 
-def source_files(dataset: str, work: Path, shards: int) -> tuple[list[Path], dict]:
+def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str) -> tuple[list[Path], dict]:
     """The files of a dataset, fetched or made if need be, and where they came from."""
     if dataset.startswith("text:"):
         files = own_files(dataset)
         return files, {"source": dataset[5:], "licence": "the user's own", "files": [identity(p) for p in files]}
-    licence, source, pattern = DATASETS[dataset]
+    licence, source, pattern, pinned = DATASETS[dataset]
     if dataset == "stories":
-        from stories import Storyteller
-        teller, place = Storyteller(seed=1), work / "stories.txt"
-        place.write_text(f"\n{SEPARATOR.decode()}\n".join(teller.story() for _ in range(STORIES)), encoding="utf-8")
-        return [place], {"source": source, "licence": licence}
-    files, facts = fetch(source, pattern, shards)
+        told, sealed = home() / "work" / ident / "stories.txt", home() / "held" / f"{ident}.txt"
+        told.write_bytes(book(1, STORIES_BYTES, SEPARATOR))
+        if not sealed.exists():  # made once, by chance: nobody can make it again, and a second preparation finds the same text
+            sealed.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(sealed, book(None, 2 * preset.eval_bytes + 10_000, SEPARATOR))
+        return [told, sealed], {"source": f"{source}; val and test without a seed", "licence": licence}
+    files, facts = fetch(source, pattern, shards, revision or pinned)
     return files, {"source": source, "licence": licence, **facts}
 
 
@@ -292,15 +297,16 @@ def digests_of(block: Block, kept: Path) -> tuple[np.ndarray, np.ndarray, dict[s
     return np.frombuffer(numbers, np.uint64, offset=8 * n).reshape(n, 2), np.frombuffer(numbers, np.int64, n), json.loads(skipped)
 
 
-def choose_splits(digests: np.ndarray, sizes: np.ndarray, eval_bytes: int) -> np.ndarray:
+def choose_splits(digests: np.ndarray, sizes: np.ndarray, eval_bytes: int, sealed: int = 0) -> np.ndarray:
     """TRAIN, VAL, TEST or DROPPED, uint8 [n], from what a document says alone: those of lowest digest go to val and then to test
-    until each has `eval_bytes`, at most a tenth of everything."""
+    until each has `eval_bytes`, at most a tenth of everything. The last `sealed` documents are val and test, if there are any."""
     first = np.unique(digests[:, 0], return_index=True)[1]                      # in order of the digest
-    limit = min(eval_bytes, int(sizes[first].sum()) // 10)
-    passed = np.cumsum(sizes[first]) - sizes[first]                             # bytes before each
+    pool = first[first >= len(digests) - sealed] if sealed else first
+    limit = int(sizes[pool].sum()) // 2 if sealed else min(eval_bytes, int(sizes[pool].sum()) // 10)
+    passed = np.cumsum(sizes[pool]) - sizes[pool]                               # bytes before each
     val = passed < limit
     splits = np.full(len(digests), DROPPED, np.uint8)
-    splits[first] = np.select([val, passed < limit + sizes[first][val].sum()], [VAL, TEST], TRAIN)
+    splits[first], splits[pool] = TRAIN, np.select([val, passed < limit + sizes[pool][val].sum()], [VAL, TEST], TRAIN)
     return splits
 
 
@@ -323,13 +329,16 @@ def begin_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def fingerprint(dataset: str, preset: Preset, field: str, shards: int) -> str:
-    """What a prepared dataset depends on, as 10 hex digits: the user's files byte by byte, or its name; and the preset."""
+def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str) -> str:
+    """What a prepared dataset depends on, as 10 hex digits: the user's files byte by byte, or its name and commit; the preset."""
     if dataset == "text:" or shards < 1:
         raise HarnessError("usage", f"expected text:PATH with a path and --shards of 1 or more, got {dataset} and {shards}")
     if not (own := dataset.startswith("text:")) and dataset not in DATASETS:
         raise HarnessError("usage", f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)} or text:PATH")
-    text = [(p.name, sha256_of(p)) for p in own_files(dataset)] if own else [dataset, shards]
+    pinned = "" if own else DATASETS[dataset][3]
+    if revision and not pinned:
+        raise HarnessError("usage", f"--revision {revision}: {dataset} is no dataset of the hub")
+    text = [(p.name, sha256_of(p)) for p in own_files(dataset)] if own else [dataset, shards, revision or pinned]
     return sha256(json.dumps([FORMAT, text, field, asdict(preset)]).encode())[:10]
 
 
@@ -354,15 +363,15 @@ def alone(ident: str) -> Iterator[None]:
         yield
 
 
-def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> None:
+def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, ident: str) -> None:
     """Fetch, clean, split, tokenise. Interrupted, it goes on where it was; nothing is seen as ready before the last rename."""
     work = home() / "work" / ident
     (work / "parts").mkdir(parents=True, exist_ok=True)
-    files, origin = source_files(dataset, work, shards)
+    files, origin = source_files(dataset, preset, shards, revision, ident)
     blocks = [b for path in files for b in blocks_of(path, field, work)]
     numbers = range(len(blocks))
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(os.cpu_count() or 1, max(1, len(blocks))), multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
+        min(os.cpu_count() or 1, WORKERS, max(1, len(blocks))), multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
     try:
         # 1. every document once: duplicates go, and the digest says which split a document belongs to
         kept = [work / "parts" / f"{i:06d}.digests" for i in numbers]
@@ -372,7 +381,8 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
             raise HarnessError("data", f"{dataset}: expected text, found no document in {len(files)} files "
                                f"({', '.join(f'{sum(r[2][k] for r in read):,} {k}' for k in ('invalid_utf8', 'empty'))})")
         digests, sizes = (np.concatenate([r[k] for r in read]) for k in (0, 1))
-        splits = choose_splits(digests, sizes, preset.eval_bytes)
+        sealed = sum(len(r[1]) for b, r in zip(blocks, read, strict=True) if Path(b.path).parent == home() / "held")
+        splits = choose_splits(digests, sizes, preset.eval_bytes, sealed)
         stays = splits != DROPPED
         same = len(splits) - len(np.unique(digests[:, 1]))
         counts = {"source_files": len(files), "empty_files": sum(p.stat().st_size == 0 for p in files), "documents": len(splits),
@@ -399,17 +409,15 @@ def build(dataset: str, preset: Preset, field: str, shards: int, ident: str) -> 
         # 3. token shards; a part's name says what it was made from
         stamp = sha256(tokenizer.model + everything.encode())[:12]
         parts = [work / "parts" / f"{stamp}-{i:06d}.bin" for i in numbers]
-        tokenised = pool.map(tokenize_block, blocks, by_block, [tokenizer.model] * len(blocks), parts)
-        with progress("tokenising", len(blocks)) as advance:
-            held_out = [texts for texts in tokenised if not advance()]
+        with progress("tokenising", len(blocks)) as done:
+            held_out = [t for t in pool.map(tokenize_block, blocks, by_block, [tokenizer.model] * len(parts), parts) if not done()]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
     (target := work / "train").mkdir(exist_ok=True)
     with open(target / "train.bin", "wb") as out:
         for part in parts:
-            with open(part, "rb") as source:
-                shutil.copyfileobj(source, out, 1 << 20)
+            out.write(part.read_bytes())
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta = {"format": FORMAT, "dataset": dataset, **origin, **counts, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
             "bos_id": tokenizer.bos_id, "seq_len": preset.seq_len, "budget": preset.budget, "data_hash": everything[:16],

@@ -198,8 +198,8 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """uint16 or uint32 [n]: the documents one after another, each begun by the document mark."""
-        ids = [i for text in texts for i in (self.bos_id, *self.encode(text))]
-        return np.array(ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.concatenate([np.empty(0, dtype), *(np.array([self.bos_id, *self.encode(text)], dtype) for text in texts)])
 
     def decode_bytes(self, ids) -> bytes:
         return b"".join(self.pieces[i] for i in ids)
@@ -212,7 +212,7 @@ class Tokenizer:
 # Preparation: corpus.py makes what is missing
 # ---------------------------------------------------------------------------------------------------------------------
 
-def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str = "text", shards: int = 1) -> dict:
+def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="") -> dict:
     """Make a dataset ready and current; do nothing but that where it already is.
 
     Returns the entry described in CONTRIBUTING.md (directories, hashes, preset). Errors: HarnessError.
@@ -224,13 +224,13 @@ def prepare(dataset: str, preset_name: str, *, vocab_size: int = 0, field: str =
     if dataset.startswith("text:") and dataset != "text:":  # from wherever it is asked for: what is hidden has to be found
         dataset = f"text:{Path(dataset[5:]).expanduser().absolute()}"
     slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
-    ident = f"{slug}-{preset.vocab_size}-{corpus.fingerprint(dataset, preset, field, shards)}"
+    ident = f"{slug}-{preset.vocab_size}-{corpus.fingerprint(dataset, preset, field, shards, revision)}"
     train, held = home() / "train" / ident, home() / "held" / ident
     with corpus.alone(ident):
         if problem := corpus.damage(train, held):
             if train.exists():
                 print(f"note: {problem}; preparing it again", file=sys.stderr)
-            corpus.build(dataset, preset, field, shards, ident)
+            corpus.build(dataset, preset, field, shards, revision, ident)
     meta = json.loads((train / "meta.json").read_text())
     entry = {"id": ident, "train_dir": str(train), "held_dir": str(held), "dataset": dataset, "preset": preset_name,
              "vocab_size": meta["vocab_size"], "seq_len": preset.seq_len, "budget": preset.budget,
@@ -659,6 +659,7 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=0, help="tokens, instead of the preset's; 256 is plain bytes")
     parser.add_argument("--field", default="text", help="field of .jsonl or column of .parquet that holds the text")
     parser.add_argument("--shards", type=int, default=1, help="how many files of a hub dataset to fetch")
+    parser.add_argument("--revision", default="", help="commit, branch or tag of a hub dataset (default: the commit --list shows)")
     parser.add_argument("--json", type=Path, help="write what was prepared to this file")
     parser.add_argument("--list", action="store_true", help="list datasets with source and licence, and presets")
     commands = parser.add_subparsers(dest="command", metavar="score | serve")
@@ -680,13 +681,15 @@ def main() -> int:
             print("---", *(f"{key + ': ':<18}{value}" for key, value in summary.items()), sep="\n")
         elif args.list:
             import corpus
-            print(*(f"{name:<12} {source:<34} {licence}" for name, (licence, source, _) in corpus.DATASETS.items()), sep="\n")
+            print(*(f"{name:<12} {source:<32} {revision:<41}{licence}"
+                    for name, (licence, source, _, revision) in corpus.DATASETS.items()), sep="\n")
             for name, preset in PRESETS.items():
                 print(f"preset {name:<8} {preset}{'   <- this machine' if name == detect_preset() else ''}")
         else:
             preset = args.preset or detect_preset()
             dataset = args.dataset or ("stories" if preset in ("tiny", "demo", "cpu") else "tinystories")
-            entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards)
+            entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards,
+                            revision=args.revision)
             if args.json:
                 write_atomically(args.json, json.dumps(entry, indent=1).encode())
             print(f"ready: {entry['id']}  vocabulary {entry['vocab_size']:,}, {entry['seq_len']} tokens of context, "

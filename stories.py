@@ -32,10 +32,11 @@ LESSONS = ["it is better to share", "a small friend can be a great help", "nobod
 
 
 class Storyteller:
-    """Writes children's stories of about 900 characters, all different: grammar, counting, and things that come back later."""
+    """Writes children's stories of about 700 characters, all different: grammar, counting, and things that come back later."""
 
-    def __init__(self, seed: int):
-        self.rng = random.Random(seed)
+    def __init__(self, seed: int | None):
+        """With a seed always the same stories; without, the system's own randomness decides, and none of them comes again."""
+        self.rng = random.SystemRandom() if seed is None else random.Random(seed)
 
     def word(self, kind: str) -> str:
         """A word of a kind; the first ones of a list are the most frequent, as in any language."""
@@ -94,3 +95,12 @@ class Storyteller:
         after = [line() for _ in range(rng.randint(1, 3))]
         text = "\n\n".join(" ".join(p) for p in ([opening, trouble], middle, [finding, *after, ending]))
         return re.sub(r"\b([Aa]) (?=old|honest)", r"\1n ", text)
+
+
+def book(seed: int | None, size: int, mark: bytes) -> bytes:
+    """Stories until they have `size` bytes, with lines of `mark` between them."""
+    teller, stories = Storyteller(seed), list[bytes]()
+    while size > 0:
+        stories.append(teller.story().encode())
+        size -= len(stories[-1])
+    return (b"\n" + mark + b"\n").join(stories)

@@ -18,7 +18,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`files`: path in the repository -> bytes. Every repository name is answered alike."""
+    """`files`: path in the repository -> bytes. Every repository name and every commit is answered alike; a branch is at
+    REVISION."""
 
     def __init__(self, files: dict[str, bytes], token: str | None = None):
         self.files, self.token, self.requests = files, token, []
@@ -60,21 +61,22 @@ class Hub:
         self.requests.append((handler.command, path, handler.headers.get("Range"), handler.headers.get("Authorization")))
         if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
             return self.reply(handler, 401, b'{"error": "token needed"}')
-        if re.match(r"/api/datasets/[^/]+/[^/]+(/revision/[^/]+)?$", path):
-            return self.listing(handler)
-        found = re.match(r"/datasets/[^/]+/[^/]+/resolve/([^/]+)/(.+)$", path)
-        if not found or found[2] not in self.files or found[1] != REVISION:
+        if found := re.match(r"/api/datasets/[^/]+/[^/]+(?:/revision/([^/]+))?$", path):
+            return self.listing(handler, found[1] if re.fullmatch("[0-9a-f]{40}", found[1] or "") else REVISION)
+        found = re.match(r"/datasets/[^/]+/[^/]+/resolve/([0-9a-f]{40})/(.+)$", path)
+        if not found or found[2] not in self.files:
             return self.reply(handler, 404, b"", {"X-Error-Code": "EntryNotFound"})
         return self.file(handler, found[2])
 
-    def listing(self, handler: BaseHTTPRequestHandler) -> None:
+    def listing(self, handler: BaseHTTPRequestHandler, revision: str) -> None:
         behaviour = self.plans["list"].popleft() if self.plans["list"] else "ok"
         if behaviour.isdigit():
             return self.reply(handler, int(behaviour), b"no")
+        revision = REVISION if behaviour == "wrong" else revision
         files = [{"rfilename": name, "size": len(data), "blobId": "0" * 40,
                   "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
                  for name, data in self.files.items()]
-        info = {"_id": "1", "id": "a/b", "sha": REVISION, "private": False, "gated": False, "disabled": False, "downloads": 0,
+        info = {"_id": "1", "id": "a/b", "sha": revision, "private": False, "gated": False, "disabled": False, "downloads": 0,
                 "likes": 0, "tags": [], "siblings": files}
         return self.reply(handler, 200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,24 @@ def test_a_parquet_file_of_one_huge_row_group_is_read_in_blocks(tmp_path, monkey
     assert [d for block in blocks for d in read_block(block)[0]] == DOCUMENTS
 
 
+def test_a_line_of_json_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
+    texts = [DOCUMENTS[0], some_text(50_000), *DOCUMENTS[1:9]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in texts))
+    blocks = corpus.blocks_of(tmp_path / "a.jsonl", "text", tmp_path)
+    assert len(blocks) > 2
+    assert [d for block in blocks for d in read_block(block)[0]] == texts
+
+
+def test_blocks_of_text_without_white_space_end_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
+    (tmp_path / "a.txt").write_text("日本語" * 5000, encoding="utf-8")
+    read = [read_block(block) for block in corpus.blocks_of(tmp_path / "a.txt", "text", tmp_path)]
+    assert len(read) > 5
+    assert "".join(d for documents, _ in read for d in documents) == "日本語" * 5000
+    assert not sum(skipped["invalid_utf8"] for _, skipped in read)
+
+
 def test_a_book_is_cut_so_that_it_cannot_be_a_whole_split(tmp_path):
     book = some_text(400_000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": book}) + "\n")
@@ -221,8 +240,8 @@ def test_unknown_names_are_refused_with_what_there_is(tmp_path):
 
 def test_list_shows_source_and_licence(tmp_path):
     lines = prepare("--list", home=tmp_path).stdout.splitlines()
-    for name, (licence, source, _) in corpus.DATASETS.items():
-        assert any(line.startswith(name) and licence in line and source in line for line in lines)
+    for name, (licence, source, _, revision) in corpus.DATASETS.items():
+        assert any(line.startswith(name) and all(word in line for word in (licence, source, revision)) for line in lines)
 
 
 def big(path: Path, megabytes: int) -> None:
@@ -270,6 +289,54 @@ def test_a_preparation_that_is_cut_off_goes_on_and_ends_the_same(tmp_path, how):
     assert (one / "train.bin").read_bytes() == (other / "train.bin").read_bytes()
 
 
+def told(home) -> tuple[dict, str]:
+    """The meta.json of the held-out stories of a home, and their text as it lies there."""
+    [meta], [text] = home.glob("held/*/meta.json"), home.glob("held/*.txt")
+    return json.loads(meta.read_text()), text.read_text()
+
+
+def test_held_out_stories_are_nobodys_to_make_again_and_stay_what_they_are(tmp_path):
+    """Not even the same command makes them a second time elsewhere; but it finds those that are there, whatever was lost."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for home in (one, other):
+        assert prepare("--dataset", "stories", "--preset", "tiny", home=home).returncode == 0
+    (train,), (train_too,) = one.glob("train/*"), other.glob("train/*")
+    (meta, text), (meta_too, text_too) = told(one), told(other)
+    assert (train / "train.bin").read_bytes() == (train_too / "train.bin").read_bytes(), "what is trained on is the same for all"
+    tokenizer = Tokenizer((train / "tokenizer.model").read_bytes())
+    trained = tokenizer.decode(np.fromfile(train / "train.bin", np.uint16))
+    stories, stories_too = (set(t.split("\n<|endoftext|>\n")) for t in (text, text_too))
+    assert not stories & stories_too
+    assert not any(story in trained for story in stories)
+    assert meta["data_hash"] != meta_too["data_hash"], "their scores are never compared"
+    for split in ("val", "test"):
+        held = np.fromfile(one / "held" / train.name / f"{split}.bin", np.uint16)
+        assert all(tokenizer.decode(part[1:]) in stories for part in np.split(held, np.flatnonzero(held == tokenizer.bos_id))[1:])
+        assert 16_000 <= meta[f"{split}_bytes"] < 24_000
+    for lost in (train, one / "held" / train.name):
+        shutil.rmtree(lost)
+        assert prepare("--dataset", "stories", "--preset", "tiny", home=one).returncode == 0
+        assert told(one) == (meta, text)
+    assert (one / "held").stat().st_mode & 0o077 == 0
+
+
+def test_stories_that_were_cut_off_keep_what_was_held_out(tmp_path):
+    argv = [sys.executable, ROOT / "prepare_mlx.py", "--dataset", "stories", "--preset", "tiny"]
+    process = subprocess.Popen(argv, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("work/*/parts/*.digests")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "train").exists()
+    [sealed] = tmp_path.glob("held/*.txt")
+    text = sealed.read_text()
+    assert prepare("--dataset", "stories", "--preset", "tiny", home=tmp_path).returncode == 0
+    meta, after = told(tmp_path)
+    assert after == text
+    assert meta["val_bytes"] + meta["test_bytes"] == sum(len(story) for story in text.split("\n<|endoftext|>\n"))
+
+
 @pytest.mark.slow
 def test_all_cores_and_bounded_memory(tmp_path):
     """64 MB of text: memory does not grow with it, and every core has a worker."""
@@ -281,7 +348,7 @@ def test_all_cores_and_bounded_memory(tmp_path):
         try:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             peak = max(peak, sum(p.memory_info().rss for p in family))
-            workers = max(workers, sum(p.memory_info().rss > 50e6 for p in family[1:]))
+            workers = max(workers, sum(p.memory_info().rss > 30e6 for p in family[1:]))
         except psutil.NoSuchProcess:
             pass
         time.sleep(0.05)

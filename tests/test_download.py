@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
 
+from corpus import DATASETS
+
 
 def shard(seed: int) -> bytes:
     """A parquet file of 300 documents, about 190 KB."""
@@ -26,6 +28,7 @@ def shard(seed: int) -> bytes:
 
 FILES = {f"data/train-0000{i}.parquet": shard(i) for i in range(3)} | {"README.md": b"# a data set"}
 FIRST, SECOND, THIRD = sorted(FILES)[1:]
+PINNED = DATASETS["tinystories"][3]
 
 
 @pytest.fixture
@@ -43,12 +46,12 @@ def ranges(hub, name):
     return [r for method, path, r, _ in hub.requests if method == "GET" and path.endswith(name)]
 
 
-def is_whole(home, done, files=(FIRST,)):
+def is_whole(home, done, files=(FIRST,), revision=PINNED):
     assert done.returncode == 0, done.stderr
     assert "ready: tinystories-320-" in done.stdout
     [place] = (home / "train").iterdir()
     meta = json.loads((place / "meta.json").read_text())
-    assert meta["revision"] == REVISION
+    assert meta["revision"] == revision
     assert [(f["bytes"], f["sha256"]) for f in meta["files"]] == [
         (len(FILES[name]), hashlib.sha256(FILES[name]).hexdigest()) for name in files]
     assert meta["documents"] == 300 * len(files)
@@ -68,6 +71,31 @@ def test_chosen_shards_only_and_then_no_network(hub, tmp_path):
     assert ranges(hub, THIRD) == ranges(hub, "README.md") == []
     again = fetch(hub, tmp_path, "--shards", 2, HF_ENDPOINT="http://127.0.0.1:9")
     is_whole(tmp_path, again, (FIRST, SECOND))
+
+
+def test_the_commit_is_the_pinned_one_or_the_given_one(hub, tmp_path):
+    is_whole(tmp_path / "pinned", fetch(hub, tmp_path / "pinned"))
+    assert f"/api/datasets/karpathy/tinystories-gpt4-clean/revision/{PINNED}" in [path for _, path, *_ in hub.requests]
+    is_whole(tmp_path / "given", fetch(hub, tmp_path / "given", "--revision", "a" * 40), revision="a" * 40)
+    is_whole(tmp_path / "branch", fetch(hub, tmp_path / "branch", "--revision", "main"), revision=REVISION)
+    files = [path.split("/resolve/")[1] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert files == [f"{commit}/{FIRST}" for commit in (PINNED, "a" * 40, REVISION)]
+    names = [name for name, *_ in (p.parts[-1:] for p in tmp_path.glob("*/train/*"))]
+    assert len(set(names)) == 3, "another commit is another dataset"
+    again = fetch(hub, tmp_path / "branch", "--revision", "main", HF_ENDPOINT="http://127.0.0.1:9")
+    is_whole(tmp_path / "branch", again, revision=REVISION)
+
+
+def test_another_commit_than_the_pinned_one_is_refused(hub, tmp_path):
+    hub.misbehave("list", "wrong")
+    is_refused(tmp_path, fetch(hub, tmp_path), f"karpathy/tinystories-gpt4-clean: expected commit {PINNED}, got {REVISION}")
+    is_whole(tmp_path, fetch(hub, tmp_path))
+
+
+def test_what_has_no_commits_is_asked_for_none(tmp_path):
+    done = prepare("--dataset", "stories", "--preset", "tiny", "--revision", "main", home=tmp_path)
+    assert done.returncode == 2
+    assert "--revision main: stories is no dataset of the hub" in done.stderr
 
 
 @pytest.mark.slow
@@ -100,7 +128,7 @@ def test_the_list_is_asked_for_again(hub, tmp_path):
     (SECOND, "wrong", "expected SHA-256"),
     pytest.param(SECOND, "503", "503", marks=pytest.mark.slow),
     pytest.param(SECOND, "truncate 5000", "Consistency check failed", marks=pytest.mark.slow),
-    pytest.param("list", "503", "the list of karpathy/tinystories-gpt4-clean could not be fetched", marks=pytest.mark.slow),
+    pytest.param("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched", marks=pytest.mark.slow),
 ])
 def test_lasting_trouble_is_a_clear_error_and_later_it_goes_on(hub, tmp_path, name, behaviour, said):
     hub.misbehave(name, *[behaviour] * 20)
