@@ -6,6 +6,7 @@ is readable. Every function has a `strict` form and a weaker one for systems tha
 
 import glob
 import os
+import shutil
 from collections.abc import Mapping
 
 HIDDEN, READ, WRITE = "hide", "read", "write"
@@ -53,7 +54,8 @@ def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True
 
 def seatbelt(argv: list[str], rules: Rules, network: bool, strict: bool = True) -> list[str]:
     """sandbox-exec on macOS; `strict` also denies asking system services to start programs."""
-    return ["/usr/bin/sandbox-exec", "-p", seatbelt_profile(rules, network, strict), *argv]
+    program = shutil.which("sandbox-exec") or "/usr/bin/sandbox-exec"
+    return [program, "-p", seatbelt_profile(rules, network, strict), *argv]
 
 
 def seatbelt_profile(rules: Rules, network: bool, strict: bool = True) -> str:

@@ -143,7 +143,8 @@ def _session(
     if settings.experiments is None and settings.hours is None:
         settings = settings.updated({"hours": 8.0})
     coder, about = _coder(settings.to_json())
-    journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name)
+    boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
+    journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
     lab = Lab(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
         train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
@@ -155,7 +156,7 @@ def _session(
     engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {sandbox.described() if settings.sandbox else 'off, as asked'}")
+    console.say(f"sandbox of trainings: {boxed}")
     with stay_awake():
         engine.recover()
         try:

@@ -3,7 +3,7 @@
 Events, all with `v`, `seq`, `t` and `sum` (agent/journal.py):
 
     night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
-    session      settings, pid, agent                                  a driver began or resumed the night
+    session      settings, pid, agent, sandbox                         a driver began or resumed the night
     experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
     candidate    n, commit, ast, lines, description, hypothesis, family, usage, seconds
@@ -57,6 +57,8 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
     night.settings, night.ended = event["settings"], None
+    if not night.sandbox.startswith("none"):  # one session without is what the report has to say
+        night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)
     night.agent_failures.clear()
 

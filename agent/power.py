@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -41,6 +42,10 @@ def stay_awake() -> Iterator[None]:
 
 def battery() -> str:
     """"" for a machine without one (or where nobody can say), else `in use` or `plugged in`."""
+    if sys.platform == "darwin" and (said := _pmset()):
+        if "InternalBattery" not in said:
+            return ""  # a desktop, perhaps with a UPS: no lid, no slower chip
+        return "in use" if re.search("drawing from 'Battery Power'", said) else "plugged in"
     import psutil
 
     try:
@@ -48,6 +53,15 @@ def battery() -> str:
     except (OSError, RuntimeError, AttributeError, NotImplementedError):
         return ""
     return "" if found is None else "in use" if found.power_plugged is False else "plugged in"
+
+
+def _pmset() -> str:
+    """What macOS says of its power supply, "" if it says nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, limits = Path(scratch) / "out", process.Limits(wall_seconds=10)
+        command = ["pmset", "-g", "batt"]
+        outcome = process.run(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", limits=limits, stdout_to=out)
+        return out.read_text("utf-8", "replace") if outcome.ok else ""
 
 
 def battery_warning() -> list[str]:

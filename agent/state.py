@@ -79,6 +79,7 @@ class Night:
     dataset: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb
     settings: dict[str, Any] = field(default_factory=dict)
+    sandbox: str = ""  # what trainings ran in, by the words of the loop's start; of a session without one, if there was any
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
     best: int | None = None

@@ -65,4 +65,6 @@ def status(night: Night, pid: int | None) -> list[str]:
         spent += f" and {night.unpriced} calls of unknown cost (give --price-in and --price-out)"
     if night.disturbed:
         spent += f"; {night.disturbed} of {night.trials + night.disturbed} trainings repeated, the machine's speed had changed"
-    return [*lines, spent, *(f"note: {one_line(note, 200)}" for note in night.notes[-3:])]
+    kind = night.sandbox.partition(":")[0]  # of one that is there the name is enough here
+    boxed = [f"sandbox of trainings: {one_line(night.sandbox, 300) if kind == 'none' else kind}"] if kind else []
+    return [*lines, spent, *boxed, *(f"note: {one_line(note, 200)}" for note in night.notes[-3:])]

@@ -184,20 +184,10 @@ def test_power_never_stops_a_night():
     assert {one.state for one in findings} <= {"ok", "note"}
 
 
-@pytest.mark.parametrize(
-    ("system", "plugged", "words"),
-    [
-        ("darwin", None, []),
-        ("darwin", True, ["keep the lid open"]),
-        ("darwin", False, ["running on battery", "keep the lid open"]),
-        ("linux", True, []),
-        ("linux", False, ["running on battery"]),
-    ],
-)
-def test_a_laptop_is_told_of_its_battery_and_its_lid(monkeypatch, system, plugged, words):
+@pytest.mark.parametrize(("plugged", "words"), [(None, []), (True, []), (False, ["running on battery"])])
+def test_a_laptop_is_told_of_its_battery(monkeypatch, plugged, words):
     state = namedtuple("state", "percent secsleft power_plugged")
-    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(sys, "platform", "linux")  # on macOS pmset is asked: test_macos.py
     monkeypatch.setattr(psutil, "sensors_battery", lambda: None if plugged is None else state(50, 1, plugged), raising=False)
     warnings = power.battery_warning()
-    assert len(warnings) == len(words)
-    assert all(warning.startswith(start) for warning, start in zip(warnings, words, strict=True))
+    assert [warning[: len(start)] for warning, start in zip(warnings, words, strict=True)] == words
