@@ -3,11 +3,14 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
 
     python prepare_mlx.py && python train_mlx.py
 
-The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices and AdamW for
-the rest. Set NGRAM_BUCKETS = () and SEQ_LEN to the data's, and it is upstream's published model to the last operation.
+The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
+rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (), SOFTCAP = 15 and SEQ_LEN the data's it is upstream's
+published model to the last operation. docs/recipe.md has what was measured for the constants.
 """
 
 import json
+import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,20 +33,24 @@ if not GPU:
 # Constants: edit these first
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Model
+# Model: DEPTH is the one dial, width, heads and batch follow; each of them can be set by itself, too
 DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layers
-WIDTH = {"cpu": 128, "mac": 256, "mac-max": 384, "cuda": 512}[TIER]  # channels of the residual stream
-HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head
+HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; 64 and 128 are fused
+WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (8192, 16384)  # rows of the hashed bigram table, of the trigram table; they cost look-ups, not FLOPs
-SOFTCAP = 15.0  # logits stay within +-SOFTCAP
+NGRAM_BUCKETS = (32768, 65536, 65536)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
+REREAD_BUCKETS = (4096,)  # in their place where the text is read more than REREAD_PASSES[0] times: large ones learn by heart
+REREAD_PASSES = (1.5, 3.0)  # beyond the second there is no table
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
 # Optimization
-BATCH_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**18}[TIER]  # tokens an optimizer step
-MICRO_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**16}[TIER]  # tokens a forward and backward pass
-EMBEDDING_LR = 0.4  # token, value and n-gram embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
+BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
+MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
+LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most: more are worked off in chunks, logits made twice
+EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
+NGRAM_LR = 2.0  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
 MATRIX_LR = 0.02  # matrices of the blocks (Muon)
 SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
@@ -109,6 +116,18 @@ def attend(q, k, v, window):
     return mx.concatenate(parts, axis=2)
 
 
+def ngram_rows(tokens, buckets):
+    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int [B, T] -> uint32 [n, B, T]."""
+    code = earlier = tokens.astype(mx.uint32)
+    rows, offset = [], 0
+    for size in buckets:
+        earlier = mx.pad(earlier[:, :-1], [(0, 0), (1, 0)])                     # [B, T]: one token further back
+        code = code * 1_000_003 + earlier + 1                                   # wraps around at 2^32, as a hash may
+        rows.append(offset + (code ^ (code >> 15)) % size)
+        offset += size
+    return mx.stack(rows)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -162,7 +181,8 @@ class GPT(nn.Module):
         self.config = config
         V, C, L = config.vocab_size, config.n_embd, config.n_layer
         self.wte = nn.Embedding(V, C)
-        self.ngrams = [nn.Embedding(buckets, C) for buckets in config.ngram_buckets]
+        if config.ngram_buckets:
+            self.ngrams = nn.Embedding(sum(config.ngram_buckets), C)  # the tables one below the other: one look-up
         self.value_embeds = [nn.Embedding(V, C) for i in range(L) if has_ve(i, L)]
         self.blocks = [Block(config, i) for i in range(L)]
         self.lm_head = nn.Linear(C, V, bias=False)
@@ -192,26 +212,26 @@ class GPT(nn.Module):
             params.append((name, p))
         self.update(tree_unflatten(params))
 
-    def embed(self, tokens):
-        """Token embedding plus hashed bigram and trigram embeddings: int [B, T] -> [B, T, C], normed, in DTYPE."""
-        x = self.wte(tokens)                                                    # [B, T, C]; tables are fp32
-        code, earlier = tokens.astype(mx.uint32), tokens.astype(mx.uint32)
-        for table in self.ngrams:
-            earlier = mx.pad(earlier[:, :-1], [(0, 0), (1, 0)])                 # [B, T]: one token further back
-            code = code * 1_000_003 + earlier + 1                               # wraps around at 2^32, as a hash may
-            x = x + table((code ^ (code >> 15)) % table.weight.shape[0])
-        return norm(x.astype(DTYPE))
+    def embed_ngrams(self, tokens, table):
+        """Sum of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
+        rows = ngram_rows(tokens, self.config.ngram_buckets)
+        return table[rows].sum(axis=0), rows
 
-    def __call__(self, tokens):                                                 # int [B, T] -> fp32 logits [B, T, V]
-        x = x0 = self.embed(tokens)
+    def features(self, tokens, ngrams=None):
+        """What lm_head reads: int [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
+        if ngrams is None and self.config.ngram_buckets:
+            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
+        x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
+        x = x0 = norm(x.astype(DTYPE))
         resid, skip = self.resid_lambdas.astype(x.dtype), self.x0_lambdas.astype(x.dtype)
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).astype(x.dtype) if has_ve(i, len(self.blocks)) else None
             x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
-        logits = self.lm_head(norm(x)).astype(mx.float32)
-        cap = self.config.softcap
-        return cap * mx.tanh(logits / cap) if cap else logits
+        return norm(x)
+
+    def __call__(self, tokens):                                                 # int [B, T] -> fp32 logits [B, T, V]
+        return head(self.features(tokens), self.lm_head.weight, self.config.softcap)
 
     def flops_per_token(self, seq_len):
         """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
@@ -220,19 +240,51 @@ class GPT(nn.Module):
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
+def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
+    logits = (x @ weight.T).astype(mx.float32)
+    return softcap * mx.tanh(logits / softcap) if softcap else logits
+
+
 def cross_entropy(logits, targets):
-    """Mean over tokens in nats. logits fp32 [B, T, V], targets int [B, T]."""
+    """Nats of every token: logits fp32 [N, V], targets int [N] -> fp32 [N]."""
     if GPU:
-        return mx.fast.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).mean()
+        return mx.fast.cross_entropy(logits, targets)
     # On the CPU exp over the logits is what costs: written out, the gradient takes it from the forward pass
-    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))              # [B, T, 1]
-    total = mx.exp(logits - largest).sum(axis=-1)                               # [B, T]
-    chosen = mx.take_along_axis(logits - largest, targets[..., None], axis=-1)  # [B, T, 1]
-    return (mx.log(total) - chosen[..., 0]).mean()
+    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))              # [N, 1]
+    total = mx.exp(logits - largest).sum(axis=-1)                               # [N]
+    chosen = mx.take_along_axis(logits - largest, targets[:, None], axis=-1)    # [N, 1]
+    return mx.log(total) - chosen[:, 0]
+
+
+def head_loss(x, weight, targets, softcap):
+    """Mean cross entropy in nats. x [B, T, C], lm_head's weight [V, C], targets int [B, T].
+
+    Beyond LOSS_TOKENS it goes chunk by chunk, one after the other, each with its gradient at once, so that no logits are kept.
+    """
+    def total(x, weight, targets):
+        return cross_entropy(head(x, weight, softcap), targets).sum()
+
+    @mx.custom_function
+    def in_turn(x, weight):
+        loss, dx, dw = mx.array(0.0), [], mx.zeros(weight.shape, weight.dtype)
+        for chunk, goals in zip(mx.split(x, cuts), mx.split(targets, cuts), strict=True):
+            chunk, dw = mx.depends([chunk, dw], [loss])  # not before the chunk before is done
+            one, (d_chunk, d_weight) = mx.value_and_grad(lambda x, w, goals=goals: total(x, w, goals), (0, 1))(chunk, weight)
+            loss, dw = mx.depends([loss + one, dw + d_weight], [d_chunk])
+            dx.append(d_chunk)
+        return loss, mx.concatenate(dx), dw
+
+    @in_turn.vjp
+    def in_turn_vjp(primals, cotangents, outputs):
+        return cotangents[0].astype(x.dtype) * outputs[1], cotangents[0].astype(weight.dtype) * outputs[2]
+
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)                # [N, C], [N]
+    cuts = list(range(LOSS_TOKENS, len(targets), LOSS_TOKENS))
+    return (in_turn(x, weight)[0] if cuts else total(x, weight, targets)) / len(targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the matrices of the blocks, AdamW for the rest
+# Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
@@ -242,6 +294,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XX
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+
+
+NGRAMS = "ngrams.weight"
 
 
 def is_matrix(name):
@@ -288,6 +343,17 @@ def adamw(p, g, m, v, lr, betas, t):
     return p - lr * update, m, v
 
 
+def adagrad_rows(table, v, rows, g, lr):
+    """One Adagrad step of the rows that a batch looked up; no other row is touched or costs time. Returns table, v.
+
+    table [R, C]; v [R], the sum of a row's mean squared gradients (Duchi et al., 2011; one number a row as in Gupta et al.,
+    arXiv 1705.06066); rows [n, ...]; g [..., C], the gradient of the sum of n rows, the same for each of them.
+    """
+    v = v.at[rows].add(mx.mean(mx.square(g), axis=-1))
+    scale = lr * mx.rsqrt(v[rows] + 1e-20)                                      # [n, ...]
+    return table.at[rows].add(-scale[..., None] * g), v
+
+
 def adam_group(name, width):
     """Learning rate and betas of a parameter that AdamW trains."""
     scale = (width / 768) ** -0.5  # tuned at width 768
@@ -310,16 +376,21 @@ def matrix_groups(params):
 
 
 def init_optimizer(params):
-    """Moments for {name: array}: one pair a shape for Muon, one pair a parameter for AdamW."""
-    state = {n: (mx.zeros(p.shape), mx.zeros(p.shape)) for n, p in params.items() if not is_matrix(n)}
+    """Moments for {name: array}: a pair a shape for Muon, a number a row for Adagrad, a pair a parameter for AdamW."""
+    state = {n: (mx.zeros(p.shape), mx.zeros(p.shape)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
+    if NGRAMS in params:
+        state[NGRAMS] = (mx.zeros(len(params[NGRAMS])),)
     for (rows, cols), names in matrix_groups(params).items():
         n = len(names)
         state[f"muon.{rows}x{cols}"] = (mx.zeros((n, rows, cols)), mx.zeros((n, rows, 1) if rows >= cols else (n, 1, cols)))
     return state
 
 
-def update(params, grads, state, schedule, width):
-    """One optimizer step over {name: array}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1."""
+def update(params, grads, state, schedule, width, rows=None):
+    """One optimizer step over {name: array}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1.
+
+    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T].
+    """
     lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
     new, moments = {}, {}
     for shape, names in matrix_groups(params).items():
@@ -327,8 +398,10 @@ def update(params, grads, state, schedule, width):
         p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
         p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
         new |= dict(zip(names, p, strict=True))
+    if NGRAMS in params:
+        new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
-        if not is_matrix(name):
+        if not is_matrix(name) and name != NGRAMS:
             rate, betas = adam_group(name, width)
             new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
     return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
@@ -359,36 +432,56 @@ def schedule(progress, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_step(model, width, accumulate):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
+def make_gradients(model):
+    """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T]."""
 
     def loss_fn(params, x, y):
-        cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
+        cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
         model.update(tree_unflatten(list(cast.items())))
-        return cross_entropy(model(x), y)
+        return head_loss(model.features(x, params.get(NGRAMS)), cast["lm_head.weight"], y, model.config.softcap)
+
+    def gradients(params, x, y):
+        if NGRAMS not in params:
+            return *mx.value_and_grad(loss_fn)(params, x, y), None
+        ngrams, rows = model.embed_ngrams(x, params[NGRAMS])  # the gradient is their sum's: the table's would be as large as it
+        return *mx.value_and_grad(loss_fn)(params | {NGRAMS: ngrams}, x, y), rows
+
+    return gradients
+
+
+def make_step(model, width, accumulate):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
+    gradients = make_gradients(model)
 
     @mx.compile
     def whole(params, state, schedule, x, y):
-        loss, grads = mx.value_and_grad(loss_fn)(params, x, y)
-        return *update(params, grads, state, schedule, width), loss
+        loss, grads, rows = gradients(params, x, y)
+        return *update(params, grads, state, schedule, width, rows), loss
 
     @mx.compile
     def micro(params, total, total_loss, x, y):
-        loss, grads = mx.value_and_grad(loss_fn)(params, x, y)
-        return tree_map(lambda a, b: a + b / accumulate, total, grads), total_loss + loss / accumulate
+        loss, grads, rows = gradients(params, x, y)
+        grads = {n: g / accumulate for n, g in grads.items()}
+        found = [rows, grads.pop(NGRAMS)] if NGRAMS in params else []
+        return tree_map(lambda a, b: a + b, total, grads), total_loss + loss / accumulate, found
 
     @mx.compile
-    def apply(params, total, state, schedule):
-        return update(params, total, state, schedule, width)
+    def apply(params, total, found, state, schedule):
+        rows, grads = None, total
+        if NGRAMS in params:  # the passes' rows side by side, as one large batch has them
+            rows = mx.concatenate([one[0] for one in found], axis=1)            # [n, accumulate * B, T]
+            grads = total | {NGRAMS: mx.concatenate([one[1] for one in found])}
+        return update(params, grads, state, schedule, width, rows)
 
     def step(params, state, schedule, batches):
         if accumulate == 1:
             return whole(params, state, schedule, *map(mx.array, next(batches)))
-        total, loss = {n: mx.zeros(p.shape) for n, p in params.items()}, mx.array(0.0)
+        total, loss, found = {n: mx.zeros(p.shape) for n, p in params.items() if n != NGRAMS}, mx.array(0.0), []
         for _ in range(accumulate):
-            total, loss = micro(params, total, loss, *map(mx.array, next(batches)))
-            mx.async_eval(total, loss)
-        return *apply(params, total, state, schedule), loss
+            total, loss, rows_and_grads = micro(params, total, loss, *map(mx.array, next(batches)))
+            found.append(rows_and_grads)
+            mx.async_eval(total, loss, found[-1])
+        return *apply(params, total, found, state, schedule), loss
 
     return step
 
@@ -396,6 +489,13 @@ def make_step(model, width, accumulate):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loop
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+PEAK_TFLOPS = {  # what makers or core counts say, bf16 where tensor units do it; the longest name that a device's name holds
+    "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
+    "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 14.2, "M3 Ultra": 28, "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
+    "M5": 16, "M5 Max": 70, "A100": 312, "RTX 4090": 165, "H100": 989, "H200": 989,
+}  # fmt: skip
 
 
 def large_product():
@@ -406,35 +506,107 @@ def large_product():
 
 
 def peak_flops(product, flops):
-    """FLOP/s of the fastest of four such products."""
+    """FLOP/s that MFU is told by: the device's by PEAK_TFLOPS, or else of the fastest of four products; and the latter."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    return flops / min(times)
+    names = [name for name in PEAK_TFLOPS if f" {name} " in f" {device_name()} "]
+    measured = flops / min(times)
+    return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
+
+
+def passes(budget, step_seconds, batch_tokens, train_tokens):
+    """How often the budget reads the training text, from a step's seconds."""
+    steps = {"s": budget.amount / step_seconds, "steps": budget.amount, "tokens": budget.amount / batch_tokens}[budget.unit]
+    return steps * batch_tokens / train_tokens
+
+
+def memory_limit():
+    """Bytes that arrays may take on this device, None where it doesn't say."""
+    info = mx.device_info()
+    return info.get("max_recommended_working_set_size") or info.get("total_memory") or (
+        None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def expected_memory(model, params, state, step_fn, rows, seq_len):
+    """Peak bytes of a step of `rows` rows, by rows: from gradients of an eighth and a quarter of them, and a step of one row.
+
+    Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
+    """
+    gradients = mx.compile(lambda params, x, y: make_gradients(model)(params, x, y)[:2])
+
+    def peak(n, work):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(work(np.zeros((n, seq_len), np.int32)))
+        return mx.get_peak_memory()
+
+    few, more = max(1, rows // 8), max(2, rows // 4)
+    def one_step(x):  # on copies, which the step may overwrite as it does in training
+        copies = tree_map(lambda a: a + 0, (params, state))
+        mx.eval(copies)
+        return step_fn(*copies, schedule(0, 0), iter([(x, x)] * 99))
+
+    low, high = (peak(n, lambda x: gradients(params, mx.array(x), mx.array(x))) for n in (few, more))
+    floor = peak(1, one_step) - sum(a.nbytes for _, a in tree_flatten((params, state)))
+    a_row = (high - low) / (more - few)
+    return lambda n: max(floor, high + a_row * (n - more))
+
+
+def build(run, buckets, accumulate):
+    """A fresh model with these n-gram tables, its weights and moments as {name: array}, and its step."""
+    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets))
+    model.init_weights(run.seed)
+    params = dict(tree_flatten(model.parameters()))
+    state = init_optimizer(params)
+    mx.eval(params, state)
+    if buckets:
+        model.ngrams.weight = mx.zeros((0,))  # the table is in params; held here, too, its first version would stay in memory
+    return model, params, state, make_step(model, model.config.n_embd, accumulate)
+
+
+def check_memory(expected, rows, seq_len, limit):
+    """Refuses what won't fit into `limit` bytes. `expected`: bytes by rows."""
+    if limit and expected(rows) > limit:
+        fits = max((n for n in range(rows) if expected(n) <= limit), default=0) * seq_len
+        raise HarnessError("oom", f"a pass of {rows * seq_len:,} tokens is expected to take {expected(rows) / 2**30:.1f} GiB, this "
+                           f"device has {limit / 2**30:.1f}; " + (f"the largest that fits is MICRO_TOKENS = {fits}" if fits else
+                           f"not even one row fits: lower DEPTH ({DEPTH}) or WIDTH ({WIDTH})"))
 
 
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    rows, accumulate = max(1, MICRO_TOKENS // seq_len), max(1, BATCH_TOKENS // MICRO_TOKENS)
+    accumulate = max(1, math.ceil(BATCH_TOKENS / MICRO_TOKENS))
+    rows = max(1, BATCH_TOKENS // accumulate // seq_len)
     batch_tokens = rows * seq_len * accumulate
-    config = GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)
-    model = GPT(config)
-    model.init_weights(run.seed)
-    params = dict(tree_flatten(model.parameters()))
-    state = init_optimizer(params)
-    mx.eval(params, state)
-    num_params = sum(p.size for p in params.values())
     product, product_flops = large_product()
-    flops, peak = model.flops_per_token(seq_len), peak_flops(product, product_flops)
-    print(f"{TIER}: {num_params / 1e6:.2f} M parameters, depth {config.n_layer}, width {config.n_embd}, {batch_tokens:,} tokens a "
-          f"step in rows of {seq_len}, {flops / 1e6:.2f} MFLOPs a token, matrix products at {peak / 1e12:.2f} TFLOP/s", flush=True)
+    peak, gemm = peak_flops(product, product_flops)
+    limit = memory_limit()
+    if mx.metal.is_available():
+        mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
+        mx.set_cache_limit(limit // 4)  # freed buffers that MLX keeps; without a limit they push the machine into swap
 
-    step_fn = make_step(model, config.n_embd, accumulate)
-    dummy = np.zeros((rows, seq_len), np.int32)
-    mx.eval(step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate)))  # compile; the results are thrown away
+    buckets, reads = NGRAM_BUCKETS, None
+    while reads is None:
+        model, params, state, step_fn = build(run, buckets, accumulate)
+        expected = expected_memory(model, params, state, step_fn, rows, seq_len)
+        check_memory(expected, rows, seq_len, limit)
+        dummy = np.zeros((rows, seq_len), np.int32)
+        for _ in range(2):  # compile, then time a step on dummy data; the results are thrown away
+            start = time.perf_counter()
+            mx.eval(step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate)))
+        reads = passes(run.budget, time.perf_counter() - start, batch_tokens, run.train_tokens)
+        if buckets and reads > REREAD_PASSES[0] and buckets != REREAD_BUCKETS:
+            buckets, reads = REREAD_BUCKETS if reads <= REREAD_PASSES[1] else (), None
+    config, num_params = model.config, sum(p.size for p in params.values())
+    flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20
+    print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
+          f"{config.n_layer}, width {config.n_embd}, n-gram tables of {buckets} rows, {batch_tokens:,} tokens a step in rows of "
+          f"{seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, {expected_mb:,.0f} MB at the "
+          "peak", flush=True)
     mx.reset_peak_memory()
 
     batches = run.batches(rows, seq_len)
@@ -469,8 +641,8 @@ def train(run):
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
-            "depth": config.n_layer, "peak_vram_mb": mx.get_peak_memory() / 2**20,
-            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "device": device_name()}
+            "depth": config.n_layer, "peak_vram_mb": mx.get_peak_memory() / 2**20, "expected_vram_mb": expected_mb,
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "gemm_tflops": gemm / 1e12, "device": device_name()}
 
 
 def device_name():

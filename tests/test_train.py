@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import train_mlx
-from train_mlx import GPT, GPTConfig, attend, init_optimizer, make_step, schedule
+from train_mlx import GPT, GPTConfig, adagrad_rows, attend, head_loss, init_optimizer, make_step, ngram_rows, schedule
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=61, seq_len=16, n_layer=3, n_head=2, n_embd=32, window_pattern="SL", ngram_buckets=(97, 101))
@@ -81,7 +81,7 @@ def test_accumulation_equals_the_large_batch() -> None:
     in_parts, _, part_loss = make_step(model, CONFIG.n_embd, 2)(params, init_optimizer(params), schedule(0, 0), halves)
     assert part_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     # Adam's first step is the sign of the gradient, so that an entry near zero may flip: compare the matrices
-    matrices = [n for n in params if train_mlx.is_matrix(n)]
+    matrices = [n for n in params if train_mlx.is_matrix(n) or n == train_mlx.NGRAMS]
     assert distance({n: in_parts[n] for n in matrices}, {n: at_once[n] for n in matrices}) < 1e-4
 
 
@@ -130,15 +130,69 @@ def test_no_token_sees_the_future() -> None:
 
 
 def test_n_grams_differ_and_the_first_position_has_no_past() -> None:
-    """The bigram row of position t depends on t-1 and t; the trigram row on t-2, t-1 and t."""
-    model = GPT(CONFIG)
-    model.wte.weight = mx.zeros_like(model.wte.weight)
-    model.ngrams[1].weight = mx.zeros_like(model.ngrams[1].weight)
-    model.ngrams[0].weight = mx.random.normal(model.ngrams[0].weight.shape, key=mx.random.key(0))
-    x = np.array(model.embed(mx.array([[1, 2, 3, 2, 3, 1]])).astype(mx.float32))[0]
-    assert np.allclose(x[2], x[4])
-    assert not np.allclose(x[1], x[3])
-    assert not np.allclose(x[0], x[5])
+    """The bigram row of position t depends on t-1 and t; the trigram row on t-2, t-1 and t; each has a table of its own."""
+    bigrams, trigrams = np.array(ngram_rows(mx.array([[1, 2, 3, 2, 3, 1]]), (97, 101)))[:, 0]
+    assert bigrams[2] == bigrams[4] != bigrams[1]
+    assert trigrams[2] != trigrams[4]
+    assert bigrams[0] != bigrams[5]
+    assert bigrams.max() < 97 <= trigrams.min()
+    assert trigrams.max() < 97 + 101
+
+
+def test_adagrad_touches_the_rows_of_the_batch_and_adds_up_what_a_row_got_twice() -> None:
+    table, g = mx.ones((5, 2)), mx.array([[1.0, 1.0], [3.0, 3.0]])
+    after, v = adagrad_rows(table, mx.zeros(5), mx.array([[1, 1], [2, 3]]), g, 0.1)
+    assert np.allclose(np.array(v), [0, 10, 1, 9, 0])
+    assert np.allclose(np.array(after)[:, 0], [1, 1 - 0.1 * 4 / 10**0.5, 0.9, 0.9, 1])
+
+
+def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(((2, 16, 8), (61, 8))))
+    targets = mx.random.randint(0, 61, (2, 16), key=mx.random.key(2))
+
+    def found(tokens: int) -> list[mx.array]:
+        monkeypatch.setattr(train_mlx, "LOSS_TOKENS", tokens)
+        loss, grads = mx.value_and_grad(lambda x, w: 3 * head_loss(x, w, targets, 15.0), (0, 1))(x, weight)
+        return [loss, *grads]
+    for tokens in (1, 5, 16):
+        assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found(tokens), found(32), strict=True))
+
+
+def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fp32 scalar promotes it: every block's input and output, attention and MLP too; logits, loss and gradients are fp32."""
+    monkeypatch.setattr(train_mlx, "DTYPE", mx.bfloat16)
+    seen: dict[str, set] = {}
+    for cls in (train_mlx.Block, train_mlx.CausalSelfAttention, train_mlx.MLP):
+        def watched(self, x, *rest, name=cls.__name__, call=cls.__call__):
+            y = call(self, x, *rest)
+            seen.setdefault(name, set()).update((x.dtype, y.dtype))
+            return y
+        monkeypatch.setattr(cls, "__call__", watched)
+    model, params = fresh()
+    x, y = map(mx.array, next(batches(2)))
+    loss, grads, _ = train_mlx.make_gradients(model)(params, x, y)
+    assert seen == dict.fromkeys(("Block", "CausalSelfAttention", "MLP"), {mx.bfloat16})
+    assert {loss.dtype, *(g.dtype for g in grads.values())} == {mx.float32}
+    assert model.features(x).dtype == mx.bfloat16
+    assert model(x).dtype == mx.float32
+
+
+@pytest.mark.parametrize(("rows", "buckets"), [(16, ()), (16, (97, 101)), (64, (97, 101))])
+def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...]) -> None:
+    config = GPTConfig(vocab_size=512, seq_len=64, n_layer=3, n_head=2, n_embd=128, ngram_buckets=buckets)
+    model = GPT(config)
+    model.init_weights(1)
+    params = dict(tree_flatten(model.parameters()))
+    step, state = make_step(model, config.n_embd, 1), init_optimizer(params)
+    mx.eval(params, state)
+    expected = train_mlx.expected_memory(model, params, state, step, rows, 64)(rows)
+    x = np.zeros((rows, 64), np.int32)
+    mx.reset_peak_memory()
+    for i in range(4):
+        params, state, loss = step(params, state, schedule(0, i), iter([(x, x)]))
+        mx.async_eval(params, state, loss)
+    mx.eval(params, state)
+    assert expected == pytest.approx(mx.get_peak_memory(), rel=0.15)
 
 
 def test_schedule_rises_falls_and_ends_where_it_should() -> None:
@@ -214,7 +268,7 @@ def test_a_diverging_run_ends_at_once_with_its_name(tmp_path: Path, home: Path) 
 
 @pytest.mark.parametrize(("line", "kind", "exit_code"), [("np.zeros(1 << 50)", "oom", 4), ("1 / 0", "crash", 1)])
 def test_out_of_memory_is_told_apart_from_a_crash(tmp_path: Path, home: Path, line: str, kind: str, exit_code: int) -> None:
-    process, out = run(tmp_path, home, changed("    model = GPT(config)\n", f"    {line}\n    model = GPT(config)\n"))
+    process, out = run(tmp_path, home, changed("    limit = memory_limit()\n", f"    {line}\n    limit = memory_limit()\n"))
     assert process.returncode == exit_code, process.stderr
     assert json.loads((out / "error.json").read_text())["kind"] == kind
     assert "Traceback" in process.stderr
