@@ -7,8 +7,8 @@ A peer's train.py runs as its authors wrote it, but for what SUBSTITUTIONS says,
 tokens a step and more) a CPU makes a handful of steps, so SETUPS gives every peer the shape that our file has there, and keeps
 its learning rates, schedule and optimizer. Its harness is peer_shim.py over our data. Upstream's file needs CUDA and a Hopper
 kernel: on another machine it runs with PyTorch's own attention, `cpu` for `cuda` and, like every peer, in fp32, which is faster
-than bf16 on CPUs without it (--peer-bf16 keeps what was shipped). A peer's clock is its own: it doesn't count its first steps
-(11 of upstream's, 1 of the MLX fork's), which on a small machine is time for free; ours counts all.
+than bf16 on CPUs without it (--peer-bf16 keeps what was shipped). A peer's clock is its own and its first step free, as it
+compiles; upstream's free ten more would be most of a short training with large steps, and are counted. Ours counts all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ LIMIT = 3, 300                                                                  
 SUBSTITUTIONS = [
     ("the seed is ours to choose", r"seed\(42\)", "seed({seed})"),
     ("a check that this is a Mac", r"^verify_macos_env\(\)$", ""),
+    ("11 steps free of charge; one may compile", r"\bstep > 10\b", "step > 0"),
 ]
 NO_CUDA = [
     ("upstream's device", r'^device = torch\.device\("cuda"\)', 'device = torch.device("cpu")'),
@@ -65,12 +66,18 @@ class Failed(click.ClickException):
     """A run without a result; the message ends with what the run said last."""
 
 
-def adapt(source: str, constants: dict[str, Any], seed: int = 1, fp32: bool = True) -> str:
-    """A peer's file with other constants, for this machine. Failed if it doesn't have one of them."""
+def with_constants(source: str, constants: dict[str, Any]) -> str:
+    """A train file with other values of its constants. Failed if it doesn't have one of them."""
     for name, value in constants.items():
         source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1, flags=re.M)
         if not found:
             raise Failed(f"expected a line `{name} = ...` in the train file")
+    return source
+
+
+def adapt(source: str, constants: dict[str, Any], seed: int = 1, fp32: bool = True) -> str:
+    """A peer's file with other constants, for this machine. Failed if it doesn't have one of them."""
+    source = with_constants(source, constants)
     changes = [*SUBSTITUTIONS, *([] if detect_preset() == "cuda" else NO_CUDA), *(IN_FP32 if fp32 else [])]
     for _, pattern, replacement in changes:
         source = re.sub(pattern, replacement.replace("{seed}", str(seed)), source, flags=re.M)
@@ -113,12 +120,12 @@ def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, s
     return report
 
 
-def train_ours(data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
-    """One training of train_mlx.py, scored by `prepare_mlx.py score`: report with val_bpb."""
+def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
+    """One training of our file, scored by `prepare_mlx.py score`: report with val_bpb."""
     with tempfile.TemporaryDirectory() as folder:
         (run_dir := Path(folder, "run")).mkdir()
         variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": f"{seconds}s", "SEED": str(seed), "SCORE": "0"}
-        report = launch(TRAIN_FILE.name, TRAIN_FILE.read_text(), Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
+        report = launch(TRAIN_FILE.name, source, Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
                         **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
         command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
         scored = subprocess.run(command, capture_output=True, text=True)
@@ -183,20 +190,21 @@ def named_path(context: click.Context, option: click.Parameter, values: tuple[st
 @click.option("--speedrun", "race", is_flag=True, help="Train ours at parts of the budget, too: when does it pass each peer?")
 @click.option("--ours/--no-ours", "with_ours", default=True, help="Train train_mlx.py as well.")
 @click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="peers.json", show_default=True)
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="runs/peers.json", show_default=True)
 def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...], race: bool,
          with_ours: bool, peer_python: str, out: Path) -> None:
     """Train PEERS and ours at the same budget and compare their val_bpb."""
     if not re.fullmatch(r"\d+(\.\d+)?s", budget) or seeds < 1:
         raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
     seconds = float(budget[:-1])
+    out.parent.mkdir(parents=True, exist_ok=True)
     data = Path(os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"])
     held = home() / "held" / data.name
-    todo: dict[str, Any] = {}
+    source, todo = TRAIN_FILE.read_text(), {}  # read once: it may be edited meanwhile
     if with_ours:
         for part in (1.0, *(SHARES if race else ())):
             todo["ours" if part == 1 else f"ours in {part * seconds:.0f} s"] = \
-                lambda seed, part=part: train_ours(data, held, part * seconds, seed)
+                lambda seed, part=part: train_ours(source, data, held, part * seconds, seed)
     for dtype, group in ((" bf16", shipped), ("", peers)):
         for name, path in group.items():
             for setup in setups:
