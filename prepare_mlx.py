@@ -51,6 +51,7 @@ DRIFT = 0.10                    # change of the machine's speed over a training 
 EVAL_BUFFER_BYTES = 96 << 20    # each of the two logits buffers; bounds the scorer's memory
 ANSWER_LIMIT = 300              # seconds that the logits server may take for one batch
 SERVER_FILE_BYTES = 256 << 20   # the largest file, its log included, that the logits server may write
+SERVER_LOG_BYTES = 1 << 20      # of its log that are kept
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,8 @@ def detect_preset() -> str:
 
 
 def load_fast_blas() -> str | None:
-    """Load an optimised BLAS before MLX's CPU backend binds its own, 50 times slower one. Linux only.
-
-    Call before `import mlx.core`. Returns the library's name, or None; prints one hint when there is none.
-    """
+    """Load an optimised BLAS before `import mlx.core` binds MLX's own, 50 times slower one. Linux only. Returns the library's
+    name, or None; prints one hint when there is none."""
     if sys.platform != "linux":
         return None
     in_environment = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))  # the `mkl` wheel puts it there
@@ -213,10 +212,7 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="") -> dict:
-    """Make a dataset ready and current; do nothing but that where it already is.
-
-    Returns the entry described in CONTRIBUTING.md (directories, hashes, preset). Errors: HarnessError.
-    """
+    """Make a dataset ready and current. Returns the entry described in CONTRIBUTING.md. Errors: HarnessError."""
     import corpus
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
@@ -263,10 +259,8 @@ def row_starts(tokens: np.ndarray, bos_id: int, seq_len: int) -> np.ndarray:
 
 
 def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless (inputs, targets), int32 [B, T] each, every row once an epoch in an order that `seed` decides.
-
-    Made on a thread of its own, a few batches ahead. Errors: HarnessError("data") where the shard is too short.
-    """
+    """Endless (inputs, targets), int32 [B, T] each, every row once an epoch in an order that `seed` decides; a thread makes them
+    a few batches ahead. Errors: HarnessError("data") where the shard is too short."""
     starts = row_starts(tokens, bos_id, seq_len)
     if len(starts) < batch_size:
         raise HarnessError("data", f"a batch of {batch_size} rows of {seq_len} tokens was asked for, the training text has only "
@@ -308,17 +302,15 @@ class Budget:
         self.started, self._born = False, time.monotonic() - age
 
     def start(self, work: Callable[[], object] | None = None) -> None:
-        """Begin to count, once, after warm-up. `work`: what to measure the machine's speed by, see `speed`.
-
-        Errors: HarnessError("timeout") where starting took longer than STARTUP_LIMIT, "violation" for a second start.
-        """
+        """Begin to count, once, after warm-up. `work`: what to measure the machine's speed by, see `speed`. Errors:
+        HarnessError("timeout") where starting took longer than STARTUP_LIMIT, ("violation") for a second start."""
         waited = time.monotonic() - self._born
         if self.started:
             raise HarnessError("violation", "the budget was started a second time")
         if waited > STARTUP_LIMIT:
             raise HarnessError("timeout", f"{waited:.0f} s passed before training began, expected at most {STARTUP_LIMIT}: warm-up "
                                "compiles, it doesn't train")
-        self._work, self._probe_seconds = work, min(1.0, max(0.2, self.amount / 300)) if self.unit == "s" else 0.2
+        self._work, self._probe_seconds = work, min(1.0, max(0.2, self.amount / 30)) if self.unit == "s" else 0.2
         self._speed = speed(work, self._probe_seconds)
         self.started, self._start, self._wall = True, time.monotonic(), time.time()
 
@@ -332,8 +324,8 @@ class Budget:
         return {"s": self.seconds, "steps": steps, "tokens": tokens}[self.unit] / self.amount
 
     def close(self) -> dict[str, float]:
-        """How long the machine slept, and how fast it is now against before. Errors: HarnessError("violation") for a clock that
-        never ran, ("timeout") for a training far beyond its budget: one step and saving take less."""
+        """How long the machine slept, how fast it is now against before, and how fast at all. Errors: HarnessError("violation")
+        for a clock that never ran, ("timeout") for a training far beyond its budget: one step and saving take less."""
         if not self.started:
             raise HarnessError("violation", "the training ended, but run.budget.start() was never called")
         used, limit = self.seconds, max(OVERRUN[0] * self.amount, self.amount + OVERRUN[1])
@@ -341,7 +333,8 @@ class Budget:
             raise HarnessError("timeout", f"the training took {used:.0f} s, expected at most {limit:.0f} for {self.text}; "
                                "ask run.budget.progress() more often, or make a step shorter")
         slept = max(0.0, time.time() - self._wall - used)
-        return {"suspended_seconds": slept, "speed_index": speed(self._work, self._probe_seconds) / self._speed}
+        now = speed(self._work, self._probe_seconds)
+        return {"suspended_seconds": slept, "speed_index": now / self._speed, "products_per_second": (now + self._speed) / 2}
 
 
 def speed(work: Callable[[], object] | None, seconds: float) -> float:
@@ -362,10 +355,8 @@ def speed(work: Callable[[], object] | None, seconds: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Run:
-    """One training: where its data lies, what it may use, where its results go. Use as `with start_run(__file__) as run:`.
-
-    An exception inside the block becomes error.json, a traceback and an exit code that names the kind of failure.
-    """
+    """One training: where its data lies, what it may use, where its results go. Use as `with start_run(__file__) as run:`; an
+    exception inside becomes error.json, a traceback and an exit code that names the kind of failure."""
 
     def __init__(self, train_file: str):
         self.born = time.monotonic()
@@ -378,10 +369,11 @@ class Run:
         self.data = Path(place)
         self.meta = json.loads((self.data / "meta.json").read_text())
         import psutil
-        age = time.time() - psutil.Process().create_time()
-        self.budget = Budget(os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], age=age)
+        text, age = os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], time.time() - psutil.Process().create_time()
+        self.budget = Budget(text, age)
         self.seed = int(os.environ.get("AUTORESEARCH_SEED") or 1)
         self.vocab_size, self.seq_len = self.meta["vocab_size"], self.meta["seq_len"]
+        self.train_tokens = (self.data / "train.bin").stat().st_size // np.dtype(self.meta["dtype"]).itemsize
         self.step = 0
         self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -460,6 +452,8 @@ def fail(kind: str, message: str, run_dir: Path, step: int | None = None) -> int
 
 def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.ACCESS_WRITE) -> np.ndarray:
     """Memory behind a file that two processes hold: it has no name that a third could find, and nothing is left behind."""
+    if access == mmap.ACCESS_WRITE:
+        os.ftruncate(descriptor, math.prod(shape) * np.dtype(dtype).itemsize)
     return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
 
 
@@ -496,29 +490,28 @@ def serve(run_dir: Path) -> None:
 
 
 class LogitsServer:
-    """The scorer's end of the server: `ask` sends a batch, `answer` waits for one, first asked, first answered."""
+    """The scorer's end of the server: `ask` sends a batch, `answer` waits for one, first asked, first answered.
 
-    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str]):
-        self.asked, self.answered, self._unread = 0, 0, b""
+    `scratch` is its TMPDIR, new for each, and its log has no name: under `wrap`, no server finds what another one left.
+    """
+
+    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None):
+        self.asked, self.answered, self._unread, self._kept = 0, 0, b"", log
+        self._log, self._scratch = tempfile.TemporaryFile(), scratch or Path(tempfile.mkdtemp())  # noqa: SIM115
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(mode=0o700)
         with contextlib.ExitStack() as stack:
-            def exchange(dtype: type, shape: list[int]) -> tuple[int, np.ndarray]:
-                file = stack.enter_context(os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
-                                           else tempfile.TemporaryFile())  # noqa: SIM115
-                file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
-                return file.fileno(), shared(file.fileno(), dtype, shape)
-            token_file, self.tokens = exchange(np.int32, [2, *shape[:2]])
-            logit_file, self.logits = exchange(np.float32, [2, *shape])
-            log = stack.enter_context(open(run_dir / "serve.log", "ab"))
+            files = [os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
+                     else tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+            token_file, logit_file = (stack.enter_context(file).fileno() for file in files)
+            self.tokens = shared(token_file, np.int32, [2, *shape[:2]])
+            self.logits = shared(logit_file, np.float32, [2, *shape])
             self.process = subprocess.Popen(
                 [*wrap, sys.executable, "-B", __file__, "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, pass_fds=(token_file, logit_file), start_new_session=True,
-                env={k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"})  # nothing leads to held-out data
-        try:
-            self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
-            self._receive(None)
-        except BaseException:
-            self.close()
-            raise
+                stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
+                    **{k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"},  # nothing leads to held-out data
+                    "TMPDIR": str(self._scratch)})
+        self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
 
     def _send(self, message: dict) -> None:
         with contextlib.suppress(BrokenPipeError):  # a dead server says why in its last reply
@@ -549,6 +542,8 @@ class LogitsServer:
 
     def ask(self, batch: np.ndarray) -> None:
         """Send int32 [<= rows, seq_len]; the rest of the buffer repeats its first row, so that the shape never changes."""
+        if not self.asked:
+            self._receive(None)  # the candidate is imported
         i = self.asked % 2
         self.tokens[i][: len(batch)] = batch
         self.tokens[i][len(batch):] = batch[0]
@@ -566,12 +561,16 @@ class LogitsServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - SERVER_LOG_BYTES))
+        self._kept += self._log.read()
+        self._log.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 
-def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_rows: int = 0) -> dict:
+def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_rows=0, scratch: Path | None = None) -> dict:
     """Score a run's model on held-out text: every byte once. Returns the summary. Errors: HarnessError."""
     from probes import Question, bits_per_byte, log_probs
     began = time.monotonic()
@@ -593,16 +592,14 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
     padded[: len(tokens)] = tokens
     inputs, targets = padded[:-1].reshape(rows, seq_len), padded[1:].reshape(rows, seq_len)
     scored = tokenizer.token_bytes[targets] > 0                                 # marks and padding have no bytes
-    if tokenizer.token_bytes[targets].sum() != meta[f"{split}_bytes"]:
-        raise HarnessError("data", f"the bytes of {split}'s tokens do not add up to {meta[f'{split}_bytes']:,}")
     batch_rows = max(1, min(batch_rows or 256, rows // 8, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))  # rows // 8: many calls
-    threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())             # NumPy lets go of the interpreter lock
+    threads, log = concurrent.futures.ThreadPoolExecutor(os.cpu_count()), bytearray()  # NumPy lets go of the interpreter lock
+    (run_dir / "serve.log").unlink(missing_ok=True)
 
     def ask(questions: list[Question], ids: np.ndarray) -> np.ndarray:
         groups = [questions[a : a + batch_rows] for a in range(0, len(questions), batch_rows)]
         values = [np.empty((0, seq_len, ids.shape[-1]))]
-        server = LogitsServer(run_dir, [batch_rows, seq_len, vocab], wrap)
-        try:
+        with contextlib.closing(LogitsServer(run_dir, [batch_rows, seq_len, vocab], wrap, log, scratch)) as server:
             for k in range(len(groups) + 1):
                 if k < len(groups):  # the next batch is computed while this one is summed
                     server.ask(np.stack([question.tokens for question in groups[k]]))
@@ -610,11 +607,13 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
                     logits = server.answer()[: len(groups[k - 1])].reshape(-1, vocab)
                     wanted = ids[[question.row for question in groups[k - 1]]].reshape(len(logits), -1)
                     values.append(log_probs(logits, wanted, threads).reshape(-1, seq_len, ids.shape[-1]))
-        finally:
-            server.close()
         return np.concatenate(values)
 
-    bpb = bits_per_byte(ask, inputs, targets, scored, meta[f"{split}_bytes"])
+    try:
+        bpb = bits_per_byte(ask, inputs, targets, scored, meta[f"{split}_bytes"])
+    finally:
+        with contextlib.suppress(OSError):  # not earlier: the next server could read it
+            write_atomically(run_dir / "serve.log", bytes(log))
     summary = {f"{split}_bpb": f"{bpb:.6f}", "training_seconds": f"{facts['training_seconds']:.1f}",
                "total_seconds": f"{facts['total_seconds'] + time.monotonic() - began:.1f}",
                "peak_vram_mb": f"{facts['peak_vram_mb']:.1f}", "mfu_percent": f"{facts['mfu_percent']:.2f}",
@@ -623,7 +622,8 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
                f"{split}_bytes": meta[f"{split}_bytes"], f"{split}_sha256": meta[f"{split}_sha256"][:16],
                "data_hash": meta["data_hash"], "tokenizer_hash": meta["tokenizer_hash"], "seq_len": seq_len,
                "budget": facts["budget"], "device": facts["device"], "seed": facts["seed"],
-               "suspended_seconds": f"{facts['suspended_seconds']:.1f}", "speed_index": f"{facts['speed_index']:.3f}"}
+               "suspended_seconds": f"{facts['suspended_seconds']:.1f}", "speed_index": f"{facts['speed_index']:.3f}",
+               "products_per_second": f"{facts['products_per_second']:.2f}"}
     if abs(facts["speed_index"] - 1) > DRIFT:
         summary["speed_warning"] = f"{facts['speed_index'] - 1:+.0%} over the training: heat, or another program"
     return summary
@@ -636,7 +636,7 @@ def read_facts(run_dir: Path) -> dict:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise HarnessError("crash", f"{run_dir}: expected a train.json from a finished training, got {error}") from error
     for key in ("training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens", "num_steps", "num_params",
-                "depth", "seed", "suspended_seconds", "speed_index"):
+                "depth", "seed", "suspended_seconds", "speed_index", "products_per_second"):
         value = facts.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
             raise HarnessError("violation", f"train.json: expected a finite number for {key}, got {str(value)[:80]}")
@@ -671,13 +671,14 @@ def main() -> int:
             command.add_argument("--held", type=Path, help="directory of the held-out shards (default: the run's own dataset)")
             command.add_argument("--wrap", type=json.loads, default=[],
                                  help="JSON list: a command to start the logits server under, a sandbox")
+            command.add_argument("--scratch", type=Path, help="TMPDIR of the logits server, anew for each (default: any)")
             command.add_argument("--rows", type=int, default=0, help="rows in a batch, at most (default: what 96 MB hold)")
     args = parser.parse_args()
     try:
         if args.command == "serve":
             serve(args.run_dir.resolve())
         elif args.command == "score":
-            summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows)
+            summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows, args.scratch)
             print("---", *(f"{key + ': ':<18}{value}" for key, value in summary.items()), sep="\n")
         elif args.list:
             import corpus

@@ -4,8 +4,10 @@ The score from log probabilities, and the probes that tell whether they can be b
 `prepare_mlx.py score` hands in a way to ask; what is asked, and what is made of the answers, is decided here.
 
 A model may look back within its row and nowhere else: not ahead, not at the other rows of its batch, not at what it was asked
-before. Two processes of the model each score half of the rows and are each probed on the other half. Not covered: a model
-whose two processes talk to each other, through files say; the sandbox keeps them apart where there is one.
+before. Two processes of the model, one after the other, each score half of the rows and are each probed on the other half. The
+first may leave nothing to the second: each has a TMPDIR of its own and a log without a name, and under the sandbox it can write
+nowhere else. Not covered: notes left in files where there is no sandbox; on macOS Metal's cache of kernels; in a container whose
+bubblewrap has no process ids of its own, a process that outlives the first.
 """
 
 import math

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from agent import process, sandbox
 from agent.candidate import one_line
 from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped
+from agent.filetree import remove
 from agent.measure import directory_bytes
 from agent.metrics import Watch
 from agent.redact import redact
@@ -59,16 +60,16 @@ class Lab:
     sandboxed: bool = True
     environ: Mapping[str, str] = field(default_factory=clean_env)
 
-    def confined(self, argv: list[str], run_dir: Path) -> list[str]:
-        """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `run_dir`.
+    def confined(self, argv: list[str], writable: Sequence[Path], *readable: Path) -> list[str]:
+        """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `writable`.
 
         An empty command gives the words to put before one."""
-        scratch = self.scratch(run_dir)
-        scratch.mkdir(parents=True, exist_ok=True)
+        for folder in writable:
+            folder.mkdir(parents=True, exist_ok=True)
         if not self.sandboxed:
             return argv
-        readable, hidden = [self.worktree, self.harness.parent, self.train_dir], [self.held_dir, *self.hidden]
-        return sandbox.wrap(argv, writable=[run_dir, scratch], readable_only=readable, hidden=hidden)[0]
+        readable, hidden = (self.worktree, self.harness.parent, self.train_dir, *readable), [self.held_dir, *self.hidden]
+        return sandbox.wrap(argv, writable=writable, readable_only=readable, hidden=hidden)[0]
 
     def scratch(self, run_dir: Path) -> Path:
         """TMPDIR of a candidate's trainings, `tmp/NNNN`. MLX compiles kernels there and takes what it finds compiled: so it
@@ -108,7 +109,7 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
     log = lab.folder / "logs" / "import.log"
     python = [sys.executable, "-B", "-c", _IMPORT, str(lab.worktree / lab.train_file)]
     scratch = _fresh(lab.folder / "trials" / "import")
-    outcome = _child(lab, lab.confined(python, scratch), log, scratch, IMPORT_SECONDS)
+    outcome = _child(lab, lab.confined(python, [scratch, lab.scratch(scratch)]), log, scratch, IMPORT_SECONDS)
     for used in (scratch, lab.scratch(scratch)):
         shutil.rmtree(used, ignore_errors=True)
     if outcome.reason != "exited" or outcome.exit_code == 0:
@@ -128,7 +129,7 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
         "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_SCORE": "0",
     }  # fmt: skip
     watch = Watch(run_dir / "metrics.jsonl", lab.abort_loss, lab.show)
-    trainer = lab.confined([sys.executable, "-B", lab.train_file], run_dir)
+    trainer = lab.confined([sys.executable, "-B", lab.train_file], [run_dir, lab.scratch(run_dir)])
     log = lab.folder / "logs" / f"{name}.train.log"
     outcome = _child(lab, trainer, log, run_dir, lab.wall_seconds, env, watch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS:
@@ -148,15 +149,19 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
 def score(lab: Lab, run_dir: Path, split: str) -> Result:
     """Score a finished run directory on `val` or `test` with the night's harness."""
     out, log = (lab.folder / "logs" / f"{run_dir.name}.{split}.{kind}" for kind in ("out", "log"))
-    # The scorer is ours and reads the held-out text; its logits server is the candidate's and gets the sandbox.
-    server = json.dumps(lab.confined([], run_dir))
+    # The scorer is ours and reads the held-out text; its logits servers are the candidate's and get the sandbox. Each finds
+    # nothing that another one wrote: the run directory is for reading, and the scratch is made anew for each.
+    scratch = lab.scratch(run_dir) / "server"
+    remove(scratch)
+    server = json.dumps(lab.confined([], [scratch], run_dir))
     scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split, "--held", str(lab.held_dir)]
-    scorer += ["--wrap", server]
+    scorer += ["--wrap", server, "--scratch", str(scratch)]
     if lab.sandboxed:
         readable = [lab.worktree, lab.harness.parent, lab.train_dir, lab.held_dir]
         scorer = sandbox.wrap_scorer(scorer, writable=[run_dir, lab.scratch(run_dir)], readable_only=readable)
     shortest, longest = SCORE_SECONDS
     outcome = _child(lab, scorer, log, run_dir, min(longest, max(shortest, lab.wall_seconds)), stdout_to=out)
+    remove(scratch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
         return Result("interrupted", outcome.seconds, error=_error("interrupted", "the machine slept", outcome))
     if outcome.reason != "exited":
@@ -207,8 +212,9 @@ def _child(
     written = (run_dir, lab.scratch(run_dir))
     room = min(lab.directory_bytes, sum(map(directory_bytes, written)) + max(0, shutil.disk_usage(run_dir).free - lab.spare_bytes))
     limits = process.Limits(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
+    known = {name: value for name, value in lab.environ.items() if name != "AUTORESEARCH_HOME"}  # it leads to held-out data
     outcome = process.run(
-        argv, cwd=lab.worktree, env={**lab.environ, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, limits=limits,
+        argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, limits=limits,
         stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":

@@ -105,7 +105,7 @@ def test_a_child_that_was_left_is_ended(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not sandbox.available().present, reason=f"no sandbox here: {sandbox.available()}")
-@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything"])
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything", "whispers"])
 def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     result = trial(tmp_path, tiny, name, sandboxed=True)
     assert result.status == "ok", result.error
@@ -114,9 +114,11 @@ def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, na
         assert (tmp_path / "worktree" / file).read_bytes() == (ROOT / file).read_bytes()
 
 
-def test_without_the_sandbox_a_guess_is_not_refused(tiny, tmp_path, honest):
-    """What only the sandbox covers, said here so that nobody believes more: the folder's owner can read it."""
-    result = trial(tmp_path, tiny, "guesses_where_the_validation_text_is")
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "whispers"])
+def test_without_the_sandbox_it_is_not_refused(tiny, tmp_path, honest, name):
+    """What only the sandbox covers, said here so that nobody believes more: held-out text can be read by the folder's owner, and
+    two processes of a model can leave each other notes."""
+    result = trial(tmp_path, tiny, name)
     assert result.status == "ok", result.error
     assert result.val_bpb < honest
     assert os.stat(tiny.held).st_mode & 0o077 == 0, "other users cannot, at least"

@@ -20,7 +20,8 @@ from prepare_mlx import HarnessError, Tokenizer
 from probes import Question, bits_per_byte, log_probs, splice
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
-         "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0, "budget": "20steps", "device": "cpu"}
+         "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0,
+         "products_per_second": 8.0, "budget": "20steps", "device": "cpu"}
 
 BIGRAM = """
 import os, sys
@@ -300,6 +301,26 @@ def test_the_server_is_started_under_the_given_command(tiny, candidate):
     assert refusal(score(run_dir, tiny))[:2] == (1, "crash")
 
 
+def test_each_server_gets_a_scratch_folder_of_its_own_and_the_log_only_at_the_end(tiny, candidate, tmp_path):
+    source = """import pathlib, sys, tempfile
+scratch, here = pathlib.Path(tempfile.gettempdir()), pathlib.Path(__file__).parent
+assert not list(scratch.iterdir()) and not (here / 'serve.log').exists()
+(scratch / 'left').write_text('x')
+print('printed', file=sys.stderr)
+with open(here / 'seen', 'a') as file:
+    file.write(f'{scratch}\\n')
+""" + BIGRAM
+    run_dir = candidate(source=source)
+    for more in ((), ("--scratch", tmp_path / "scratch")):
+        done = score(run_dir, tiny, *more)
+        assert done.returncode == 0, done.stderr
+        assert (run_dir / "serve.log").read_text().split() == ["printed"] * 2
+    seen = (run_dir / "seen").read_text().split()
+    assert seen[2:] == [str(tmp_path / "scratch")] * 2
+    assert len(set(seen[:2])) == 2
+    assert not any(os.path.exists(place) for place in seen)
+
+
 @pytest.mark.parametrize(("facts", "said"), [
     ({"num_steps": float("nan")}, "expected a finite number for num_steps, got nan"),
     ({"depth": "1\nval_bpb: 0.1"}, "expected a finite number for depth"),
@@ -374,7 +395,7 @@ import prepare_mlx, probes
 run = pathlib.Path({str(tmp_path)!r})
 source = "import numpy as np\\ndef load_model(d):\\n    return lambda t: np.zeros((*t.shape, 8192), np.float32)"
 (run / "train_x.py").write_text(source)
-server = prepare_mlx.LogitsServer(run, [1, 2048, 8192], [])
+server = prepare_mlx.LogitsServer(run, [1, 2048, 8192], [], bytearray())
 for i in range(6):
     server.ask(np.zeros((1, 2048), np.int32))
     probes.log_probs(server.answer()[0], np.zeros((2048, 3), int))

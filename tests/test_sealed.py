@@ -33,6 +33,7 @@ def probe(run, name):
     seen = {path: attempt(lambda: Path(path).read_text()) for path in wanted["read"]}
     seen["network"] = attempt(lambda: socket.create_connection(("127.0.0.1", wanted["port"]), 5) and "connected")
     seen["write"] = attempt(lambda: Path(wanted["write"]).with_suffix("." + name).write_text(name))
+    seen["environment"] = sorted(os.environ)
     seen["scratch"] = [os.environ["TMPDIR"], sorted(os.listdir(os.environ["TMPDIR"]))]
     (Path(os.environ["TMPDIR"]) / f"compiled-by-{Path(run).name}-{name}").write_text("")
     (Path(run) / f"{name}.seen").write_text(json.dumps(seen))
@@ -108,6 +109,8 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
     assert (scorer["network"] != "connected") == sandbox.nests()
     assert (bed.home / "escaped.scorer").exists() != sandbox.nests()
     assert described() in done.stdout
+    assert "AUTORESEARCH_DATA" in asked["environment"]
+    assert not {"AUTORESEARCH_HOME"} & {*asked["environment"], *scorer["environment"]}, "where held-out data lies"
     # scratch: one a candidate, with nothing of another's in it
     first = json.loads((folder / "trials/0000-1/trainer.seen").read_text())["scratch"]
     again = json.loads((folder / "trials/0000-2/trainer.seen").read_text())["scratch"]
