@@ -86,14 +86,29 @@ def test_a_training_far_beyond_its_budget_is_a_timeout(monkeypatch):
 
 
 def test_the_speed_index_sees_a_machine_that_becomes_slower():
-    pause = [0.004]
+    pause = [0.02]
 
     def work():
         time.sleep(pause[0])
-    budget = Budget("30s")
+    budget = Budget("15s")
     budget.start(work)
-    pause[0] = 0.008
-    assert 0.3 < budget.close()["speed_index"] < 0.75  # a busy machine sleeps longer than it was told
+    pause[0] = 0.06
+    assert 0.2 < budget.close()["speed_index"] < 0.75  # a busy machine sleeps longer than it was told
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("300s", 1.0), ("30s", 1.0), ("15s", 0.5), ("1s", 0.2), ("200steps", 0.2)])
+def test_the_probe_takes_a_second_where_the_budget_has_thirty(monkeypatch, text, seconds):
+    asked = []
+    monkeypatch.setattr(prepare_mlx, "speed", lambda work, seconds: asked.append(seconds) or 4.0 * len(asked))
+    budget = Budget(text)
+    budget.start()
+    facts = budget.close()
+    assert asked == [seconds, seconds]
+    assert (facts["speed_index"], facts["products_per_second"]) == (2.0, 6.0)
+
+
+def test_the_rate_of_the_probe_is_what_it_is_called():
+    assert 10 < speed(lambda: time.sleep(0.05), 0.4) < 20.1
 
 
 @pytest.mark.slow  # its outcome hangs on what else the machine does
@@ -130,6 +145,7 @@ def test_what_the_harness_adds_to_train_json(tmp_path, tiny):
     assert facts["budget"] == "1s"
     assert facts["num_steps"] == 1
     assert 0.2 < facts["speed_index"] < 5
+    assert facts["products_per_second"] > 10
     assert 0 <= facts["suspended_seconds"] < 0.5
 
 

@@ -59,6 +59,7 @@ def test_a_disturbed_training_is_repeated_twice_then_taken(tmp_path: Path) -> No
         ("300s", "ok", WARNING, "disturbed"),
         ("300s", "ok", "", "ok"),
         ("300s", "crash", WARNING, "crash"),
+        ("30s", "ok", WARNING, "disturbed"),
         ("12s", "ok", WARNING, "ok"),  # measured too briefly to mean anything
         ("200steps", "ok", WARNING, "ok"),  # speed does not decide
     ],
@@ -71,6 +72,62 @@ def test_only_a_timed_training_of_some_length_is_repeated(
     result = judgement.settle(night, night.leader, Result(status, 1.0, 1.5, summary), lab(tmp_path, budget=budget))
     assert result.status == expected
     assert result.val_bpb == 1.5
+
+
+def night_of(*rates: float | None) -> Story:
+    """A night whose baseline was trained so often, the probe at these rates."""
+    story = Story()
+    story.add("experiment", n=0, parent="p")
+    story.add("candidate", n=0, commit="c0", ast="a", lines=1, description="", usage={}, seconds=0.0)
+    for k, rate in enumerate(rates):
+        story.add("trial_start", n=0, k=k, seed=k + 1, dir="d")
+        summary = {} if rate is None else {"products_per_second": rate}
+        story.add("trial_end", n=0, k=k, seed=k + 1, dir="d", status="ok", val_bpb=1.5, summary=summary, seconds=1.0, error=None)
+    return story
+
+
+@pytest.mark.parametrize(
+    ("earlier", "rate", "budget", "said"),
+    [
+        ((100.0, 90.0, 110.0), 89.0, "300s", "-11% against the night's median: heat, or another program"),
+        ((100.0, 90.0, 110.0), 91.0, "300s", ""),
+        ((100.0, 90.0, 110.0), 400.0, "300s", ""),  # a quieter machine than before is no harm
+        ((100.0, 100.0), 50.0, "300s", ""),  # too few to know what is usual
+        ((100.0, 100.0, None), 50.0, "300s", ""),
+        ((100.0, 100.0, 100.0), None, "300s", ""),  # a harness that does not tell
+        ((100.0, 100.0, 100.0), 50.0, "12s", "-50% against the night's median: heat, or another program"),
+    ],
+)
+def test_a_machine_that_is_slow_from_beginning_to_end_is_noticed_by_the_night(
+    tmp_path: Path, earlier: tuple[float | None, ...], rate: float | None, budget: str, said: str
+) -> None:
+    night = night_of(*earlier).night
+    summary: dict[str, Any] = {} if rate is None else {"products_per_second": rate}
+    result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget=budget))
+    assert result.summary.get("speed_warning", "") == judgement.disturbance(result) == said
+    assert result.status == ("disturbed" if said and budget == "300s" else "ok")
+    if result.status == "disturbed":
+        assert (result.error or {})["message"] == f"the machine's speed changed, {said}"
+
+
+def test_a_machine_that_stays_slow_becomes_what_is_usual(tmp_path: Path) -> None:
+    rates = [100.0] * 3
+    trained = 0
+    while len(rates) < 20:
+        night = night_of(*rates).night
+        night.disturbed = trained - len(rates) + 3
+        summary = {"products_per_second": 70.0, "speed_index": 1.0}
+        result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget="300s"))
+        trained += 1
+        rates += [70.0] * (result.status == "ok")
+    assert trained == 17 + 4, "four trainings repeated, then it is taken as it is"
+
+
+def test_what_the_driver_was_told_of_a_change_within_a_training_stands(tmp_path: Path) -> None:
+    night = night_of(100.0, 100.0, 100.0).night
+    summary: dict[str, Any] = {"products_per_second": 50.0, "speed_warning": WARNING}
+    result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget="300s"))
+    assert judgement.disturbance(result) == WARNING
 
 
 def test_a_machine_that_is_never_quiet_costs_four_repeats_and_one_in_ten(tmp_path: Path) -> None:
