@@ -584,7 +584,7 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
         tokens = np.fromfile(held / f"{split}.bin", dtype=meta["dtype"])
     except OSError as error:
         raise HarnessError("data", f"held-out data was expected in {held}, got {error}; run prepare_mlx.py again") from error
-    if sha256(tokenizer.decode_bytes(tokens)) != meta[f"{split}_sha256"]:
+    if sha256(text := tokenizer.decode_bytes(tokens)) != meta[f"{split}_sha256"] or len(text) != meta[f"{split}_bytes"]:
         raise HarnessError("data", f"{held / f'{split}.bin'} is not the text that was prepared; run prepare_mlx.py again")
     seq_len, vocab = meta["seq_len"], tokenizer.vocab_size
     rows = math.ceil((len(tokens) - 1) / seq_len)

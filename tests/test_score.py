@@ -359,6 +359,10 @@ def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp
     code, kind, message = refusal(score(run_dir, tiny, "--held", other))
     assert (code, kind) == (2, "data")
     assert "is not the text that was prepared" in message
+    (other / "val.bin").write_bytes((tiny.held / "val.bin").read_bytes())
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"val_bytes": meta["val_bytes"] + 1}))
+    assert "is not the text that was prepared" in refusal(score(run_dir, tiny, "--held", other))[2], "and its bytes add up"
 
 
 def test_nothing_is_left_behind(tiny, candidate):
