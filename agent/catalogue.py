@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST, HIGH, MEDIUM, LOW = 0.45, 0.3, 0.12, 0.05
-SMALLEST_TABLE, LARGEST_TABLE = 512, 2**18  # rows of an n-gram table
+SMALLEST_TABLE, LARGEST_TABLE = 512, 2**20  # rows of an n-gram table
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Knob:
     low: float = 0.0  # of what factors lead to
     high: float = float("inf")
     off: bool = False  # 0 switches it off, and is worth a try of its own
+    on: tuple[float, ...] = ()  # what it is switched on with
     scope: str = ""
     pattern: str = ""
     template: str = ""
@@ -51,6 +52,8 @@ class Switch:
 KNOBS = (
     Knob("MATRIX_LR", FIRST, "the step of the matrices decides most of a short run", factors=(2.0, 1.5, 1.25)),
     Knob("EMBEDDING_LR", HIGH, "tables see few tokens in a short run, their step must fit"),
+    Knob("NGRAM_LR", HIGH, "a row of the n-gram tables is seen a few times only, its step must fit",
+         ladder=(0.5, 1, 1.5, 2, 3, 4, 6, 8)),
     Knob("UNEMBEDDING_LR", MEDIUM, "the head's step sets how fast the logits sharpen"),
     Knob("SCALAR_LR", MEDIUM, "the residual scalars may move too slowly or too fast", factors=(2.0, 1.5)),
     Knob("WEIGHT_DECAY", MEDIUM, "the right decay depends on the number of steps",
@@ -67,16 +70,17 @@ KNOBS = (
     Knob("MUON_MOMENTUM[1]", MEDIUM, "momentum has to fit the number of steps", ladder=(0.85, 0.9, 0.93, 0.95, 0.97, 0.98)),
     Knob("MUON_MOMENTUM[2]", LOW, "momentum may reach its end sooner or later", ladder=(25, 50, 100, 200, 300, 500, 1000)),
     Knob("MUON_BETA2", LOW, "the rows' mean square may be remembered longer or shorter", ladder=(0.8, 0.9, 0.95, 0.98, 0.99)),
-    Knob("SOFTCAP", MEDIUM, "the cap on logits limits confidence and costs a tanh", ladder=(5, 10, 15, 20, 30, 50), off=True),
+    Knob("SOFTCAP", MEDIUM, "the cap on logits limits confidence and costs a tanh", ladder=(5, 10, 15, 20, 30, 50), off=True,
+         on=(15, 30)),
     Knob("ROPE_BASE", MEDIUM, "the slowest rotation has to fit the context",
          ladder=(500, 1000, 2000, 5000, 10_000, 30_000, 100_000, 200_000)),
     Knob("DEPTH", FIRST, "another layer buys capacity for speed, one less the reverse", ladder=tuple(range(1, 33))),
     Knob("VE_GATE_CHANNELS", LOW, "the gate of value embeddings may read more or fewer channels", ladder=(8, 16, 32, 64, 128)),
-    Knob("NGRAM_BUCKETS[0]", HIGH, "fewer collisions against rarer updates of bigrams", down=MEDIUM,
+    Knob("NGRAM_BUCKETS[0]", HIGH, "fewer collisions of bigrams against rarer updates; rows cost memory, no time", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
-    Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions against rarer updates of trigrams", down=MEDIUM,
+    Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions of trigrams against rarer updates; rows cost memory, no time", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
-    Knob("NGRAM_BUCKETS[2]", MEDIUM, "fewer collisions against rarer updates",
+    Knob("NGRAM_BUCKETS[2]", MEDIUM, "fewer collisions of 4-grams against rarer updates; rows cost memory, no time", down=LOW,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
     Knob("QK gain", HIGH, "sharper attention from normed queries and keys", ladder=(1, 1.1, 1.2, 1.35, 1.5, 1.75),
          scope="CausalSelfAttention", pattern=r"\(((?:[\d.]+ \* )?)norm\(mx\.fast\.rope", template="{} * ", default=1),
@@ -102,17 +106,17 @@ _RELU2 = "mx.square(mx.maximum(self.c_fc(x), 0))"
 _FC = "self.c_fc = nn.Linear(config.n_embd, {0} * config.n_embd, bias=False)"
 _PROJ = "self.c_proj = nn.Linear({0} * config.n_embd, config.n_embd, bias=False)"
 _BLOCK = "x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])"
-_LOGITS = "logits = self.lm_head(norm({0})).astype(mx.float32)"
-_EMBED, _OUT = "return norm(x.astype(DTYPE))", "self.c_proj = nn.Linear(C, C, bias=False)"
+_FEATURES = "return norm({0})"
+_EMBED, _OUT = "x = x0 = norm(x.astype(DTYPE))", "self.c_proj = nn.Linear(C, C, bias=False)"
 _VE_GATE = """
         if has_ve(layer, config.n_layer):
             self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)"""
 _GATED = """gate = 2 * mx.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)"""
-_ATTEND, _LOSS = "y = attend(q, k, v, window).transpose(0, 2, 1, 3)", "cross_entropy({0}, y)"
+_ATTEND = "y = attend(q, k, v, window).transpose(0, 2, 1, 3)"
 _BEFORE = "mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)])"
 _MIDDLE = "\n            middle = x if i == (len(self.blocks) - 1) // 2 else middle if i else None"
-_ZLOSS = " + 1e-4 * mx.square(mx.logsumexp(logits, axis=-1)).mean()"
+_HEAD, _ZLOSS = "head(x, weight, softcap)", " + 1e-4 * mx.square(mx.logsumexp(logits, axis=-1))"
 _UNIT_ROWS = "u * mx.rsqrt(mx.mean(mx.square(u), axis=2, keepdims=True) + 1e-20)"
 
 SWITCHES = (
@@ -158,8 +162,8 @@ SWITCHES = (
         "0.3": (f"x = x + 0.3 * {_BEFORE}\n        " + _EMBED,),
     }, scope="GPT"),
     Switch("middle layer backed out", MEDIUM, "what the middle of the network computed need not reach the head", {
-        "off": (_BLOCK, _LOGITS.format("x")),
-        "0.3": (_BLOCK + _MIDDLE, _LOGITS.format("x - 0.3 * middle")),
+        "off": (_BLOCK, _FEATURES.format("x")),
+        "0.3": (_BLOCK + _MIDDLE, _FEATURES.format("x - 0.3 * middle")),
     }, scope="GPT"),
     Switch("Muon equal rows", LOW, "rows of equal size before orthogonalising treat rare directions alike", {
         "off": ("u = orthogonalize(g + momentum * (m - g))",),
@@ -174,16 +178,18 @@ SWITCHES = (
         "0.01": ("return p - lr * (update + (0.01 if p.ndim == 2 else 0) * p), m, v",),
     }, scope="adamw"),
     Switch("z-loss", LOW, "holding the logits' sum near one steadies the head", {
-        "off": ("return " + _LOSS.format("model(x)"),),
-        "1e-4": ("logits = model(x)\n        return " + _LOSS.format("logits") + _ZLOSS,),
-    }, scope="make_step"),
+        "off": (f"return cross_entropy({_HEAD}, targets).sum()",),
+        "1e-4": (f"logits = {_HEAD}\n        return (cross_entropy(logits, targets){_ZLOSS}).sum()",),
+    }, scope="head_loss"),
 )  # fmt: skip
 
 COUPLED = {  # after the first was kept, failures of the others count for less: what they failed against has changed
     "BATCH_TOKENS": ("MATRIX_LR", "EMBEDDING_LR", "WARMDOWN_RATIO", "ADAM_BETAS[1]", "MUON_MOMENTUM[1]", "DEPTH"),
     "MATRIX_LR": ("WEIGHT_DECAY", "WARMDOWN_RATIO", "init scale", "BATCH_TOKENS"),
-    "EMBEDDING_LR": ("NGRAM_BUCKETS[0]", "NGRAM_BUCKETS[1]", "weight decay of tables", "wte init"),
-    "NGRAM_BUCKETS": ("EMBEDDING_LR", "smeared embedding", "SEQ_LEN"),
+    "EMBEDDING_LR": ("NGRAM_LR", "weight decay of tables", "wte init"),
+    "NGRAM_LR": ("NGRAM_BUCKETS", "NGRAM_BUCKETS[0]", "NGRAM_BUCKETS[1]", "NGRAM_BUCKETS[2]", "EMBEDDING_LR"),
+    "NGRAM_BUCKETS": ("NGRAM_LR", "n-gram rows", "smeared embedding", "SEQ_LEN"),
+    "n-gram rows": ("NGRAM_LR", "NGRAM_BUCKETS", "smeared embedding"),
     "DEPTH": ("WIDTH", "MATRIX_LR", "BATCH_TOKENS", "value embeddings"),
     "WIDTH": ("DEPTH", "MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
     "depth by width": ("MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),

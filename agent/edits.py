@@ -3,6 +3,7 @@
     file = TrainFile(data, tier="mac")
     file.constants["DEPTH"].value               # of `DEPTH = {"cpu": 2, "mac": 3}[TIER]`: 3
     file.apply([file.constants["DEPTH"].set(4)])   # every other byte stays, comments too
+    file.constants["WIDTH"].value               # of `WIDTH = 64 * DEPTH`: 192; set, it is a literal from then on
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 _BOM = b"\xef\xbb\xbf"
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+_DIVISIONS = (ast.Div, ast.FloorDiv)
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+              ast.Div: operator.truediv}  # fmt: skip
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
@@ -30,7 +33,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Constant:
-    """A value and the bytes that spell it. `template` is how a new one is written, "" for a bare literal."""
+    """A value and the bytes that spell it. `text` is how a literal is written, `template` how a new one is, "" for a bare one."""
 
     name: str
     value: Any
@@ -62,8 +65,9 @@ def spell(value: Any, like: str = "") -> str:
 class TrainFile:
     """The source of a train file. SyntaxError or ValueError if it does not parse.
 
-    `constants` holds every upper-case literal of the module, `NAME[i]` for the parts of a tuple, and of tables by tier the
-    entry of `tier`; `lacking` names the tables that have none.
+    `constants` holds every upper-case constant of the module whose value can be told: literals, `NAME[i]` for the parts of a
+    tuple, of tables by tier the entry of `tier`, and what is computed of all these. `lacking` names those whose table has no
+    such entry; `leaders` those that others are computed of.
     """
 
     def __init__(self, data: bytes, tier: str) -> None:
@@ -77,6 +81,7 @@ class TrainFile:
             self._starts.append(self._starts[-1] + length)
         self.constants: dict[str, Constant] = {}
         self.lacking: list[str] = []
+        self.leaders: set[str] = set()
         self.tables: dict[str, dict[str, Any]] = {}
         for node in self.tree.body:
             target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
@@ -84,24 +89,51 @@ class TrainFile:
                 self._read(target.id, node.value)
 
     def _read(self, name: str, node: ast.expr) -> None:
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
-            entries = {_literal(key): value for key, value in zip(node.value.keys, node.value.values, strict=True) if key}
-            self.tables[name] = {tier: _literal(value) for tier, value in entries.items()}
-            if self.tier not in entries:
-                self.lacking.append(name)
-                return
-            node = entries[self.tier]
-        value = _literal(node)
+        for old in [old for old in self.constants if old.partition("[")[0] == name]:
+            del self.constants[old]  # assigned again
+        if table := _table(node):
+            self.tables[name] = {tier: self._value(value) for tier, value in table.items()}
+            node = table.get(self.tier, node)  # a bare table: only the entry changes
+        value = self._value(node)
         if value is None:
+            tables = [table for part in ast.walk(node) if isinstance(part, ast.expr) and (table := _table(part))]
+            if any(self.tier not in table for table in tables):
+                self.lacking.append(name)
             return
+        self.leaders |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & set(self.constants)
         self.constants[name] = self._constant(name, value, node)
         if isinstance(node, ast.Tuple):
             for i, part in enumerate(node.elts):
                 self.constants[f"{name}[{i}]"] = self._constant(f"{name}[{i}]", value[i], part)
 
+    def _value(self, node: ast.expr) -> Any:
+        """Of literals, constants read before, entries of tables by tier, tuples, sums, products and powers; else None."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return self.constants[node.id].value
+        if table := _table(node):
+            return self._value(table[self.tier]) if self.tier in table else None
+        if isinstance(node, ast.Tuple):
+            parts = tuple(self._value(part) for part in node.elts)
+            return None if None in parts else parts
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            value = self._value(node.operand)
+            return -value if _is_number(value) else None
+        if isinstance(node, ast.BinOp):
+            left, right = self._value(node.left), self._value(node.right)
+            if not (_is_number(left) and _is_number(right)):
+                return None
+            if isinstance(node.op, ast.Pow):
+                return left**right if 0 <= right <= 64 and abs(left) <= 1024 else None
+            if type(node.op) in _OPERATORS and not (isinstance(node.op, _DIVISIONS) and right == 0):
+                return _OPERATORS[type(node.op)](left, right)
+        return None
+
     def _constant(self, name: str, value: Any, node: ast.expr) -> Constant:
         start, end = self.span(node)
-        return Constant(name, value, start, end, self.data[start:end].decode())
+        computed = any(isinstance(part, ast.Name) for part in ast.walk(node))  # how its parts are spelled says nothing
+        return Constant(name, value, start, end, "" if computed else self.data[start:end].decode())
 
     def span(self, node: ast.AST) -> tuple[int, int]:
         """First byte of a node and the byte after its last."""
@@ -139,25 +171,12 @@ class TrainFile:
         return data
 
 
-def _literal(node: ast.expr | None) -> Any:
-    """The value of numbers, strings, tuples of them and sums, products and powers of numbers; None for anything else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
-        return node.value
-    if isinstance(node, ast.Tuple):
-        parts = tuple(_literal(part) for part in node.elts)
-        return None if None in parts else parts
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _literal(node.operand)
-        return -value if _is_number(value) else None
-    if isinstance(node, ast.BinOp):
-        left, right = _literal(node.left), _literal(node.right)
-        if not (_is_number(left) and _is_number(right)):
-            return None
-        if isinstance(node.op, ast.Pow):
-            return left**right if 0 <= right <= 64 and abs(left) <= 1024 else None
-        if type(node.op) in _OPERATORS and not (isinstance(node.op, ast.FloorDiv) and right == 0):
-            return _OPERATORS[type(node.op)](left, right)
-    return None
+def _table(node: ast.expr) -> dict[str, ast.expr]:
+    """The entries of a table by tier, `{"cpu": 2, ...}[TIER]`; {} for anything else."""
+    if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict)):
+        return {}
+    entries = zip(node.value.keys, node.value.values, strict=True)
+    return {key.value: value for key, value in entries if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
 def _is_number(value: Any) -> bool:

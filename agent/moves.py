@@ -1,17 +1,18 @@
 """Every change of the catalogue that one train file can take, as edits of its bytes.
 
 What the file does not have, in the spelling that the catalogue knows, is passed over; so are values that cannot train: a
-width that is no multiple of the head size, a batch of no whole rows, rows longer than the data's.
+width that is no multiple of the head size, a batch of no whole rows, rows longer than the data's. Where other constants are
+computed of the one that changes, as width and batch are of the depth, they move with it, and the change says so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from agent.catalogue import FIRST, HIGH, KNOBS, MEDIUM, SWITCHES, Knob, Switch
+from agent.catalogue import FIRST, HIGH, KNOBS, LARGEST_TABLE, LOW, MEDIUM, SMALLEST_TABLE, SWITCHES, Knob, Switch
 from agent.edits import Constant, Edit, TrainFile, spell
 
 FUSED_HEADS = (64, 128)  # head sizes with a fast attention kernel on a GPU
@@ -49,7 +50,31 @@ def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
     """Every change of the catalogue that this file can take. `seq_len` is the data's, None if unknown."""
     found = [change for knob in KNOBS for change in _knob(file, knob)]
     found += [change for switch in SWITCHES for change in _switch(file, switch)]
-    return [*found, *_window(file), *_tables(file), *_shape(file), *_batch(file, seq_len)]
+    found += [*_window(file), *_tables(file), *_shape(file), *_batch(file, seq_len)]
+    return [whole for change in found if (whole := _with_followers(file, change, seq_len))]
+
+
+def trains(value: Mapping[str, Any], seq_len: int | None = None) -> bool:
+    """Whether constants can be trained with: whole heads, whole rows, and a row at least in every pass."""
+    if {"WIDTH", "HEAD_DIM"} <= set(value) and value["WIDTH"] % value["HEAD_DIM"]:
+        return False
+    if not {"BATCH_TOKENS", "SEQ_LEN"} <= set(value):
+        return True
+    batch, row = value["BATCH_TOKENS"], min(value["SEQ_LEN"], seq_len or value["SEQ_LEN"])
+    return not batch % row and bool(min(batch, value.get("MICRO_TOKENS", batch)) >= row)
+
+
+def _with_followers(file: TrainFile, change: Change, seq_len: int | None) -> Change | None:
+    """The change, with a note of the constants that move with it; None if they then cannot train."""
+    spans = {(edit.start, edit.end) for edit in change.edits}
+    changed = {name for name, c in file.constants.items() if (c.start, c.end) in spans}
+    if not changed & file.leaders:
+        return change
+    value = {name: c.value for name, c in TrainFile(file.apply(change.edits), file.tier).constants.items()}
+    if not trains(value, seq_len):
+        return None
+    moved = [f"{name} {value[name]}" for name, c in file.constants.items() if name not in changed and value.get(name) != c.value]
+    return replace(change, note=", ".join([*filter(None, [change.note]), *moved]) + " too") if moved else change
 
 
 def _knob(file: TrainFile, knob: Knob) -> Iterator[Change]:
@@ -65,6 +90,8 @@ def _knob(file: TrainFile, knob: Knob) -> Iterator[Change]:
     else:
         above = [v for f in knob.factors if knob.low <= (v := value * f) <= knob.high and value]
         below = [v for f in knob.factors if knob.low <= (v := value / f) <= knob.high and value]
+    if knob.on and not value:
+        above = list(knob.on)
     targets = [(v, "up") for v in above] + [(v, "down") for v in below] + [(0, "off")] * bool(knob.off and value)
     for target, direction in targets:
         new = type(value)(target)
@@ -140,14 +167,19 @@ def _tables(file: TrainFile) -> Iterator[Change]:
     buckets = file.constants.get("NGRAM_BUCKETS")
     if buckets is None or not isinstance(buckets.value, tuple):
         return
-    now = buckets.value
+    now, most = buckets.value, 4
     options = [("fewer", now[:-1], MEDIUM, "one table less is simpler and quicker")] if now else []
-    if len(now) < 3:
-        size = min(2 * now[-1], 2**16) if now else 8192
-        prior = (HIGH, HIGH, MEDIUM)[len(now)]
+    if len(now) < most:
+        size = min(now[-1], LARGEST_TABLE) if now else 2**15
+        prior = (HIGH, HIGH, MEDIUM, LOW)[len(now)]
         options.append(("more", (*now, size), prior, "a hashed table of longer n-grams costs look-ups, no matrix products"))
     for direction, new, prior, why in options:
         yield Change("NGRAM_BUCKETS", _short(now), _short(new), direction, prior, why, (buckets.set(new),))
+    for factor, direction, prior in ((2, "up", HIGH), (4, "up", HIGH), (0.5, "down", LOW)):
+        new = tuple(int(size * factor) for size in now)
+        if len(now) > 1 and all(SMALLEST_TABLE <= size <= LARGEST_TABLE for size in new):
+            why = "only rows that a batch looks up cost time" if factor > 1 else "rows that are seen more often learn more"
+            yield Change("n-gram rows", str(sum(now)), str(sum(new)), direction, prior, why, (buckets.set(new),))
 
 
 def _short(value: tuple[int, ...]) -> str:
@@ -180,7 +212,7 @@ def _shape(file: TrainFile) -> Iterator[Change]:
 
 
 def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
-    """Tokens a step, tokens a pass, tokens a row: whole rows always; a pass follows the step unless steps accumulate."""
+    """Tokens a step, tokens a row: whole rows always. A pass has MICRO_TOKENS at most: more is accumulated, less is one pass."""
     batch, micro, row = (file.constants.get(name) for name in ("BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"))
     if batch is None or row is None:
         return
@@ -189,16 +221,15 @@ def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
         new = int(batch.value * factor)
         if new < length or new % length:
             continue
-        follows = micro is not None and (micro.value == batch.value or micro.value > new)
-        edits = (batch.set(new), micro.set(new)) if follows and micro else (batch.set(new),)
+        passes = -(-new // micro.value) if micro else 1
         why = "more, noisier steps in the same time" if new < batch.value else "fewer, steadier steps that use the machine better"
-        note = "MICRO_TOKENS too" if follows else ""
-        yield Change("BATCH_TOKENS", str(batch.value), str(new), direction, prior, why, edits, note)
+        note = f"in {passes} passes" if passes > 1 else ""
+        yield Change("BATCH_TOKENS", str(batch.value), str(new), direction, prior, why, (batch.set(new),), note)
     if micro is not None and micro.value < batch.value:
-        yield Change("MICRO_TOKENS", str(micro.value), str(2 * micro.value), "up", FIRST, "less accumulation, larger passes",
+        yield Change("MICRO_TOKENS", str(micro.value), str(2 * micro.value), "up", MEDIUM, "less accumulation, larger passes",
                      (micro.set(2 * micro.value),))  # fmt: skip
     for new, direction in ((length // 2, "down"), (length * 2, "up"), (length * 3 // 4, "down"), (length // 4, "down")):
-        fits = new >= 8 and batch.value % new == 0 and (micro is None or micro.value % new == 0)
+        fits = new >= 8 and batch.value % new == 0 and (micro is None or micro.value >= new)
         if fits and (direction == "down" or (data_seq_len and new <= data_seq_len)):
             why = "shorter rows cost less attention" if new < length else "longer rows train the context that is scored"
             prior = HIGH if direction == "down" else MEDIUM

@@ -26,7 +26,7 @@ from agent.candidate import SourceError, inspect
 from agent.catalogue import COUPLED
 from agent.edits import TrainFile
 from agent.errors import JournalError
-from agent.moves import Change, changes
+from agent.moves import Change, changes, trains
 from agent.night import Night, fold
 
 PAIRS = 0.12  # of proposals, right after a keep
@@ -38,7 +38,8 @@ Found = tuple[list[Change], bytes]
 
 def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn: bool = True) -> Found | None:
     """A change (or two) and the file with it; None if everything in the catalogue was tried."""
-    options = changes(file, state.dataset.get("seq_len") if state else None)
+    seq_len = state.dataset.get("seq_len") if state else None
+    options = changes(file, seq_len)
     tried = {e.ast for e in state.experiments if e.ast} if state else set()
     tried.add(identity(file.data))
     bandit = (Bandit if learn else Uniform)(outcomes(state) if state and learn else (), draw)
@@ -56,7 +57,7 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
             data = file.apply(edit for change in chosen for edit in change.edits)
         except (ValueError, SyntaxError):
             data = b""  # two changes of one place
-        if data and identity(data) not in tried and (len(chosen) == 1 or _trains(data, file.tier)):
+        if data and identity(data) not in tried and (len(chosen) == 1 or _trains(data, file.tier, seq_len)):
             return chosen, data
         if len(chosen) == 1 and left:
             left.remove(first)
@@ -64,12 +65,9 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
     return None
 
 
-def _trains(data: bytes, tier: str) -> bool:
+def _trains(data: bytes, tier: str, seq_len: int | None) -> bool:
     """Whether two changes, each sane alone, are so together."""
-    value = {name: c.value for name, c in TrainFile(data, tier).constants.items()}
-    rows = [value[name] % value["SEQ_LEN"] for name in ("BATCH_TOKENS", "MICRO_TOKENS") if name in value and "SEQ_LEN" in value]
-    heads = value["WIDTH"] % value["HEAD_DIM"] if {"WIDTH", "HEAD_DIM"} <= set(value) else 0
-    return not any(rows) and not heads
+    return trains({name: c.value for name, c in TrainFile(data, tier).constants.items()}, seq_len)
 
 
 def identity(data: bytes) -> str:
