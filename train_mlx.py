@@ -55,6 +55,7 @@ UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
 MATRIX_LR = 0.02  # matrices of the blocks (Muon)
 SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
+TABLE_DECAY = (0.0, 0.05)  # of embeddings and lm_head, times their rate; the second beyond REREAD_PASSES[1]
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
@@ -336,12 +337,12 @@ def muon(p, g, m, v, lr, momentum, weight_decay):
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
-def adamw(p, g, m, v, lr, betas, t):
-    """One Adam step (no decay is used on tables and scalars); t is the step's number, from 1. Returns p, m, v."""
+def adamw(p, g, m, v, lr, betas, t, decay=0.0):
+    """One AdamW step; t is the step's number, from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (mx.square(g) - v)
     update = (m / (1 - betas[0] ** t)) / (mx.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * update, m, v
+    return p - lr * (update + decay * p), m, v
 
 
 def adagrad_rows(table, v, rows, g, lr):
@@ -387,7 +388,7 @@ def init_optimizer(params):
     return state
 
 
-def update(params, grads, state, schedule, width, rows=None):
+def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
     """One optimizer step over {name: array}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1.
 
     The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T].
@@ -404,7 +405,8 @@ def update(params, grads, state, schedule, width, rows=None):
     for name, p in params.items():
         if not is_matrix(name) and name != NGRAMS:
             rate, betas = adam_group(name, width)
-            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
+            decay = table_decay if p.ndim == 2 else 0.0
+            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t, decay)
     return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
 
 
@@ -450,14 +452,14 @@ def make_gradients(model):
     return gradients
 
 
-def make_step(model, width, accumulate):
+def make_step(model, width, accumulate, table_decay=0.0):
     """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
     gradients = make_gradients(model)
 
     @mx.compile
     def whole(params, state, schedule, x, y):
         loss, grads, rows = gradients(params, x, y)
-        return *update(params, grads, state, schedule, width, rows), loss
+        return *update(params, grads, state, schedule, width, rows, table_decay), loss
 
     @mx.compile
     def micro(params, total, total_loss, x, y):
@@ -472,7 +474,7 @@ def make_step(model, width, accumulate):
         if NGRAMS in params:  # the passes' rows side by side, as one large batch has them
             rows = mx.concatenate([one[0] for one in found], axis=1)            # [n, accumulate * B, T]
             grads = total | {NGRAMS: mx.concatenate([one[1] for one in found])}
-        return update(params, grads, state, schedule, width, rows)
+        return update(params, grads, state, schedule, width, rows, table_decay)
 
     def step(params, state, schedule, batches):
         if accumulate == 1:
@@ -556,7 +558,14 @@ def expected_memory(model, params, state, step_fn, rows, seq_len):
     return lambda n: max(floor, high + a_row * (n - more))
 
 
-def build(run, buckets, accumulate):
+def tables_for(reads):
+    """Rows of the n-gram tables, and TABLE_DECAY, for a text that is read so often. docs/recipe.md has what it is chosen by."""
+    if reads <= REREAD_PASSES[0]:
+        return NGRAM_BUCKETS, TABLE_DECAY[0]
+    return ((), TABLE_DECAY[1]) if reads > REREAD_PASSES[1] else (REREAD_BUCKETS if NGRAM_BUCKETS else (), TABLE_DECAY[0])
+
+
+def build(run, accumulate, buckets, table_decay):
     """A fresh model with these n-gram tables, its weights and moments as {name: array}, and its step."""
     model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets))
     model.init_weights(run.seed)
@@ -565,7 +574,7 @@ def build(run, buckets, accumulate):
     mx.eval(params, state)
     if buckets:
         model.ngrams.weight = mx.zeros((0,))  # the table is in params; held here, too, its first version would stay in memory
-    return model, params, state, make_step(model, model.config.n_embd, accumulate)
+    return model, params, state, make_step(model, model.config.n_embd, accumulate, table_decay)
 
 
 def check_memory(expected, rows, seq_len, limit):
@@ -590,9 +599,9 @@ def train(run):
         mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
         mx.set_cache_limit(limit // 4)  # freed buffers that MLX keeps; without a limit they push the machine into swap
 
-    buckets, reads = NGRAM_BUCKETS, None
-    while reads is None:
-        model, params, state, step_fn = build(run, buckets, accumulate)
+    chosen = tables_for(0)
+    for _ in range(2):  # the second time where the first showed that the text will be read again
+        model, params, state, step_fn = build(run, accumulate, *chosen)
         expected = expected_memory(model, params, state, step_fn, rows, seq_len)
         check_memory(expected, rows, seq_len, limit)
         dummy = np.zeros((rows, seq_len), np.int32)
@@ -600,14 +609,15 @@ def train(run):
             start = time.perf_counter()
             mx.eval(step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate)))
         reads = passes(run.budget, time.perf_counter() - start, batch_tokens, run.train_tokens)
-        if buckets and reads > REREAD_PASSES[0] and buckets != REREAD_BUCKETS:
-            buckets, reads = REREAD_BUCKETS if reads <= REREAD_PASSES[1] else (), None
+        if chosen == tables_for(reads):
+            break
+        chosen = tables_for(reads)
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
-          f"{config.n_layer}, width {config.n_embd}, n-gram tables of {buckets} rows, {batch_tokens:,} tokens a step in rows of "
-          f"{seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, {expected_mb:,.0f} MB at the "
-          "peak", flush=True)
+          f"{config.n_layer}, width {config.n_embd}, n-gram tables {config.ngram_buckets}; {batch_tokens:,} tokens a step in rows "
+          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, {expected_mb:,.0f} MB at "
+          "the peak", flush=True)
     mx.reset_peak_memory()
 
     batches = run.batches(rows, seq_len)

@@ -24,7 +24,7 @@ TRUST = 2.0  # experiments that a prior is worth
 SHARPNESS = 6.0  # of the draws: as if all that is known had been seen so often, so that a short night begins with the likeliest
 FADE = 0.6  # of evidence, by every keep after it
 COUPLED_FADE = 0.3  # of failures, by a keep of something coupled
-LABELLED = {"smeared embedding", "middle layer backed out", "weight decay of tables", "z-loss"}  # forms whose names are numbers
+LABELLED = {"smeared embedding", "middle layer backed out", "z-loss"}  # forms whose names are numbers
 _PART = re.compile(r"(?P<key>\S.*?) (?P<old>\S+) -> (?P<new>\S+)(?: \([^)]*\))?")
 
 Arm = tuple[str, str]

@@ -58,6 +58,7 @@ KNOBS = (
     Knob("SCALAR_LR", MEDIUM, "the residual scalars may move too slowly or too fast", factors=(2.0, 1.5)),
     Knob("WEIGHT_DECAY", MEDIUM, "the right decay depends on the number of steps",
          ladder=(0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)),
+    Knob("TABLE_DECAY[0]", LOW, "a little decay on tables and head keeps rare tokens small", ladder=(0, 0.001, 0.003, 0.01)),
     Knob("WARMDOWN_RATIO", HIGH, "the length of the warmdown trades progress for settling",
          ladder=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)),
     Knob("FINAL_LR_FRAC", MEDIUM, "a rate that does not end at zero keeps the last steps useful",
@@ -172,11 +173,6 @@ SWITCHES = (
     Switch("cautious decay", LOW, "decay everywhere is simpler and may regularise better", {
         "on": ("(u + weight_decay * p * (u * p >= 0))",), "off": ("(u + weight_decay * p)",),
     }, scope="muon"),
-    Switch("weight decay of tables", LOW, "a little decay on tables and head keeps rare tokens small", {
-        "0": ("return p - lr * update, m, v",),
-        "0.003": ("return p - lr * (update + (0.003 if p.ndim == 2 else 0) * p), m, v",),
-        "0.01": ("return p - lr * (update + (0.01 if p.ndim == 2 else 0) * p), m, v",),
-    }, scope="adamw"),
     Switch("z-loss", LOW, "holding the logits' sum near one steadies the head", {
         "off": (f"return cross_entropy({_HEAD}, targets).sum()",),
         "1e-4": (f"logits = {_HEAD}\n        return (cross_entropy(logits, targets){_ZLOSS}).sum()",),
@@ -186,7 +182,7 @@ SWITCHES = (
 COUPLED = {  # after the first was kept, failures of the others count for less: what they failed against has changed
     "BATCH_TOKENS": ("MATRIX_LR", "EMBEDDING_LR", "WARMDOWN_RATIO", "ADAM_BETAS[1]", "MUON_MOMENTUM[1]", "DEPTH"),
     "MATRIX_LR": ("WEIGHT_DECAY", "WARMDOWN_RATIO", "init scale", "BATCH_TOKENS"),
-    "EMBEDDING_LR": ("NGRAM_LR", "weight decay of tables", "wte init"),
+    "EMBEDDING_LR": ("NGRAM_LR", "TABLE_DECAY[0]", "wte init"),
     "NGRAM_LR": ("NGRAM_BUCKETS", "NGRAM_BUCKETS[0]", "NGRAM_BUCKETS[1]", "NGRAM_BUCKETS[2]", "EMBEDDING_LR"),
     "NGRAM_BUCKETS": ("NGRAM_LR", "n-gram rows", "smeared embedding", "SEQ_LEN"),
     "n-gram rows": ("NGRAM_LR", "NGRAM_BUCKETS", "smeared embedding"),

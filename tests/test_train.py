@@ -257,7 +257,7 @@ def changed(before: str, after: str) -> str:
 
 
 def test_a_diverging_run_ends_at_once_with_its_name(tmp_path: Path, home: Path) -> None:
-    process, out = run(tmp_path, home, changed("    return p - lr * update, m, v", "    return p * mx.inf, m, v"),
+    process, out = run(tmp_path, home, changed("    return p - lr * (update + decay * p), m, v", "    return p * mx.inf, m, v"),
                        AUTORESEARCH_BUDGET="100000steps")
     assert process.returncode == 3, process.stderr
     error = json.loads((out / "error.json").read_text())
