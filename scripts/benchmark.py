@@ -27,93 +27,29 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from prepare_mlx import home  # noqa: E402
-from scripts.compare_peers import TRAIN_FILE, Failed, adapt, launch, named_path, wide_console  # noqa: E402
+from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE, Edits  # noqa: E402
+from scripts.compare_peers import TRAIN_FILE, Failed, adapt, launch, named_path, wide_console, with_constants  # noqa: E402
 
 LIMIT = 1800                                                                    # seconds that one measurement may take
-BASE = "train_mlx.py"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The ablation: name: (compared with, edits (old text, new text) of the file)
-# ---------------------------------------------------------------------------------------------------------------------
-
-Edits = list[tuple[str, str]]
-WINDOWS: Edits = [('WINDOW_PATTERN = "L"', 'WINDOW_PATTERN = "S"'), ('SEQ_LEN = {"cpu": 64', 'SEQ_LEN = {"cpu": 2048')]
-ROTATED = '''def rotated(t, base):
-    half = t.shape[-1] // 2
-    angle = mx.arange(t.shape[-2])[:, None] * base ** (-mx.arange(half) / half)
-    cos, sin, a, b = mx.cos(angle).astype(t.dtype), mx.sin(angle).astype(t.dtype), t[..., :half], t[..., half:]
-    return mx.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
-
-
-def attend('''
-INLINE = '''def inline(run, rows, seq_len):
-    tokens, rng = run.tokens(), np.random.default_rng(run.seed)
-    while True:
-        starts = rng.integers(0, len(tokens) - seq_len, rows)
-        block = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
-        yield block[:, :-1], block[:, 1:]
-
-
-def train('''
-ABLATIONS: dict[str, tuple[str, Edits]] = {
-    BASE: (BASE, []),
-    "array mask on full layers": (BASE, [
-        ('return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")',
-         "return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mx.arange(T)[:, None] >= mx.arange(T))")]),
-    "windows (S), banded": (BASE, WINDOWS),
-    "windows (S), dense mask": ("windows (S), banded", [
-        *WINDOWS,
-        ("    first = slice(0, window)\n",
-         "    row, column = mx.arange(T)[:, None], mx.arange(T)[None, :]\n"
-         "    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=(column <= row) & (column >= row - window))\n"
-         "    first = slice(0, window)\n")]),
-    "rms_norm written out": (BASE, [
-        ("return mx.fast.rms_norm(x, None, EPS)", "return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + EPS)")]),
-    "rope written out": (BASE, [
-        ("def attend(", ROTATED),
-        ("mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)", "rotated(t, self._rope_base)")]),
-    "relu² as a power": (BASE, [("mx.square(mx.maximum(self.c_fc(x), 0))", "mx.maximum(self.c_fc(x), 0) ** 2")]),
-    "cross entropy by logsumexp": (BASE, [
-        ('targets int [B, T]."""\n',
-         'targets int [B, T]."""\n'
-         "    return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]).mean()\n")]),
-    "no softcap (another model)": (BASE, [("SOFTCAP = 15.0", "SOFTCAP = 0.0")]),
-    "no n-grams (another model)": (BASE, [("NGRAM_BUCKETS = (8192, 16384)", "NGRAM_BUCKETS = ()")]),
-    "Muon a matrix at a time": (BASE, [
-        ("        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)\n",
-         "        one = [muon(*(a[i : i + 1] for a in (p, g, *state[key])), lr * MATRIX_LR, momentum, weight_decay)\n"
-         "               for i in range(len(names))]\n"
-         "        p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
-    "each step awaited": (BASE, [("mx.async_eval(params, state, loss)", "mx.eval(params, state, loss)")]),
-    "loader in the loop": (BASE, [("def train(", INLINE), ("batches = run.batches(rows, seq_len)",
-                                                          "batches = inline(run, rows, seq_len)")]),
-    "compile turned round": (BASE, [  # on the CPU it is off
-        ("if not GPU:\n    mx.disable_compile()", "if GPU:\n    mx.disable_compile()")]),
-    "MLX's own BLAS": (BASE, [("load_fast_blas()  # has to come before MLX\n", "\n")]),
-}
+ROW, VOCAB = 256, 8192                                                          # the anchor: everybody at one size
+COMMON = {"DEPTH": 4, "HEAD_DIM": 128, "WINDOW_PATTERN": '"SSSL"'}
+PEERS = {**COMMON, "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
+OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096}
 
 
 def edited(source: str, edits: Edits) -> str:
     """`source` with every old text replaced. Failed where one isn't there: the file has changed, and the table must follow."""
     for old, new in edits:
         if old not in source:
-            raise Failed(f"{TRAIN_FILE.name} no longer has the text {old!r}: adapt ABLATIONS or ADAMW_FOR_ALL")
+            raise Failed(f"{TRAIN_FILE.name} no longer has the text {old!r}: adapt scripts/ablations.py")
         source = source.replace(old, new)
     return source
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The anchor: everybody at one size
-# ---------------------------------------------------------------------------------------------------------------------
-
-ROW, VOCAB = 256, 8192
-COMMON = {"DEPTH": 4, "HEAD_DIM": 128, "WINDOW_PATTERN": '"SSSL"'}
-PEERS = {**COMMON, "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
-OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096, "MICRO_TOKENS": 4096}
-ADAMW_FOR_ALL: Edits = [  # what the MLX fork does: no Muon, and AdamW with decay
-    ('return name.startswith("blocks.")', "return False"),
-    ("return p - lr * update, m, v", "return p * (1 - lr * WEIGHT_DECAY) - lr * update, m, v"),
-]
+def variant(source: str, name: str) -> str:
+    """The train file as the ablation `name` has it. Failed where it no longer fits."""
+    _, constants, edits = ABLATIONS[name]
+    return edited(with_constants(source, constants), edits)
 
 
 def random_text(folder: Path) -> Path:
@@ -125,11 +61,6 @@ def random_text(folder: Path) -> Path:
     meta = {"vocab_size": VOCAB, "seq_len": ROW, "dtype": "uint16", "bos_id": VOCAB - 1, "budget": "1steps"}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def measure_ours(source: str, data: Path, steps: int) -> dict[str, Any]:
@@ -206,9 +137,8 @@ def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: 
     """What each technique of train_mlx.py gives."""
     data = data or Path(json.loads((home() / "current.json").read_text())["train_dir"])
     chosen = {BASE, *only, *(ABLATIONS[name][0] for name in only)} if only else set(ABLATIONS)
-    source, console = TRAIN_FILE.read_text(), wide_console()
-    todo = {name: lambda edits=edits: measure_ours(edited(source, edits), data, steps)
-            for name, (_, edits) in ABLATIONS.items() if name in chosen}
+    source, console = TRAIN_FILE.read_text(), wide_console()  # read once: it may be edited meanwhile
+    todo = {name: lambda name=name: measure_ours(variant(source, name), data, steps) for name in ABLATIONS if name in chosen}
     show(rounds(todo, count, console), {name: ABLATIONS[name][0] for name in todo}, out, console)
 
 
@@ -223,8 +153,11 @@ def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shi
     console, ours = wide_console(), adapt(TRAIN_FILE.read_text(), OURS)
     with tempfile.TemporaryDirectory() as folder:
         data = random_text(Path(folder))
+        frugal = with_constants(ours, {"LOSS_TOKENS": 512})
         todo = {"ours, Muon and AdamW": lambda: measure_ours(ours, data, steps),
-                "ours, AdamW for all": lambda: measure_ours(edited(ours, ADAMW_FOR_ALL), data, steps)}
+                "ours, AdamW for all": lambda: measure_ours(edited(ours, ADAMW_FOR_ALL), data, steps),
+                "ours, Muon, loss in chunks": lambda: measure_ours(frugal, data, steps),
+                "ours, AdamW, loss in chunks": lambda: measure_ours(edited(frugal, ADAMW_FOR_ALL), data, steps)}
         for dtype, group in (("fp32", peers), ("as shipped", shipped)):
             for name, path in group.items():
                 todo[f"{name}, {dtype}"] = lambda path=path, fp32=dtype == "fp32": measure_peer(

@@ -13,7 +13,8 @@ from conftest import ROOT, Dataset, environment, prepare
 
 import train_mlx
 from scripts import benchmark, compare_peers, peer_shim
-from scripts.benchmark import ABLATIONS, ADAMW_FOR_ALL, BASE, OURS, edited
+from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE
+from scripts.benchmark import OURS, edited, variant
 from scripts.compare_peers import Failed, adapt
 
 SOURCE = (ROOT / "train_mlx.py").read_text()
@@ -42,9 +43,8 @@ print("val_bpb:", evaluate_bpb(lambda x: mx.broadcast_to(mx.log(counts), (*x.sha
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_the_edits_of_an_ablation_fit_the_file(name: str) -> None:
-    base, edits = ABLATIONS[name]
-    assert base in ABLATIONS
-    changed = edited(SOURCE, edits)
+    assert ABLATIONS[name][0] in ABLATIONS
+    changed = variant(SOURCE, name)
     assert (changed == SOURCE) == (name == BASE)
     compile(changed, name, "exec")
 

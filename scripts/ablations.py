@@ -1,0 +1,75 @@
+"""What benchmark.py takes out of train_mlx.py, one technique at a time. When the file changes, this table follows it."""
+
+from typing import Any
+
+BASE = "train_mlx.py"
+Edits = list[tuple[str, str]]
+WINDOWS = {"WINDOW_PATTERN": '"S"', "SEQ_LEN": 2048}                            # SEQ_LEN: the data's, so that windows are shorter
+ROTATED = '''def rotated(t, base):
+    half = t.shape[-1] // 2
+    angle = mx.arange(t.shape[-2])[:, None] * base ** (-mx.arange(half) / half)
+    cos, sin, a, b = mx.cos(angle).astype(t.dtype), mx.sin(angle).astype(t.dtype), t[..., :half], t[..., half:]
+    return mx.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+
+
+def attend('''
+INLINE = '''def inline(run, rows, seq_len):
+    tokens, rng = run.tokens(), np.random.default_rng(run.seed)
+    while True:
+        starts = rng.integers(0, len(tokens) - seq_len, rows)
+        block = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
+        yield block[:, :-1], block[:, 1:]
+
+
+def train('''
+ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
+    BASE: (BASE, {}, []),
+    "array mask on full layers": (BASE, {}, [
+        ('return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")',
+         "return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mx.arange(T)[:, None] >= mx.arange(T))")]),
+    "windows (S), banded": (BASE, WINDOWS, []),
+    "windows (S), dense mask": ("windows (S), banded", WINDOWS, [
+        ("    first = slice(0, window)\n",
+         "    row, column = mx.arange(T)[:, None], mx.arange(T)[None, :]\n"
+         "    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=(column <= row) & (column >= row - window))\n"
+         "    first = slice(0, window)\n")]),
+    "rms_norm written out": (BASE, {}, [
+        ("return mx.fast.rms_norm(x, None, EPS)", "return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + EPS)")]),
+    "rope written out": (BASE, {}, [
+        ("def attend(", ROTATED),
+        ("mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)", "rotated(t, self._rope_base)")]),
+    "relu² as a power": (BASE, {}, [("mx.square(mx.maximum(self.c_fc(x), 0))", "mx.maximum(self.c_fc(x), 0) ** 2")]),
+    "cross entropy by logsumexp": (BASE, {}, [
+        ('targets int [N] -> fp32 [N]."""\n',
+         'targets int [N] -> fp32 [N]."""\n'
+         "    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]\n")]),
+    "loss in four chunks": (BASE, {"LOSS_TOKENS": "BATCH_TOKENS // 4"}, []),
+    "softcap turned round": (BASE, {"SOFTCAP": "15.0 if TIER == 'cpu' else 0.0"}, []),
+    "no n-grams (another model)": (BASE, {"NGRAM_BUCKETS": "()"}, []),
+    "a look-up for each n-gram table": (BASE, {}, [("table[rows].sum(axis=0)", "sum(table[r] for r in rows)")]),
+    "n-gram tables by AdamW": (BASE, {}, [
+        ("model.features(x, params.get(NGRAMS))", "model.features(x, model.embed_ngrams(x, params[NGRAMS])[0])"),
+        ("        if NGRAMS not in params:\n            return", "        if True:\n            return"),
+        ("    if NGRAMS in params:\n        new[NGRAMS]", "    if False:\n        new[NGRAMS]"),
+        ("    if NGRAMS in params:\n        state[NGRAMS]", "    if False:\n        state[NGRAMS]"),
+        (" and n != NGRAMS}\n", "}\n"),
+        (" and name != NGRAMS:\n", ":\n")]),
+    "Muon a matrix at a time": (BASE, {}, [
+        ("        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)\n",
+         "        one = [muon(*(a[i : i + 1] for a in (p, g, *state[key])), lr * MATRIX_LR, momentum, weight_decay)\n"
+         "               for i in range(len(names))]\n"
+         "        p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
+    "gradients of two passes": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 2"}, []),
+    "each step awaited": (BASE, {}, [("mx.async_eval(params, state, loss)", "mx.eval(params, state, loss)")]),
+    "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(rows, seq_len)",
+                                                              "batches = inline(run, rows, seq_len)")]),
+    "compile turned round": (BASE, {}, [  # on the CPU it is off
+        ("if not GPU:\n    mx.disable_compile()", "if GPU:\n    mx.disable_compile()")]),
+    "MLX's own BLAS": (BASE, {}, [("load_fast_blas()  # has to come before MLX\n", "\n")]),
+}
+
+# The anchor's other optimizer
+ADAMW_FOR_ALL: Edits = [  # what the MLX fork does: no Muon, and AdamW with decay
+    ('return name.startswith("blocks.")', "return False"),
+    ("return p - lr * update, m, v", "return p * (1 - lr * WEIGHT_DECAY) - lr * update, m, v"),
+]
