@@ -8,6 +8,8 @@ two files reads as a translation. Weights have the same names and shapes too.
 """
 
 import json
+import math
+import os
 import platform
 import resource
 import sys
@@ -19,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from prepare_mlx import HarnessError, detect_preset, start_run
 
@@ -36,24 +39,29 @@ def compiled(function):
 # Constants: edit these first
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Model
+# Model: DEPTH is the one dial, width, heads and batch follow; each of them can be set by itself, too
 DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layers
-WIDTH = {"cpu": 128, "mac": 256, "mac-max": 384, "cuda": 512}[TIER]  # channels of the residual stream
-HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head
+HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; 64 and 128 are fused
+WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (8192, 16384)  # rows of the hashed bigram table, of the trigram table; they cost look-ups, not FLOPs
-SOFTCAP = 15.0  # logits stay within +-SOFTCAP
+NGRAM_BUCKETS = (32768, 65536, 65536)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
+REREAD_BUCKETS = (4096,)  # in their place where the text is read more than REREAD_PASSES[0] times: large ones learn by heart
+REREAD_PASSES = (1.5, 3.0)  # beyond the second there is no table
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
 # Optimization
-BATCH_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**18}[TIER]  # tokens an optimizer step
-MICRO_TOKENS = {"cpu": 1024, "mac": 8192, "mac-max": 16384, "cuda": 2**16}[TIER]  # tokens a forward and backward pass
-EMBEDDING_LR = 0.4  # token, value and n-gram embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
+BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
+MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
+LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most: more are worked off in chunks, logits made twice
+EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
+NGRAM_LR = 2.0  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
 MATRIX_LR = 0.02  # matrices of the blocks (Muon)
 SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
+TABLE_DECAY = (0.0, 0.05)  # of embeddings and lm_head, times their rate; the second beyond REREAD_PASSES[1]
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
@@ -137,6 +145,18 @@ def attend(q, k, v, window):
     return torch.cat(parts, dim=2)
 
 
+def ngram_rows(tokens, buckets):
+    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int64 [B, T] -> int64 [n, B, T]."""
+    code = earlier = tokens
+    rows, offset = [], 0
+    for size in buckets:
+        earlier = F.pad(earlier[:, :-1], (1, 0))                                # [B, T]: one token further back
+        code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF                    # uint32 in int64: wraps around at 2^32
+        rows.append(offset + (code ^ (code >> 15)) % size)
+        offset += size
+    return torch.stack(rows)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -189,7 +209,8 @@ class GPT(nn.Module):
         self.config = config
         V, C, L = config.vocab_size, config.n_embd, config.n_layer
         self.wte = nn.Embedding(V, C)
-        self.ngrams = nn.ModuleList(nn.Embedding(buckets, C) for buckets in config.ngram_buckets)
+        if config.ngram_buckets:
+            self.ngrams = nn.Embedding(sum(config.ngram_buckets), C)  # the tables one below the other
         self.value_embeds = nn.ModuleList(nn.Embedding(V, C) for i in range(L) if has_ve(i, L))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.lm_head = nn.Linear(C, V, bias=False)
@@ -216,26 +237,29 @@ class GPT(nn.Module):
             elif name != "resid_lambdas":
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
-    def embed(self, tokens):
-        """Token embedding plus hashed bigram and trigram embeddings: int64 [B, T] -> [B, T, C], normed, in DTYPE."""
-        x = self.wte(tokens)                                                    # [B, T, C]; tables are fp32
-        code, earlier = tokens, tokens
-        for table in self.ngrams:
-            earlier = F.pad(earlier[:, :-1], (1, 0))                            # [B, T]: one token further back
-            code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF                # uint32 in int64: wraps around at 2^32
-            x = x + table((code ^ (code >> 15)) % table.weight.shape[0])
-        return norm(x.to(DTYPE))
+    def embed_ngrams(self, tokens, table):
+        """Sum of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
+        rows = ngram_rows(tokens, self.config.ngram_buckets)
+        return sum(F.embedding(one, table) for one in rows), rows
 
-    def forward(self, tokens):                                                  # int64 [B, T] -> fp32 logits [B, T, V]
-        x = x0 = self.embed(tokens)
+    def features(self, tokens, ngrams=None):
+        """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
+        if ngrams is None and self.config.ngram_buckets:
+            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
+        x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
+        x = x0 = norm(x.to(DTYPE))
         resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).to(x.dtype) if has_ve(i, len(self.blocks)) else None
             x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
-        logits = self.lm_head(norm(x)).float()
-        cap = self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return norm(x)
+
+    def forward(self, tokens, targets=None, ngrams=None):                       # int64 [B, T] -> fp32 logits [B, T, V]
+        x, cap = self.features(tokens, ngrams), self.config.softcap
+        if targets is None:
+            return head(x, self.lm_head.weight, cap)
+        return head_loss(x, self.lm_head.weight, targets, cap)  # the loss: functional_call reaches nothing but forward
 
     def flops_per_token(self, seq_len):
         """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
@@ -244,13 +268,35 @@ class GPT(nn.Module):
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
+def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
+    logits = (x @ weight.T).float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def cross_entropy(logits, targets):
-    """Mean over tokens in nats. logits fp32 [B, T, V], targets int64 [B, T]."""
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    """Nats of every token: logits fp32 [N, V], targets int64 [N] -> fp32 [N]."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def head_loss(x, weight, targets, softcap):
+    """Mean cross entropy in nats. x [B, T, C], lm_head's weight [V, C], targets int64 [B, T].
+
+    Beyond LOSS_TOKENS it goes chunk by chunk, each with its logits made again for their gradient, so that none are kept.
+    """
+    def total(x, weight, targets):
+        return cross_entropy(head(x, weight, softcap), targets).sum()
+
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)                # [N, C], [N]
+    if len(targets) <= LOSS_TOKENS:
+        return total(x, weight, targets) / len(targets)
+    loss = 0.0
+    for chunk, goals in zip(x.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True):
+        loss = loss + checkpoint(total, chunk, weight, goals, use_reentrant=False, preserve_rng_state=False)
+    return loss / len(targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the matrices of the blocks, AdamW for the rest
+# Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
@@ -260,6 +306,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XX
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+
+
+NGRAMS = "ngrams.weight"
 
 
 def is_matrix(name):
@@ -298,12 +347,28 @@ def muon(p, g, m, v, lr, momentum, weight_decay):
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
-def adamw(p, g, m, v, lr, betas, t):
-    """One Adam step (no decay is used on tables and scalars); t is the step's number, from 1. Returns p, m, v."""
+def adamw(p, g, m, v, lr, betas, t, decay=0.0):
+    """One AdamW step; t is the step's number, from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (torch.square(g) - v)
     update = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * update, m, v
+    return p - lr * (update + decay * p), m, v
+
+
+def adagrad_rows(table, v, rows, g, lr):
+    """One Adagrad step, in place, of the rows that a batch looked up; no other row is touched or costs time. Returns table, v.
+
+    table [R, C]; v [R], the sum of a row's mean squared gradients (Duchi et al., 2011; one number a row as in Gupta et al.,
+    arXiv 1705.06066); rows [n, ...]; g [..., C], the gradient of the sum of n rows, the same for each of them.
+    """
+    rows, g = rows.reshape(len(rows), -1), g.reshape(-1, g.shape[-1])           # [n, N], [N, C]
+    mean_square = torch.mean(torch.square(g), dim=-1)                           # [N]
+    for one in rows:
+        v.index_add_(0, one, mean_square)
+    for one in rows:
+        scale = lr * torch.rsqrt(v[one] + 1e-20)                                # [N]
+        table.index_add_(0, one, -scale[:, None] * g)
+    return table, v
 
 
 def adam_group(name, width):
@@ -328,8 +393,10 @@ def matrix_groups(params):
 
 
 def init_optimizer(params):
-    """Moments for {name: tensor}: one pair a shape for Muon, one pair a parameter for AdamW."""
-    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n)}
+    """Moments for {name: tensor}: a pair a shape for Muon, a number a row for Adagrad, a pair a parameter for AdamW."""
+    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
+    if NGRAMS in params:
+        state[NGRAMS] = (params[NGRAMS].new_zeros(len(params[NGRAMS])),)
     for (rows, cols), names in matrix_groups(params).items():
         n, zeros = len(names), params[names[0]].new_zeros
         state[f"muon.{rows}x{cols}"] = (zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols))
@@ -337,8 +404,11 @@ def init_optimizer(params):
 
 
 @torch.no_grad()
-def update(params, grads, state, schedule, width):
-    """One optimizer step over {name: tensor}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1."""
+def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
+    """One optimizer step over {name: tensor}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1.
+
+    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; its table and moment change in place.
+    """
     lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
     new, moments = {}, {}
     for shape, names in matrix_groups(params).items():
@@ -346,10 +416,13 @@ def update(params, grads, state, schedule, width):
         p, g = (torch.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
         p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
         new |= dict(zip(names, p, strict=True))
+    if NGRAMS in params:
+        new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
-        if not is_matrix(name):
+        if not is_matrix(name) and name != NGRAMS:
             rate, betas = adam_group(name, width)
-            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
+            decay = table_decay if p.ndim == 2 else 0.0
+            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t, decay)
     return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
 
 
@@ -374,7 +447,7 @@ def schedule(progress, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: gradients and update; weights go in and come out, nothing is hidden
+# Step: gradients and update; weights go in and come out, only the tables of n-grams change in place
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -383,25 +456,49 @@ def to_device(t):
     return t.contiguous().pin_memory().to(DEVICE, non_blocking=True) if DEVICE == "cuda" else t.to(DEVICE)
 
 
-def make_step(model, width, accumulate):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
+def make_gradients(model):
+    """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T]."""
 
     def loss_fn(params, x, y):
-        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
-        return cross_entropy(functional_call(model, cast, (x,)), y)
+        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
+        return functional_call(model, cast, (x, y, params.get(NGRAMS)))
 
-    forward, apply = compiled(loss_fn), compiled(update)
+    forward = compiled(loss_fn)
+
+    def gradients(params, x, y):
+        leaves, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None
+        if NGRAMS in params:  # the gradient is their sum's: the table's would be as large as it
+            ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach())
+            leaves[NGRAMS] = ngrams.requires_grad_()
+        loss = forward(leaves, x, y)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+        return loss.detach(), grads, rows
+
+    return gradients
+
+
+def make_step(model, width, accumulate, table_decay=0.0):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
+    gradients, apply = make_gradients(model), compiled(update)
 
     def step(params, state, schedule, batches):
-        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-        total = 0.0
+        total, loss, found, schedule = {}, 0.0, [], to_device(schedule)
         for _ in range(accumulate):
             x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))  # [B, T]
-            loss = forward(leaves, x, y) / accumulate
-            loss.backward()                                                     # adds to the gradients of the leaves
-            total = total + loss.detach()
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}  # None: not in the loss
-        return *apply(params, grads, state, to_device(schedule), width), total
+            one, grads, rows = gradients(params, x, y)
+            loss = loss + one / accumulate
+            if NGRAMS in params:
+                found.append((rows, grads.pop(NGRAMS) / accumulate))
+            for n, g in grads.items():
+                total[n] = g if accumulate == 1 else total.get(n, 0.0) + g / accumulate
+        dense = [{n: t for n, t in tree.items() if n != NGRAMS} for tree in (params, state)]
+        new, moments = apply(dense[0], total, dense[1], schedule, width, None, table_decay)
+        if NGRAMS in params:  # the passes' rows side by side, as one large batch has them; not compiled, for any size of tables
+            rows, grads = torch.cat([rows for rows, _ in found], dim=1), torch.cat([g for _, g in found])
+            table, sums = update({NGRAMS: params[NGRAMS]}, {NGRAMS: grads}, {NGRAMS: state[NGRAMS]}, schedule, width, rows)
+            new, moments = new | table, moments | sums
+        return {n: new[n] for n in params}, {k: moments[k] for k in state}, loss
 
     return step
 
@@ -436,6 +533,13 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+PEAK_TFLOPS = {  # what makers or core counts say, bf16 where tensor units do it; the longest name that a device's name holds
+    "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
+    "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 14.2, "M3 Ultra": 28, "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
+    "M5": 16, "M5 Max": 70, "A100": 312, "RTX 4090": 165, "H100": 989, "H200": 989,
+}  # fmt: skip
+
+
 def large_product():
     """A large matrix product on this device, as a callable that does it once, and its FLOPs: what MFU and drift are told by."""
     n = 4096 if GPU else 1024
@@ -444,35 +548,128 @@ def large_product():
 
 
 def peak_flops(product, flops):
-    """FLOP/s of the fastest of four such products."""
+    """FLOP/s that MFU is told by: the device's by PEAK_TFLOPS, or else of the fastest of four products; and the latter."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    return flops / min(times)
+    names = [name for name in PEAK_TFLOPS if f" {name} " in f" {device_name()} "]
+    measured = flops / min(times)
+    return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
+
+
+def passes(budget, step_seconds, batch_tokens, train_tokens):
+    """How often the budget reads the training text, from a step's seconds."""
+    steps = {"s": budget.amount / step_seconds, "steps": budget.amount, "tokens": budget.amount / batch_tokens}[budget.unit]
+    return steps * batch_tokens / train_tokens
+
+
+def memory_limit():
+    """Bytes that tensors may take on this device."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return torch.mps.recommended_max_memory() if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def copied(params, state):
+    """Both with n-gram tables of their own, for a step whose results are thrown away: it changes those in place."""
+    if NGRAMS not in params:
+        return params, state
+    return params | {NGRAMS: params[NGRAMS].clone()}, state | {NGRAMS: tuple(t.clone() for t in state[NGRAMS])}
+
+
+def expected_memory(model, params, state, step_fn, rows, seq_len):
+    """Peak bytes of a step of `rows` rows, by rows, measured on the model as it stands; None where that can't be done.
+
+    MPS: from gradients of an eighth and a quarter of them, and a step of one row; its driver keeps what was freed. CUDA: from
+    a step of all of them, whatever rows are asked for, as any other number would be compiled for half a minute; what doesn't
+    fit fails here. The CPU: None, for a process's peak can't be reset, and it holds more than tensors.
+    """
+    def peak(work):
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            torch.mps.empty_cache()
+        work()
+        synchronize()
+        return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else torch.mps.driver_allocated_memory()
+
+    def one_step(n):
+        x = torch.zeros(n, seq_len, dtype=torch.int32).numpy()
+        copies = sum(t.nbytes for t in (params[NGRAMS], *state[NGRAMS])) if NGRAMS in params else 0
+        return peak(lambda: step_fn(*copied(params, state), schedule(0, 0), iter([(x, x)] * 99))) - copies
+
+    def gradients(n):
+        x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
+        return peak(lambda: make_gradients(model)(params, x, x))
+
+    if DEVICE == "cpu":
+        return None
+    if DEVICE == "cuda":
+        whole = one_step(rows)
+        return lambda n: whole
+    few, more = max(1, rows // 8), max(2, rows // 4)
+    low, high, floor = gradients(few), gradients(more), one_step(1)
+    a_row = (high - low) / (more - few)
+    return lambda n: max(floor, high + a_row * (n - more))
+
+
+def tables_for(reads):
+    """Rows of the n-gram tables, and TABLE_DECAY, for a text that is read so often. docs/recipe.md has what it is chosen by."""
+    if reads <= REREAD_PASSES[0]:
+        return NGRAM_BUCKETS, TABLE_DECAY[0]
+    return ((), TABLE_DECAY[1]) if reads > REREAD_PASSES[1] else (REREAD_BUCKETS if NGRAM_BUCKETS else (), TABLE_DECAY[0])
+
+
+def build(run, accumulate, buckets, table_decay):
+    """A fresh model with these n-gram tables, its weights and moments as {name: tensor}, and its step."""
+    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets)).to(DEVICE)
+    model.init_weights(run.seed)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    return model, params, init_optimizer(params), make_step(model, model.config.n_embd, accumulate, table_decay)
+
+
+def check_memory(expected, rows, seq_len, limit):
+    """Refuses what won't fit into `limit` bytes. `expected`: bytes by rows, None where unknown."""
+    if expected and expected(rows) > limit:
+        fits = max((n for n in range(rows) if expected(n) <= limit), default=0) * seq_len
+        raise HarnessError("oom", f"a pass of {rows * seq_len:,} tokens is expected to take {expected(rows) / 2**30:.1f} GiB, this "
+                           f"device has {limit / 2**30:.1f}; " + (f"the largest that fits is MICRO_TOKENS = {fits}" if fits else
+                           f"not even one row fits: lower DEPTH ({DEPTH}) or WIDTH ({WIDTH})"))
 
 
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    rows, accumulate = max(1, MICRO_TOKENS // seq_len), max(1, BATCH_TOKENS // MICRO_TOKENS)
+    accumulate = max(1, math.ceil(BATCH_TOKENS / MICRO_TOKENS))
+    rows = max(1, BATCH_TOKENS // accumulate // seq_len)
     batch_tokens = rows * seq_len * accumulate
-    config = GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)
-    model = GPT(config).to(DEVICE)
-    model.init_weights(run.seed)
-    params = {n: p.detach() for n, p in model.named_parameters()}
-    state = init_optimizer(params)
-    num_params = sum(p.numel() for p in params.values())
     product, product_flops = large_product()
-    flops, peak = model.flops_per_token(seq_len), peak_flops(product, product_flops)
-    print(f"{TIER}: {num_params / 1e6:.2f} M parameters, depth {config.n_layer}, width {config.n_embd}, {batch_tokens:,} tokens a "
-          f"step in rows of {seq_len}, {flops / 1e6:.2f} MFLOPs a token, matrix products at {peak / 1e12:.2f} TFLOP/s", flush=True)
-
-    step_fn = make_step(model, config.n_embd, accumulate)
-    dummy = torch.zeros(rows, seq_len, dtype=torch.int32).numpy()
-    step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate))  # compile; the results are thrown away
-    synchronize()
+    peak, gemm = peak_flops(product, product_flops)
+    limit = memory_limit()
+    chosen = tables_for(0)
+    for _ in range(2):  # the second time where the first showed that the text will be read again
+        model, params, state, step_fn = build(run, accumulate, *chosen)
+        expected = expected_memory(model, params, state, step_fn, rows, seq_len)
+        check_memory(expected, rows, seq_len, limit)
+        dummy = torch.zeros(rows, seq_len, dtype=torch.int32).numpy()
+        for _ in range(2):  # compile, then time a step on dummy data; the results are thrown away
+            copies = copied(params, state)
+            synchronize()
+            start = time.perf_counter()
+            step_fn(*copies, schedule(0, 0), iter([(dummy, dummy)] * accumulate))
+            synchronize()
+        reads = passes(run.budget, time.perf_counter() - start, batch_tokens, run.train_tokens)
+        if chosen == tables_for(reads):
+            break
+        chosen = tables_for(reads)
+    config, num_params = model.config, sum(p.numel() for p in params.values())
+    flops, expected_mb = model.flops_per_token(seq_len), expected and expected(rows) / 2**20
+    print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
+          f"{config.n_layer}, width {config.n_embd}, n-gram tables {config.ngram_buckets}; {batch_tokens:,} tokens a step in rows "
+          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, "
+          f"{f'{expected_mb:,.0f} MB' if expected else 'unknown memory'} at the peak", flush=True)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -508,8 +705,8 @@ def train(run):
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
-            "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(),
-            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "device": device_name()}
+            "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(), "expected_vram_mb": expected_mb,
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "gemm_tflops": gemm / 1e12, "device": device_name()}
 
 
 def device_name():

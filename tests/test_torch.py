@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 import train_mlx  # noqa: E402
 import train_torch  # noqa: E402
-from train_torch import GPT, GPTConfig, attend, init_optimizer, make_step, schedule  # noqa: E402
+from train_torch import GPT, GPTConfig, attend, head_loss, init_optimizer, make_step, schedule  # noqa: E402
 
 CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # Windows, n-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2^32 at once
@@ -95,7 +96,7 @@ def test_it_is_a_translation() -> None:
     """Whatever one trainer has, the other has, in the same order and with the same value; torch needs a few helpers more."""
     (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
     helpers = set(torch_order) - set(mlx_order)
-    assert helpers == {"compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb"}
+    assert helpers == {"compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb", "copied"}
     assert [n for n in torch_order if n not in helpers] == mlx_order
     own = {"DEVICE", "GPU", "TIER", "DTYPE"}
     assert [(n, v) for n, v in torch_constants.items() if n not in own] == [
@@ -125,6 +126,97 @@ def test_logits_are_those_of_mlx(tokens: int) -> None:
     assert np.abs(expected).max() > 0.1
     assert np.abs(array(ours(tensor(x))) - expected).max() < 1e-4
     assert ours.flops_per_token(16) == theirs.flops_per_token(16)
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tables_and_losses_are_those_of_mlx_after_several_steps(monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    """From the same weights, on text in which n-grams return: rows are updated again, in one step and in several.
+
+    All else stays as it is: Adam's first steps go by a gradient's sign, which rounding decides near 0, and the two would part.
+    """
+    for module in (train_mlx, train_torch):
+        for name in ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR"):
+            monkeypatch.setattr(module, name, 0.0)
+    rng = np.random.default_rng(3)
+    theirs, ours = train_mlx.GPT(train_mlx.GPTConfig(**SMALL)), build_model(GPTConfig(**SMALL))
+    weights = {n: (rng.standard_normal(p.shape) * p.shape[-1] ** -0.5).astype(np.float32) for n, p in ours.named_parameters()}
+    text = rng.integers(0, 40, (6, 4, 17), dtype=np.int32)
+
+    def losses(module: Any, params: dict, step: Any) -> tuple[list[float], np.ndarray, np.ndarray]:
+        state, found = module.init_optimizer(params), []
+        for i, batch in enumerate(text):
+            parts = zip(*(np.split(t, accumulate) for t in split(batch)), strict=True)
+            params, state, loss = step(params, state, module.schedule(i / 6, i), parts)
+            found.append(loss.item())
+        table, (sums,) = params[module.NGRAMS], state[module.NGRAMS]
+        return found, np.array(table.tolist()), np.array(sums.tolist())
+
+    expected_losses, expected, expected_sums = losses(
+        train_mlx, {n: mx.array(p) for n, p in weights.items()}, train_mlx.make_step(theirs, 64, accumulate))
+    found_losses, found, found_sums = losses(
+        train_torch, {n: tensor(p) for n, p in weights.items()}, make_step(ours, 64, accumulate))
+    assert found_losses == pytest.approx(expected_losses, rel=1e-5)
+    touched = np.abs(expected - weights[train_mlx.NGRAMS]).max(axis=1) > 0
+    assert 0.2 < touched.mean() < 0.95
+    assert np.array_equal(touched, np.abs(found - weights[train_mlx.NGRAMS]).max(axis=1) > 0)
+    assert parity.difference(found, expected) < 1e-5
+    assert parity.difference(found_sums, expected_sums) < 1e-5
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("softcap", [0, 15.0])
+def test_the_loss_in_chunks_is_that_of_mlx_and_of_one_piece(monkeypatch: pytest.MonkeyPatch, softcap: float) -> None:
+    rng = np.random.default_rng(4)
+    x, weight, targets = rng.standard_normal((2, 16, 8)), rng.standard_normal((61, 8)), rng.integers(0, 61, (2, 16))
+
+    def found(tokens: int) -> list[np.ndarray]:
+        monkeypatch.setattr(train_torch, "LOSS_TOKENS", tokens)
+        leaves = [tensor(t).requires_grad_() for t in (x, weight)]
+        loss = head_loss(*leaves, tensor(targets), softcap)
+        return [array(t) for t in (loss, *torch.autograd.grad(3 * loss, leaves))]
+
+    loss, grads = mx.value_and_grad(lambda x, w: 3 * train_mlx.head_loss(x, w, mx.array(targets), softcap), (0, 1))(
+        *(mx.array(t.astype(np.float32)) for t in (x, weight)))
+    expected = [np.array(t) for t in (loss / 3, *grads)]
+    for tokens in (1, 5, 16, 32):
+        assert all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found(tokens), expected, strict=True))
+
+
+def test_of_a_loss_in_chunks_only_one_chunks_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the forward and the backward pass: what autograd holds is counted."""
+    def held(tokens: int) -> int:
+        monkeypatch.setattr(train_torch, "LOSS_TOKENS", tokens)
+        sizes = []
+        x, weight = torch.randn(1, 512, 8, requires_grad=True), torch.randn(997, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            head_loss(x, weight, torch.zeros(1, 512, dtype=torch.int64), 15.0)
+        return sum(sizes)
+
+    assert held(512) > 512 * 997
+    assert held(128) < 512 * 997 / 4
+
+
+@pytest.mark.usefixtures("fp32")
+def test_adagrad_touches_the_rows_of_the_batch_and_adds_up_what_a_row_got_twice() -> None:
+    table, v, g = torch.ones(5, 2), torch.zeros(5), torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    after, sums = train_torch.adagrad_rows(table, v, torch.tensor([[1, 1], [2, 3]]), g, 0.1)
+    assert after is table, "in place: a copy would cost more than the step"
+    assert sums is v
+    assert np.allclose(array(v), [0, 10, 1, 9, 0])
+    assert np.allclose(array(table)[:, 0], [1, 1 - 0.1 * 4 / 10**0.5, 0.9, 0.9, 1])
+
+
+def test_warm_up_leaves_the_weights_as_they_were() -> None:
+    model = build_model(GPTConfig(**SMALL))
+    model.init_weights(1)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    state, before = init_optimizer(params), {n: p.clone() for n, p in params.items()}
+    x = np.zeros((2, 16), np.int32)
+    after, _, _ = make_step(model, SMALL["n_embd"], 1)(*train_torch.copied(params, state), schedule(0, 0), iter([(x, x)]))
+    assert all(torch.equal(before[n], p) for n, p in params.items())
+    assert not state[train_torch.NGRAMS][0].any()
+    assert after[train_torch.NGRAMS].any()
 
 
 @pytest.mark.usefixtures("fp32")
@@ -330,9 +422,34 @@ def test_a_weight_that_the_loss_does_not_use_stays() -> None:
     assert torch.equal(after["idle"], params["idle"])
 
 
+def test_expected_memory_of_mps_is_a_line_through_what_its_driver_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS's counters, told by a stand-in: 1000 bytes and 30 a row for gradients, 5000 for a step of one row."""
+    held = []
+    monkeypatch.setattr(torch.mps, "empty_cache", held.clear)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: sum(held))
+    monkeypatch.setattr(train_torch, "synchronize", lambda: None)
+    monkeypatch.setattr(train_torch, "make_gradients", lambda model: lambda params, x, y: held.append(1000 + 30 * len(x)))
+    model = torch.nn.Linear(1, 1).to(train_torch.DEVICE)
+    ask = (model, {}, {}, lambda params, state, schedule, batches: held.append(5000), 64, 16)
+    if train_torch.DEVICE == "cpu":
+        assert train_torch.expected_memory(*ask) is None
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, zeros=torch.zeros, **kw: zeros(*shape, **kw))
+    monkeypatch.setattr(train_torch, "DEVICE", "mps")
+    expected = train_torch.expected_memory(*ask)
+    assert [expected(n) for n in (1, 100, 1000)] == [5000, 5000, 31_000]
+    train_torch.check_memory(expected, 1000, 16, 31_000)
+    with pytest.raises(train_torch.HarnessError, match=r"16,000 tokens is expected .* MICRO_TOKENS = 13328"):
+        train_torch.check_memory(expected, 1000, 16, 26_000)
+    with pytest.raises(train_torch.HarnessError, match="not even one row"):
+        train_torch.check_memory(expected, 1000, 16, 4000)
+    train_torch.check_memory(None, 1000, 16, 1)
+
+
 @pytest.mark.usefixtures("fp32")
-def test_the_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [2**13, 16])
+def test_the_step_is_traced_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """As one graph for the loss and one for the update, whatever step and rate: nothing is compiled during training."""
+    monkeypatch.setattr(train_torch, "LOSS_TOKENS", chunk)
     graphs = []
 
     def backend(graph, _):
@@ -376,6 +493,8 @@ def test_a_run_trains_and_is_scored(tmp_path: Path, tiny) -> None:
     assert facts["num_params"] == sum(p.numel() for p in torch.load(out / "weights.pt", weights_only=True).values())
     assert facts["peak_vram_mb"] > 0
     assert 0 < facts["mfu_percent"] < 150
+    assert facts["gemm_tflops"] > 0
+    assert (facts["expected_vram_mb"] is None) == (train_torch.DEVICE == "cpu")
     logits = train_torch.load_model(out)(np.zeros((2, 8), np.int32))
     assert logits.shape == (2, 8, 320)
     assert logits.dtype == np.float32
@@ -401,10 +520,10 @@ def test_the_same_seed_trains_the_same_weights(tmp_path: Path, tiny) -> None:
 
 
 @pytest.mark.parametrize(("before", "after", "kind", "exit_code"), [
-    ("    return p - lr * update, m, v", "    return p * torch.inf, m, v", "nan", 3),
-    ("    model = GPT(config)", "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 TiB')", "oom", 4),
-    ("    model = GPT(config)", "    raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')", "oom", 4),
-    ("    model = GPT(config)", "    1 / 0", "crash", 1),
+    ("    return p - lr * (update + decay * p), m, v", "    return p * torch.inf, m, v", "nan", 3),
+    ("    limit = memory_limit()\n", "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 TiB')", "oom", 4),
+    ("    limit = memory_limit()\n", "    raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')", "oom", 4),
+    ("    limit = memory_limit()\n", "    1 / 0", "crash", 1),
 ], ids=["nan", "oom-cuda", "oom-mps", "crash"])
 def test_a_failed_run_ends_at_once_with_its_name(
         tmp_path: Path, tiny, before: str, after: str, kind: str, exit_code: int) -> None:
