@@ -5,23 +5,27 @@ positive is better. Everything here is a pure function of scores; the caller tra
 
     best = baseline = [rule.baseline_trials scores]
     noise = estimate_noise([baseline, *(fresh(scores) for scores in every candidate of the night, this one too)])
-    verdict = decide(best, candidate, noise, lines_delta=-3)
+    verdict = decide(best, candidate, noise, firsts=[scores[0] of every candidate judged against this best], lines_delta=-3)
     if verdict.action == "again": train one more trial of the best if verdict.remeasure_best, else of the candidate
     if verdict.action == "keep":  best = candidate, with all its trials
 
 The rule is a sequential probability ratio test (Wald 1945, "Sequential tests of statistical hypotheses") of "gains
 `worth` sigmas" against "gains nothing", made for very unequal prices: of all tests with the same risks it trains the
 candidates that are no better least, and they are nearly all of a night. After every trial of the candidate its mean gain
-- is below Wald's lower line, `worth / 2 + log(give_up) / (worth * trials)` sigmas (0.6 after the first trial, rising
-  to 1): discard. Three of four candidates that are no better end here after one trial;
+- is below Wald's lower line, `worth / 2 + log(give_up) / (worth * trials)` sigmas (0.7 after the first trial, rising
+  to 1): discard. Four of five candidates that are no better end here after one trial;
 - clears the bar: keep. In place of Wald's upper line, which takes both sigma and the best for known, the gain's Student t
-  must exceed the quantile that shares `false_keeps` among the candidates of a night and the looks at each (Pocock 1977),
-  and come near it without the candidate's luckiest trial: one outlier is no evidence;
+  must exceed the quantile that shares `false_keeps` among the candidates of a night, and come near it without the
+  candidate's luckiest trial: one outlier is no evidence, and several looks at one candidate need no more than that;
 - or neither: one more trial, up to `max_trials`.
 
 The error of the best's own mean is common to all candidates of the night: a lucky best would freeze it, an unlucky one
-would open it to luck. So the best is trained again too, but lazily: up to `best_trials` when that could turn the verdict,
-and up to 1.5 times the candidate's trials while a candidate lasts. These trials stay with the best and are paid once.
+would have each candidate trained twice. So
+- the best is trained again too, but lazily: up to `best_trials` when that could turn the verdict, and up to 1.5 times the
+  candidate's trials while a candidate lasts. These trials stay with the best and are paid once;
+- the line of discards moves with what the first trials of all candidates since tell of the best for nothing (`misjudged`).
+  It decides who is trained again, never who is kept. A night of 100 equal candidates costs 1.47 trainings each, baseline
+  and repeats of the best counted; with the line at rest it would be 1.57 for the same power.
 
 Selection: the candidate's first trial, which got it looked at, counts in full in the test, whose bar was simulated with
 it. In the noise it doesn't (`fresh`): a lucky first trial and a sober second one look like more noise than there is. A
@@ -29,6 +33,9 @@ new best is flattered (the winner's curse, 0.1 to 0.4 sigmas): leaving out its f
 for the trial that ends a test is as selected as the one that began it. Repeats at later close calls wear it off. Seeds
 are paired by the driver, but the pairs aren't used: with two edits of one file the correlation of equal seeds may be
 nil, and pairs would then throw away most trials of the best.
+
+A shorter file may be worse by the `margin`, but than the best mean that was ever kept (`record`): a hundred small losses
+are no more allowed than one large one.
 
 `scripts/operating_curve.py` shows what this costs and finds, `tests/test_decision.py` holds it to that. Scores are taken
 to be normal with one sigma all night. Tails as heavy as Student's t with 3 degrees of freedom and slow outliers (a busy
@@ -40,17 +47,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, quantiles
 from typing import Literal
 
 PRIOR_SIGMA = 0.0003  # bpb; the quietest machine seen. One squared deviation of it is added to those measured
 UNKNOWN_SIGMA = 0.03  # bpb; the noisiest machine reported, believed until something was measured twice
 
-LOOKS = 1.7  # looks at one candidate, as if independent; by simulation, 3 to 4 % of nights keep falsely for 5 % asked
-SIMPLER_LOOKS = 2.0  # the same for the margin, where the floor ends fewer tests early
+SIMPLER_LOOKS = 2.0  # looks at the margin, as if independent; by simulation
 BEST_PER_TRIAL = 1.5  # trials of the best for one of a candidate: dearer than 1 now, and of use to the next candidate
-WITHOUT_LUCK = 0.8  # of the bar, to be cleared without the luckiest trial; by simulation with heavy tails
+WITHOUT_LUCK = 0.9  # of the bar, to be cleared without the luckiest trial; by simulation, with heavy tails too
 REACH = 2.0  # standard deviations that the best's mean may still move when it is trained again
+FIFTH = NormalDist().inv_cdf(0.8)  # sigmas above which a fifth of equal candidates begin
+MOVES = -0.3, 0.4  # sigmas that the line of discards may fall and rise: candidates may also be truly worse, or truly better
+BELIEF = 10  # first trials, to be believed by half
 
 Action = Literal["keep", "discard", "again"]
 Reason = Literal["better", "simpler", "worse", "not better", "trial limit", "promising", "best uncertain"]
@@ -71,9 +80,9 @@ class Rule:
     false_keeps: float = 0.05  # chance that a night of identical candidates keeps any of them
     experiments: int = 100  # candidates that share this chance; a longer night needs its own number
     worth: float = 2.0  # sigmas of gain that should be found, four times in five
-    give_up: float = 0.45  # discard below this likelihood ratio of a gain of `worth` to none
+    give_up: float = 0.58  # discard below this likelihood ratio of a gain of `worth` to none
     baseline_trials: int = 6  # of the first best, before any candidate
-    best_trials: int = 10  # of any best, when they could turn a first look
+    best_trials: int = 9  # of any best, when they could turn a first look
     max_best_trials: int = 20
     min_trials: int = 2  # of a candidate before it may be kept, 2 or more: one number is never enough
     max_trials: int = 16  # of a candidate; a gain of 2 sigmas takes 6 on average, one of 1 sigma at worst all
@@ -84,17 +93,15 @@ class Rule:
     @property
     def bar(self) -> float:
         """The z that a keep must clear."""
-        return NormalDist().inv_cdf(1 - self.false_keeps / self.experiments / LOOKS)
+        return NormalDist().inv_cdf(1 - self.false_keeps / self.experiments)
 
     @property
     def margin_bar(self) -> float:
         """The z that a simpler candidate must clear above the margin."""
         return NormalDist().inv_cdf(1 - self.margin_risk / SIMPLER_LOOKS)
 
-    def floor(self, trials: int, shorter: bool = False) -> float:
+    def floor(self, trials: int) -> float:
         """Sigmas of mean gain below which a candidate with so many trials is discarded."""
-        if shorter and trials <= self.simpler_trials:
-            return -self.margin / 2  # halfway between equal and worse by the margin
         return self.worth / 2 + math.log(self.give_up) / (self.worth * trials)
 
     def best_needed(self, trials: int) -> int:
@@ -144,23 +151,40 @@ def estimate_noise(groups: Iterable[Sequence[float]]) -> Noise:
     return Noise(math.sqrt((squares + PRIOR_SIGMA**2) / freedom), freedom)
 
 
+def misjudged(best: Sequence[float], firsts: Sequence[float], sigma: float) -> float:
+    """Sigmas by which the best's mean seems too bad (or, below 0, too good), by the first trials of all its rivals.
+
+    The best fifth of candidates that are equal to it begin `FIFTH` sigmas better than it truly is. Where many are worse, it
+    seems too good: that costs some trainings, which `MOVES` bounds. 0 until there are enough of them.
+    """
+    if len(firsts) < 5:
+        return 0.0
+    seen = (_mean(best) - quantiles(firsts, n=5)[0]) / sigma - FIFTH
+    return max(MOVES[0], min(MOVES[1], seen * len(firsts) / (len(firsts) + BELIEF)))
+
+
 def decide(
     best: Sequence[float],
     candidate: Sequence[float],
     noise: Noise,
     *,
+    firsts: Sequence[float] = (),
     lines_delta: int = 0,
+    record: Sequence[float] | None = None,
     rule: Rule = DEFAULT_RULE,
 ) -> Verdict:
     """Judge a candidate by all its trials so far against all trials of the best.
 
-    `lines_delta` is the change in lines of code: below 0 a candidate that isn't worse by the margin is kept as
-    `simpler`. Raises ValueError for no score or one that isn't finite: a failed trial is no score.
+    `firsts` are the first trials of the candidates that were judged since the best became the best. `lines_delta` is the
+    change in lines of code: below 0 a candidate that isn't worse by the margin is kept as `simpler`; worse than `record`, the
+    trials of the lowest mean ever kept (None: the best's). Raises ValueError for no score or one that isn't finite: a failed
+    trial is no score.
     """
     if not best or not candidate or not all(map(math.isfinite, (*best, *candidate))):
         raise ValueError(f"expected finite scores of both, got best={list(best)} candidate={list(candidate)}")
     trials, sigma, freedom = len(candidate), noise.sigma, noise.degrees_of_freedom
-    gain = _mean(best) - _mean(candidate)
+    record = record or best
+    gain, simpler = _mean(best) - _mean(candidate), _mean(record) - _mean(candidate)
     error = sigma * math.sqrt(1 / trials + 1 / len(best))
     z = _z(gain / error, freedom)
 
@@ -168,7 +192,10 @@ def decide(
         low = gain - error * _t(1.645, freedom)
         return Verdict(action, reason, gain, low, NormalDist().cdf(z), remeasure_best)
 
-    floor = rule.floor(trials, lines_delta < 0) * sigma
+    floor = rule.floor(trials)
+    if lines_delta < 0 and trials <= rule.simpler_trials:  # halfway between equal to the record and worse by the margin
+        floor = min(floor, (gain - simpler) / sigma - rule.margin / 2)
+    floor = (floor + misjudged(best, firsts, sigma)) * sigma
     reach = REACH * sigma * math.sqrt(max(0.0, 1 / len(best) - 1 / rule.best_trials))
     if gain < floor - reach:
         return verdict("discard", "worse" if gain < 0 else "not better")
@@ -177,7 +204,8 @@ def decide(
         z_rest = _z((_mean(best) - _mean(rest)) / (sigma * math.sqrt(1 / len(rest) + 1 / len(best))), freedom)
         if z > rule.bar and z_rest > WITHOUT_LUCK * rule.bar:
             return verdict("keep", "better")
-        if lines_delta < 0 and _z((gain + rule.margin * sigma) / error, freedom) > rule.margin_bar:
+        z_simpler = _z((simpler + rule.margin * sigma) / (sigma * math.sqrt(1 / trials + 1 / len(record))), freedom)
+        if lines_delta < 0 and z_simpler > rule.margin_bar:
             return verdict("keep", "simpler")
     if reach and gain < floor + reach:
         return verdict("again", "best uncertain", remeasure_best=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent import briefing, guard, judgement, limits, start, views
 from agent.console import Console
-from agent.decision import Rule, decide
+from agent.decision import Rule
 from agent.digest import family
 from agent.errors import BaselineError, Stopped
 from agent.hooks import Hooks
@@ -165,8 +165,7 @@ class Engine:
         while True:
             subject = experiment
             if experiment.scores:
-                shorter = experiment.lines - best.lines
-                decision = decide(best.scores, experiment.scores, judgement.noise(self.night), lines_delta=shorter, rule=self.rule)
+                decision = judgement.decided(self.night, experiment, self.rule)
                 if decision.action != "again":
                     gain = f"{decision.reason}, gain {decision.gain:+.4f}"
                     return self.verdict(experiment, decision.action, gain, None)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from agent.candidate import Source, SourceError, inspect, one_line
-from agent.decision import Noise, estimate_noise, fresh
+from agent.decision import Noise, Rule, Verdict, decide, estimate_noise, fresh
 from agent.errors import NightError
 from agent.night import Experiment, Night
 from agent.trial import Lab, Result, check_import
@@ -96,6 +96,16 @@ def _against_the_night(night: Night, result: Result) -> Result:
     change = rate / max(median(before), 1e-9) - 1
     warning = {"speed_warning": f"{change:+.0%} against the night's median: heat, or another program"} if change < -SLOWER else {}
     return replace(result, summary={**result.summary, **warning})
+
+
+def decided(night: Night, experiment: Experiment, rule: Rule) -> Verdict:
+    """What the scores of the night say of an experiment that has one."""
+    best = night.leader
+    firsts = [e.scores[0] for e in night.experiments[best.n + 1 : experiment.n] if e.scores]
+    return decide(
+        best.scores, experiment.scores, noise(night), firsts=firsts, lines_delta=experiment.lines - best.lines,
+        record=night.record.scores, rule=rule,
+    )  # fmt: skip
 
 
 def noise(night: Night) -> Noise:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,11 @@ class Night:
         if self.best is None:
             raise JournalError("the night has no baseline yet; run it again to measure one")
         return self.experiments[self.best]
+
+    @property
+    def record(self) -> Experiment:
+        """The kept one with the lowest mean, which need not be the best: a shorter file may be a little worse."""
+        return min((self.experiments[n] for n in {0, *self.kept}), key=lambda e: (e.mean or math.inf, e.n))
 
     def streak(self) -> tuple[str, int]:
         """The status of this session's last experiment and how many in a row had it, newest first."""

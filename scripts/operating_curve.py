@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 import click
@@ -64,16 +65,18 @@ class Ours:
         self.rule, self.lines_delta = rule, lines_delta
 
     def start(self, bench: Bench) -> None:
-        self.best = [bench.train_best() for _ in range(self.rule.baseline_trials)]
-        self.baseline = self.best
+        self.best = self.baseline = [bench.train_best() for _ in range(self.rule.baseline_trials)]
+        self.kept = [self.baseline]
         self.candidates: list[list[float]] = []
+        self.firsts: list[float] = []
         self.noise: Noise = estimate_noise([self.baseline])
         self.reasons: list[str] = []
 
     def keeps(self, bench: Bench) -> bool:
-        scores = [bench.train_candidate()]
+        scores, line = [bench.train_candidate()], self.lines_delta
         while True:
-            verdict = decide(self.best, scores, self.noise, lines_delta=self.lines_delta, rule=self.rule)
+            record = min(self.kept, key=fmean) if line < 0 else None
+            verdict = decide(self.best, scores, self.noise, firsts=self.firsts, lines_delta=line, record=record, rule=self.rule)
             if verdict.action != "again":
                 break
             if verdict.remeasure_best:
@@ -84,8 +87,10 @@ class Ours:
         self.reasons.append(verdict.reason)
         if len(scores) > 2 or verdict.action == "keep":  # else it has no say in the noise
             self.candidates.append(scores)
+        self.firsts.append(scores[0])
         if verdict.action == "keep":
-            self.best = scores
+            self.best, self.firsts = scores, []
+            self.kept.append(scores)
         return verdict.action == "keep"
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import decision
-from agent.decision import PRIOR_SIGMA, UNKNOWN_SIGMA, Noise, Rule, decide, estimate_noise, fresh
+from agent.decision import DEFAULT_RULE, PRIOR_SIGMA, UNKNOWN_SIGMA, Noise, Rule, decide, estimate_noise, fresh
 from scripts.operating_curve import Bench, Bootstrap, Greedy, Night, Ours, Policy, mixed, simulate
 
 NIGHTS = 1000
@@ -37,15 +37,18 @@ def power(ends: list[Night]) -> float:
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_a_night_of_identical_candidates(sigma: float) -> None:
-    """At most 5 % of such nights keep anything, and a candidate is trained less than 1.5 times on average.
-
-    A candidate's own trainings are counted; with the baseline's and the best's repeats it is under 1.6, and no night
-    of worse candidates costs more.
-    """
+    """At most 5 % of such nights keep anything, and a candidate costs less than 1.5 trainings on average: all are counted, those
+    of the baseline and the repeats of the best, too."""
     ends = nights(Ours, [0.0] * 100, sigma)
     assert false_nights(ends) <= 0.05
-    assert np.mean([np.mean(night.own) for night in ends]) < 1.5
-    assert np.mean([night.trainings / 100 for night in ends]) < 1.6
+    assert np.mean([night.trainings / 100 for night in ends]) < 1.5
+    assert all(night.trainings == night.baseline + sum(night.own) + sum(night.extra) for night in ends)
+    assert {night.baseline for night in ends} == {DEFAULT_RULE.baseline_trials}
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.25, 0.25])
+def test_no_night_of_similar_candidates_costs_much_more(gain: float) -> None:
+    assert np.mean([night.trainings / 100 for night in nights(Ours, [gain] * 100, number=150)]) < 1.6
 
 
 @pytest.mark.parametrize("policy", [Greedy, Bootstrap])
@@ -55,10 +58,12 @@ def test_the_other_rules_keep_by_luck(policy: Callable[[], Policy]) -> None:
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize(
-    "before", [[], [0.0] * 30, [5.0] + [0.0] * 10], ids=["first of the night", "after 30 equal", "after a keep"]
+    ("before", "number"),
+    [([], 4000), ([0.0] * 30, 1500), ([0.0] * 90, 700), ([5.0] + [0.0] * 10, 3000)],
+    ids=["first of the night", "after 30 equal", "after 90 equal", "after a keep"],
 )
-def test_a_gain_of_two_sigmas_is_found(before: list[float], sigma: float) -> None:
-    assert power(nights(Ours, [*before, 2.0], sigma)) >= 0.8
+def test_a_gain_of_two_sigmas_is_found(before: list[float], number: int, sigma: float) -> None:
+    assert power(nights(Ours, [*before, 2.0], sigma, number)) >= 0.8
 
 
 def test_a_larger_gain_is_found_sooner() -> None:
@@ -143,7 +148,7 @@ class SlowOutliers(random.Random):
         return mu + sigma * (self.expovariate(1.0) - 1)
 
 
-@pytest.mark.parametrize(("draw", "limit"), [(HeavyTails(1), 0.07), (SlowOutliers(1), 0.05)], ids=["t3", "slow"])
+@pytest.mark.parametrize(("draw", "limit"), [(HeavyTails(1), 0.06), (SlowOutliers(1), 0.05)], ids=["t3", "slow"])
 def test_tails(draw: random.Random, limit: float) -> None:
     assert false_nights(nights(Ours, [0.0] * 100, draw=draw, number=600)) <= limit
     assert power(nights(Ours, [0.0] * 20 + [2.0], draw=draw, number=500)) >= 0.8
@@ -182,6 +187,75 @@ def test_the_reason_of_a_simplification() -> None:
     assert decide(best, [0.98] * 4, noise, lines_delta=-1).reason == "better"
 
 
+def chain(bounded: bool, seed: int) -> tuple[float, int]:
+    """Sigmas that 60 shorter files lost together, each worse by 0.3 than what it was made from; and how many were kept."""
+    policy, bench = Ours(lines_delta=-3), Bench(0.003, random.Random(seed))
+    policy.start(bench)
+    kept = 0
+    for _ in range(60):
+        bench.candidate = bench.best + 0.3 * 0.003
+        if not bounded:
+            policy.kept = [policy.best]
+        if policy.keeps(bench):
+            bench.best, kept = bench.candidate, kept + 1
+    return (bench.best - 1.0) / 0.003, kept
+
+
+def test_a_chain_of_simplifications_does_not_lose_more_than_the_margin_and_a_little_luck() -> None:
+    """Measured against the best mean ever kept, they lose the margin together; each against the one before, all they like."""
+    bounded, free = (np.array([chain(bound, seed) for seed in range(200)]) for bound in (True, False))
+    assert bounded[:, 0].mean() < DEFAULT_RULE.margin
+    assert np.quantile(bounded[:, 0], 0.95) < 2 * DEFAULT_RULE.margin
+    assert bounded[:, 1].mean() > 1, "some are kept all the same"
+    assert free[:, 0].mean() > 1.5 * DEFAULT_RULE.margin
+    assert np.quantile(free[:, 0], 0.95) > 2.5 * DEFAULT_RULE.margin
+
+
+def test_what_was_lost_is_no_longer_to_lose() -> None:
+    noise, record, best = Noise(0.003, 20), [1.0] * 16, [1.0 + 0.8 * 0.003] * 16
+    candidate = [1.0 + 1.2 * 0.003] * 8  # worse than the best by 0.4 sigmas, than the record by more than the margin
+    assert decide(best, best[:8], noise, lines_delta=-1).reason == "simpler"
+    assert decide(best, best[:8], noise, lines_delta=-1, record=record).reason != "simpler"
+    assert decide(best, candidate, noise, lines_delta=-1, record=record).action == "discard"
+    assert decide(best, [1.0] * 8, noise, lines_delta=-1, record=record).reason == "simpler"
+    assert decide(best, [0.98] * 4, noise, lines_delta=-1, record=record).reason == "better"
+
+
+# ---- what the first trials of all candidates tell ----
+
+
+def first_trials(level: float, number: int, seed: int = 1, worse: float = 0.0) -> list[float]:
+    """Of candidates at a level (sigmas above 1 bpb), a part of which is worse by 5 on average."""
+    draw = random.Random(seed)
+    levels = [level + (draw.expovariate(1 / 5) if draw.random() < worse else 0.0) for _ in range(number)]
+    return [draw.gauss(1.0 + at * 0.003, 0.003) for at in levels]
+
+
+def test_an_unlucky_best_is_known_by_how_good_all_others_look() -> None:
+    def seen(*told: float, **more: float) -> float:
+        return float(np.mean([decision.misjudged([1.0], first_trials(*told, seed=seed, **more), 0.003) for seed in range(300)]))
+
+    assert seen(0.0, 4) == 0.0, "too few"
+    assert seen(0.0, 100) == pytest.approx(0.0, abs=0.05)
+    assert seen(-0.3, 100) == pytest.approx(0.3, abs=0.08)
+    assert seen(0.2, 100) == pytest.approx(-0.2, abs=0.08)
+    assert 0.1 < seen(-0.3, 10) < 0.2, "ten are believed by half"
+    assert seen(-3.0, 100) == pytest.approx(0.4), "but not that it is out of the question"
+    assert seen(3.0, 100) == pytest.approx(-0.3)
+    assert -0.2 < seen(-0.3, 100, worse=0.5) < 0.0, "many that are worse outweigh it, and some trainings are wasted"
+
+
+def test_the_others_decide_who_is_trained_again_but_not_who_is_kept() -> None:
+    noise, best, lucky = Noise(0.003, 20), [1.0] * 12, [1.0 - 0.9 * 0.003]
+    assert decide(best, lucky, noise).action == "again"
+    assert decide(best, lucky, noise, firsts=first_trials(-0.5, 50)).reason == "not better"
+    assert decide(best, [1.0 - 0.5 * 0.003], noise).reason == "not better"
+    assert decide(best, [1.0 - 0.5 * 0.003], noise, firsts=first_trials(0.5, 50)).action == "again"
+    for level in (-2.0, 0.0, 2.0):
+        assert decide(best, [0.99] * 4, noise, firsts=first_trials(level, 50)).reason == "better"
+        assert decide(best, [0.996] * 2, noise, firsts=first_trials(level, 50)).action != "keep"
+
+
 # ---- one verdict ----
 
 
@@ -211,7 +285,7 @@ def test_the_trial_limit_ends_it() -> None:
 
 def test_the_bar_shares_the_risk_of_the_night() -> None:
     assert Rule(experiments=500).bar > Rule(experiments=100).bar > Rule(false_keeps=0.5).bar
-    assert Rule().bar == pytest.approx(3.4370, abs=0.0005)
+    assert Rule().bar == pytest.approx(3.2905, abs=0.0005)  # one in 2000
 
 
 @pytest.mark.parametrize("bad", [[], [math.nan], [1.0, math.inf]])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from agent import limits
+from agent import judgement, limits
+from agent.decision import Rule
 from agent.errors import JournalError
 from agent.night import Night, fold
 from agent.settings import Settings
@@ -76,6 +77,27 @@ def test_trials_of_the_best_sharpen_its_mean_while_another_is_judged() -> None:
     assert story.night.leader.mean == pytest.approx(1.4)
     assert story.night.open is not None
     assert story.night.open.scores == [1.2]
+
+
+def test_a_simplification_is_measured_by_the_lowest_mean_ever_kept_and_screened_by_the_firsts_since(monkeypatch: Any) -> None:
+    story = told()
+    story.experiment(3, "discard", (1.7, 1.8))
+    story.experiment(4, "keep", (1.4, 1.36))  # shorter, and a little worse
+    story.experiment(5, "crash")
+    story.experiment(6, "discard", (1.55, 1.2))
+    story.experiment(7, "noop")
+    story.experiment(8, "discard", (1.45,))
+    story.add("experiment", n=9, parent="c4")
+    story.add("candidate", n=9, commit="c9", ast="a9", lines=7, description="", usage={}, seconds=0.0)
+    story.trial(9, 0, 1.39)
+    night, rule = story.night, Rule()
+    assert (night.best, night.record.n) == (4, 2)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(judgement, "decide", lambda best, candidate, noise, **more: asked.update(more, best=best, of=candidate))
+    judgement.decided(night, night.experiments[9], rule)
+    assert asked == {
+        "best": [1.4, 1.36], "of": [1.39], "firsts": [1.55, 1.45], "lines_delta": -3, "record": [1.3, 1.4], "rule": rule,
+    }  # fmt: skip
 
 
 def test_a_killed_trial_never_counted_and_an_interrupted_one_is_repeated() -> None:
