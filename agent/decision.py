@@ -24,7 +24,7 @@ would have each candidate trained twice. So
 - the best is trained again too, but lazily: up to `best_trials` when that could turn the verdict, and up to 1.5 times the
   candidate's trials while a candidate lasts. These trials stay with the best and are paid once;
 - the line of discards moves with what the first trials of all candidates since tell of the best for nothing (`misjudged`).
-  It decides who is trained again, never who is kept. A night of 100 equal candidates costs 1.47 trainings each, baseline
+  It decides who is trained again, never who is kept. A night of 100 equal candidates costs 1.48 trainings each, baseline
   and repeats of the best counted; with the line at rest it would be 1.57 for the same power.
 
 Selection: the candidate's first trial, which got it looked at, counts in full in the test, whose bar was simulated with
