@@ -11,6 +11,7 @@ published model to the last operation. docs/recipe.md has what was measured for 
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -515,7 +516,7 @@ def peak_flops(product, flops):
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if f" {name} " in f" {device_name()} "]
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name())]
     measured = flops / min(times)
     return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
 
@@ -533,7 +534,7 @@ def memory_limit():
         None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len):
+def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
     """Peak bytes of a step of `rows` rows, by rows: from gradients of an eighth and a quarter of them, and a step of one row.
 
     Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
@@ -555,7 +556,11 @@ def expected_memory(model, params, state, step_fn, rows, seq_len):
     low, high = (peak(n, lambda x: gradients(params, mx.array(x), mx.array(x))) for n in (few, more))
     floor = peak(1, one_step) - sum(a.nbytes for _, a in tree_flatten((params, state)))
     a_row = (high - low) / (more - few)
-    return lambda n: max(floor, high + a_row * (n - more))
+    kept = kept_a_row = 0
+    if accumulate > 1:  # sums of gradients, and every pass's gradient of n-grams: fp32
+        kept = sum(p.nbytes for name, p in params.items() if name != NGRAMS)
+        kept_a_row = 4 * accumulate * seq_len * model.config.n_embd * (NGRAMS in params)
+    return lambda n: max(floor, high + a_row * (n - more) + kept + kept_a_row * n)
 
 
 def tables_for(reads):
@@ -602,7 +607,7 @@ def train(run):
     chosen = tables_for(0)
     for _ in range(2):  # the second time where the first showed that the text will be read again
         model, params, state, step_fn = build(run, accumulate, *chosen)
-        expected = expected_memory(model, params, state, step_fn, rows, seq_len)
+        expected = expected_memory(model, params, state, step_fn, rows, seq_len, accumulate)
         check_memory(expected, rows, seq_len, limit)
         dummy = np.zeros((rows, seq_len), np.int32)
         for _ in range(2):  # compile, then time a step on dummy data; the results are thrown away

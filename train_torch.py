@@ -10,6 +10,7 @@ two files reads as a translation. Weights have the same names and shapes too.
 import json
 import math
 import os
+import re
 import platform
 import resource
 import sys
@@ -554,7 +555,7 @@ def peak_flops(product, flops):
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if f" {name} " in f" {device_name()} "]
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name())]
     measured = flops / min(times)
     return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
 

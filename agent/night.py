@@ -84,8 +84,9 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
     usage = event.get("usage") or {}
-    night.cost += usage.get("cost") or 0.0
-    night.tokens += int(usage.get("tokens") or 0)
+    for account in (night, night.experiments[event["n"]]):
+        account.cost += usage.get("cost") or 0.0
+        account.tokens += int(usage.get("tokens") or 0)
     night.unpriced += bool(usage.get("tokens")) and usage.get("cost") is None
     night.agent_seconds += event.get("seconds") or 0.0
 

@@ -47,6 +47,8 @@ class Experiment:
     val_bpb: float | None = None
     error: dict[str, Any] | None = None
     ended: float = 0.0
+    tokens: int = 0  # the agent's, for this experiment
+    cost: float = 0.0  # US dollars, as far as told
     repeats: dict[str, int] = field(default_factory=dict)  # of the trial at hand, in a row, by their reason
 
     @property

@@ -155,6 +155,10 @@ def summary(night: Night, pid: int | None) -> str:
         gain = f" ({after - before:+.4f})" if before is not None and after is not None else ""
         lines.append(f"  {n:>4}  {(experiment.commit or '')[:7]}  {after or 0.0:.4f}{gain}  {experiment.description}")
         previous = experiment
+    asked = [e for e in night.experiments if e.tokens or e.cost]
+    if asked:
+        lines.append("what the agent used, by experiment:")
+        lines += [f"  {e.n:>4}  {e.tokens:>9,} tokens  ${e.cost:.4f}  {e.status or 'open':<11}  {e.description}" for e in asked]
     for n, test in sorted(night.tests.items()):
         name = "baseline" if n == 0 else f"experiment {n}"
         if test.get("test_bpb") is not None:

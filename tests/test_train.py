@@ -171,25 +171,26 @@ def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: 
     model, params = fresh()
     x, y = map(mx.array, next(batches(2)))
     loss, grads, _ = train_mlx.make_gradients(model)(params, x, y)
-    assert seen == dict.fromkeys(("Block", "CausalSelfAttention", "MLP"), {mx.bfloat16})
+    assert seen == {name: {mx.bfloat16} for name in ("Block", "CausalSelfAttention", "MLP")}
     assert {loss.dtype, *(g.dtype for g in grads.values())} == {mx.float32}
     assert model.features(x).dtype == mx.bfloat16
     assert model(x).dtype == mx.float32
 
 
-@pytest.mark.parametrize(("rows", "buckets"), [(16, ()), (16, (97, 101)), (64, (97, 101))])
-def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "buckets", "accumulate"), [(16, (), 1), (16, (97, 101), 1), (64, (97, 101), 1), (32, (97, 101), 4)])
+def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...], accumulate: int) -> None:
     config = GPTConfig(vocab_size=512, seq_len=64, n_layer=3, n_head=2, n_embd=128, ngram_buckets=buckets)
     model = GPT(config)
     model.init_weights(1)
     params = dict(tree_flatten(model.parameters()))
-    step, state = make_step(model, config.n_embd, 1), init_optimizer(params)
+    step, state = make_step(model, config.n_embd, accumulate), init_optimizer(params)
     mx.eval(params, state)
-    expected = train_mlx.expected_memory(model, params, state, step, rows, 64)(rows)
+    expected = train_mlx.expected_memory(model, params, state, step, rows, 64, accumulate)(rows)
     x = np.zeros((rows, 64), np.int32)
     mx.reset_peak_memory()
     for i in range(4):
-        params, state, loss = step(params, state, schedule(0, i), iter([(x, x)]))
+        params, state, loss = step(params, state, schedule(0, i), iter([(x, x)] * accumulate))
         mx.async_eval(params, state, loss)
     mx.eval(params, state)
     assert expected == pytest.approx(mx.get_peak_memory(), rel=0.15)

@@ -186,6 +186,20 @@ def test_report_shows_keeps_and_the_gap_to_the_held_out_test(tmp_path: Path) -> 
     assert not (folder / "progress.png").exists()
 
 
+def test_report_tells_what_the_agent_used_by_experiment(tmp_path: Path) -> None:
+    story = told()
+    story.experiment(3, "discard", (1.4,))
+    story.events[-1]["description"] = "wider"
+    candidate = next(e for e in story.events if e["event"] == "candidate" and e["n"] == 3)
+    candidate["usage"] = {"tokens": 12_345, "cost": 0.25}
+    folder = written(tmp_path, story)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/report.py"), str(folder), "--no-picture"], capture_output=True, text=True
+    )
+    assert "what the agent used, by experiment:\n" in done.stdout
+    assert re.search(r"\n +3 +12,345 tokens +\$0\.2500 +discard ", done.stdout)
+
+
 def test_report_without_a_night_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts/report.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
