@@ -10,8 +10,8 @@ two files reads as a translation. Weights have the same names and shapes too.
 import json
 import math
 import os
-import re
 import platform
+import re
 import resource
 import sys
 import time
