@@ -134,13 +134,10 @@ class Engine:
             commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
             self.candidate(experiment, commit, proposal)
             return None
-        if proposal.kind in ("rate_limit", "login", "missing"):
-            self.record(
-                "agent_failed", n=n, kind=proposal.kind, wait=proposal.wait, message=proposal.message,
-                usage=proposal.usage, seconds=proposal.seconds,
-            )  # fmt: skip
-            return self._no_agent(proposal.kind, proposal.message)
         spent = {"usage": proposal.usage, "seconds": proposal.seconds}
+        if proposal.kind in ("rate_limit", "login", "missing"):
+            self.record("agent_failed", n=n, kind=proposal.kind, wait=proposal.wait, message=proposal.message, **spent)
+            return self._no_agent(proposal.kind, proposal.message)
         self.verdict(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
         return None
 
@@ -245,13 +242,9 @@ class Engine:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
     def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
-        if kind != "rate_limit":
-            return kind, message
-        wait = limits.rate_limit_wait(self.night, self.settings)
-        if wait is None:
-            return "rate_limit", f"the rate limit has not lifted in {limits.GIVE_UP_WAITS} attempts: {message}"
-        if self.settings.hours is not None and time.monotonic() - self.began + wait > self.settings.hours * 3600:
-            return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
+        wait = limits.without_agent(self.night, self.settings, kind, message, time.monotonic() - self.began)
+        if isinstance(wait, tuple):
+            return wait
         self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
         self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
         return ("stopped", "stopped by request") if self.stopper.finishing() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.errors import NightError
 from agent.filetree import Entry, object_id, read
-from agent.worktree import git_bytes
+from agent.gitcommand import git_bytes
 
 # Keys of the config that can run a program, redirect a path, or pull in another file. The rest (branch.*, remote.*.fetch)
 # changes with the user's own work, which goes on during a night.

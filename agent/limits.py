@@ -52,3 +52,15 @@ def rate_limit_wait(night: Night, settings: Settings) -> float | None:
     if told is not None:
         return float(max(told, 1.0))
     return float(min(FIRST_WAIT * 2.0 ** (len(failures) - 1), LONGEST_WAIT))
+
+
+def without_agent(night: Night, settings: Settings, kind: str, message: str, session_seconds: float) -> tuple[str, str] | float:
+    """No agent could be asked: name and words of why the night ends, or the seconds to wait."""
+    if kind != "rate_limit":
+        return kind, message
+    wait = rate_limit_wait(night, settings)
+    if wait is None:
+        return "rate_limit", f"the rate limit has not lifted in {GIVE_UP_WAITS} attempts: {message}"
+    if settings.hours is not None and session_seconds + wait > settings.hours * 3600:
+        return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
+    return wait
