@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
-_SEED_CALLS = {"seed", "manual_seed", "manual_seed_all", "set_seed"}
+_SEED_CALLS = {
+    "seed", "manual_seed", "manual_seed_all", "set_seed", "default_rng", "RandomState", "Random", "PRNGKey", "random.key",
+}  # fmt: skip
 _ESCAPE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -79,7 +81,28 @@ class _Essence(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in _SEED_CALLS:
-            node.args = [ast.Constant(0) if isinstance(arg, ast.Constant) else arg for arg in node.args]
+        name = _name(node.func)
+        owned = f"{_name(node.func.value)}.{name}" if isinstance(node.func, ast.Attribute) else name
+        if name in _SEED_CALLS or owned in _SEED_CALLS:
+            node.args = [ast.Constant(0) if _is_seed(arg) else arg for arg in node.args]
         return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        self.generic_visit(node)
+        if node.arg and _SEED_NAME.fullmatch(node.arg) and _is_seed(node.value):
+            node.value = ast.Constant(0)
+        return node
+
+
+def _name(node: ast.expr) -> str:
+    """The last part of a dotted name, "" of anything else."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_seed(node: ast.expr) -> bool:
+    """A constant, something called a seed, or made of these alone: 3, run.seed, run.seed + 1; not step."""
+    if isinstance(node, ast.BinOp):
+        return _is_seed(node.left) and _is_seed(node.right)
+    if isinstance(node, ast.UnaryOp):
+        return _is_seed(node.operand)
+    return isinstance(node, ast.Constant) or _SEED_NAME.fullmatch(_name(node)) is not None

@@ -49,7 +49,7 @@ def recall(night: Night, experiment: Experiment) -> Known | None:
             return _fault("noop", "only the seed, comments or formatting changed")
         if earlier.status in ("keep", "discard") and earlier.mean is not None:
             return Known("discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None)
-        if earlier.status in ("crash", "oom", "nan", "timeout"):
+        if earlier.status in ("crash", "oom", "nan", "timeout", "violation"):  # one of the guard's has no file to be equal to
             return Known(earlier.status, f"trained before as experiment {earlier.n}", earlier.error)
     return None
 
