@@ -116,7 +116,8 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
         for warning in (*warnings, *battery_warning(), *busy):
             console.say(f"note: {warning}")
         try:
-            return _session(journal, repository, worktree, stopper, console, options)
+            with stay_awake():  # through the download of the data, too
+                return _session(journal, repository, worktree, stopper, console, options)
         except Stopped:
             return _interrupted(journal, console, tag)
 
@@ -157,19 +158,18 @@ def _session(
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
     console.say(f"sandbox of trainings: {boxed}")
-    with stay_awake():
-        engine.recover()
-        try:
-            name, words = engine.run()
-            if name != "stopped" or not stopper.now():
-                engine.held_out()
-        except (Stopped, NightError) as error:
-            words = str(error) or "stopped at once by request"
-            engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
-            engine.hooks.night_end(engine.night, words)
-            raise
-        engine.record("night_end", reason=name, text=words)
+    engine.recover()
+    try:
+        name, words = engine.run()
+        if name != "stopped" or not stopper.now():
+            engine.held_out()
+    except (Stopped, NightError) as error:
+        words = str(error) or "stopped at once by request"
+        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
         engine.hooks.night_end(engine.night, words)
+        raise
+    engine.record("night_end", reason=name, text=words)
+    engine.hooks.night_end(engine.night, words)
     worktree.close()
     (folder / "stop").unlink(missing_ok=True)
     drawn = ""
