@@ -143,7 +143,7 @@ elif act == "login":
 elif act == "plant":
     file.write_text(source + f'KEY = "{os.environ.get("PLANTED_API_KEY")}"\\n')
 elif act == "limit":
-    flag = Path(__file__).with_name("limited")
+    flag = Path(__file__).with_name(f"limited-{n}")
     if not flag.exists():
         flag.write_text("")
         print("Error: 429 rate limit exceeded, retry after 1 seconds", file=sys.stderr)

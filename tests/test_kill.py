@@ -20,7 +20,11 @@ from agent.journal import read
 from agent.night import Night, fold
 
 PLAN = "better worse crash simpler comment violation fail better nan extra worse better"
-KINDS = ("night_start", "session", "experiment", "candidate", "trial_start", "trial_end", "verdict", "test_score", "night_end")
+LIMITED = "better limit worse crash limit simpler comment violation limit fail better nan"
+KINDS = (
+    "night_start", "session", "experiment", "agent_failed", "candidate", "trial_start", "trial_end", "verdict", "test_score",
+    "night_end",
+)  # fmt: skip
 
 
 def doomed(bed: Bed, experiments: int, doom: str) -> int:
@@ -95,6 +99,11 @@ def check(bed: Bed, experiments: int) -> Night:
     return night
 
 
+def boundaries_met(folder: Path) -> set[str]:
+    """Where drivers killed themselves: before, in the middle of and after which kinds of journal line."""
+    return {line for log in folder.glob("*/tools/doom") for line in log.read_text().splitlines()}
+
+
 def outcomes(night: Night) -> list[tuple[str | None, str]]:
     return [(e.status, e.description) for e in night.experiments]
 
@@ -131,10 +140,12 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_two_hundred_moments(tmp_path: Path) -> None:
-    """Every kind of journal line, before, half and after; then random lines and random moments; 200 kills in all."""
+    """Every kind of journal line, before, half and after it; then random lines and random moments; 200 kills in all."""
     dice, kills, experiments = random.Random(int(os.environ.get("KILL_SEED", "1"))), 0, 12
     boundaries = [f"{when} {kind}" for kind in KINDS for when in ("before", "torn", "after")]
-    beds = (Bed(tmp_path / str(night), PLAN) for night in itertools.count(1))
+    for when, kind in (("before", "session"), ("torn", "experiment"), ("after", "candidate")):  # a torn line is noted, at first
+        boundaries.insert(boundaries.index(f"torn {kind}") + 1, f"{when} note")
+    beds = (Bed(tmp_path / str(night), LIMITED) for night in itertools.count(1))
     bed, since = next(beds), 0
     while kills < 200:
         if boundaries:
@@ -153,5 +164,6 @@ def test_killed_at_two_hundred_moments(tmp_path: Path) -> None:
         assert since < 150, "the night makes no progress"
         boundaries = boundaries[1:]
     assert not boundaries
+    assert len(boundaries_met(tmp_path)) == 3 * len(KINDS) + 3
     assert bed.run("--experiments", str(experiments), "--no-sandbox").returncode == 0
     check(bed, experiments)
