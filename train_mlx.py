@@ -43,13 +43,13 @@ SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens
 NGRAM_BUCKETS = (32768, 65536, 65536)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 REREAD_BUCKETS = (4096,)  # in their place where the text is read more than REREAD_PASSES[0] times: large ones learn by heart
 REREAD_PASSES = (1.5, 3.0)  # beyond the second there is no table
-SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, tanh is slow on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
 MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
-LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most: more are worked off in chunks, logits made twice
+LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most; more are worked off in chunks
 EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
 NGRAM_LR = 2.0  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
@@ -534,27 +534,35 @@ def memory_limit():
         None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
+    """Seconds of a step on dummy data. It works on copies, which it may overwrite as training does; what comes out is dropped."""
+    copies = tree_map(lambda a: a + 0, (params, state))
+    mx.eval(copies)
+    x = np.zeros((rows, seq_len), np.int32)
+    start = time.perf_counter()
+    result = step_fn(*copies, schedule(0, 0), iter([(x, x)] * accumulate))
+    del copies
+    mx.eval(result)
+    return time.perf_counter() - start
+
+
 def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
-    """Peak bytes of a step of `rows` rows, by rows: from gradients of an eighth and a quarter of them, and a step of one row.
+    """Peak bytes of a step, by its rows: from gradients of an eighth and a quarter of `rows`, and a whole step of one row.
 
     Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
     """
     gradients = mx.compile(lambda params, x, y: make_gradients(model)(params, x, y)[:2])
 
-    def peak(n, work):
+    def peak(work, *inputs):
         mx.clear_cache()
         mx.reset_peak_memory()
-        mx.eval(work(np.zeros((n, seq_len), np.int32)))
+        mx.eval(work(*inputs))
         return mx.get_peak_memory()
 
     few, more = max(1, rows // 8), max(2, rows // 4)
-    def one_step(x):  # on copies, which the step may overwrite as it does in training
-        copies = tree_map(lambda a: a + 0, (params, state))
-        mx.eval(copies)
-        return step_fn(*copies, schedule(0, 0), iter([(x, x)] * 99))
-
-    low, high = (peak(n, lambda x: gradients(params, mx.array(x), mx.array(x))) for n in (few, more))
-    floor = peak(1, one_step) - sum(a.nbytes for _, a in tree_flatten((params, state)))
+    low, high = (peak(gradients, params, x, x) for x in (mx.zeros((n, seq_len), mx.int32) for n in (few, more)))
+    floor = peak(dummy_step, params, state, step_fn, 1, seq_len, accumulate)
+    floor -= sum(a.nbytes for _, a in tree_flatten((params, state)))            # held twice here
     a_row = (high - low) / (more - few)
     kept = kept_a_row = 0
     if accumulate > 1:  # sums of gradients, and every pass's gradient of n-grams: fp32
@@ -609,11 +617,8 @@ def train(run):
         model, params, state, step_fn = build(run, accumulate, *chosen)
         expected = expected_memory(model, params, state, step_fn, rows, seq_len, accumulate)
         check_memory(expected, rows, seq_len, limit)
-        dummy = np.zeros((rows, seq_len), np.int32)
-        for _ in range(2):  # compile, then time a step on dummy data; the results are thrown away
-            start = time.perf_counter()
-            mx.eval(step_fn(params, state, schedule(0, 0), iter([(dummy, dummy)] * accumulate)))
-        reads = passes(run.budget, time.perf_counter() - start, batch_tokens, run.train_tokens)
+        seconds = min(dummy_step(params, state, step_fn, rows, seq_len, accumulate) for _ in range(4))  # the first one compiles
+        reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
         if chosen == tables_for(reads):
             break
         chosen = tables_for(reads)
