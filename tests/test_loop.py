@@ -224,7 +224,7 @@ def test_failures_of_one_kind_pause_and_then_end_the_night(tmp_path: Path) -> No
 
 def test_an_agent_that_hangs_costs_one_experiment(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "hangs better")
-    done = bed.run("--experiments", "2", "--max-agent-minutes", "0.02", QUICK)
+    done = bed.run("--experiments", "2", "--max-agent-minutes", "0.1", QUICK)
     assert done.returncode == 0, done.stdout
     assert [e.status for e in night_of(bed).done] == ["agent_error", "keep"]
     assert "limit wall" in night_of(bed).done[0].reason
