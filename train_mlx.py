@@ -14,11 +14,13 @@ import os
 import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
-load_fast_blas()  # has to come before MLX
+load_fast_blas(threads=1)  # has to come before MLX; the cores are for LANES
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -27,7 +29,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 GPU = mx.default_device() == mx.Device(mx.gpu)
 TIER = detect_preset() if GPU else "cpu"  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
-if not GPU:
+LANES = [mx.default_stream(mx.default_device())]  # streams that work at once; a CPU core does elementwise work by itself, so
+if not GPU:                                       # each has its own passes of a step and its own part of the update
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    LANES = [mx.new_stream(mx.cpu) for _ in range(min(4, cores))]
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")  # or MLX would hand out one pass whole before the next
     mx.disable_compile()  # on the CPU it gains no speed and runs a C++ compiler for half a minute
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,9 +46,7 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (32768, 65536, 65536)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
-REREAD_BUCKETS = (4096,)  # in their place where the text is read more than REREAD_PASSES[0] times: large ones learn by heart
-REREAD_PASSES = (1.5, 3.0)  # beyond the second there is no table
+NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, tanh is slow on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
@@ -51,18 +55,21 @@ BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] *
 MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
 LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most; more are worked off in chunks
 EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
-NGRAM_LR = 2.0  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
+NGRAM_LR = 1.5  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
 MATRIX_LR = 0.02  # matrices of the blocks (Muon)
 SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
-TABLE_DECAY = (0.0, 0.05)  # of embeddings and lm_head, times their rate; the second beyond REREAD_PASSES[1]
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.4  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
+OFTEN = 5.0  # passes over the text; of three values one holds in the first, one later, one in a budget of more than so many
+NGRAM_DROPOUT = (0.0, 0.8, 1.0)  # share of tokens whose n-grams are hidden: read before, they know what comes; 1: no tables
+DROPOUT = (0.0, 0.1, 0.1)  # share of the channels that is hidden at both ends of the residual stream
+TABLE_DECAY = (0.0, 0.0, 0.05)  # weight decay of embeddings and lm_head, times their rate
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; master weights are fp32. The CPU backend is slow in bf16
@@ -89,6 +96,11 @@ class GPTConfig:
 
 def norm(x):
     return mx.fast.rms_norm(x, None, EPS)
+
+
+def dropout(x, share):
+    """x with that share of its elements 0 and the others as much larger."""
+    return mx.where(mx.random.bernoulli(1 - share, x.shape), x / (1 - share), 0) if share else x
 
 
 def has_ve(layer, n_layer):
@@ -217,20 +229,20 @@ class GPT(nn.Module):
     def embed_ngrams(self, tokens, table):
         """Sum of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
         rows = ngram_rows(tokens, self.config.ngram_buckets)
-        return table[rows].sum(axis=0), rows
+        return table[rows].astype(mx.float32).sum(axis=0), rows
 
-    def features(self, tokens, ngrams=None):
+    def features(self, tokens, ngrams=None, hidden=0.0):
         """What lm_head reads: int [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
         if ngrams is None and self.config.ngram_buckets:
             ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
-        x = x0 = norm(x.astype(DTYPE))
+        x = x0 = dropout(norm(x.astype(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.astype(x.dtype), self.x0_lambdas.astype(x.dtype)
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).astype(x.dtype) if has_ve(i, len(self.blocks)) else None
             x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
-        return norm(x)
+        return dropout(norm(x), hidden)
 
     def __call__(self, tokens):                                                 # int [B, T] -> fp32 logits [B, T, V]
         return head(self.features(tokens), self.lm_head.weight, self.config.softcap)
@@ -396,11 +408,12 @@ def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
     """
     lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
     new, moments = {}, {}
-    for shape, names in matrix_groups(params).items():
+    for (shape, names), lane in zip(matrix_groups(params).items(), cycle(LANES)):
         key = f"muon.{shape[0]}x{shape[1]}"
-        p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
-        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
-        new |= dict(zip(names, p, strict=True))
+        with mx.stream(lane):
+            p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
+            p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
+            new |= {name: p[i] for i, name in enumerate(names)}
     if NGRAMS in params:
         new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
@@ -436,13 +449,16 @@ def schedule(progress, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_gradients(model):
+def make_gradients(model, reading=0):
     """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T]."""
 
     def loss_fn(params, x, y):
+        ngrams = params.get(NGRAMS)                                             # [B, T, C]
+        if ngrams is not None and NGRAM_DROPOUT[reading]:
+            ngrams = ngrams * mx.random.bernoulli(1 - NGRAM_DROPOUT[reading], (*x.shape, 1))
         cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
         model.update(tree_unflatten(list(cast.items())))
-        return head_loss(model.features(x, params.get(NGRAMS)), cast["lm_head.weight"], y, model.config.softcap)
+        return head_loss(model.features(x, ngrams, DROPOUT[reading]), cast["lm_head.weight"], y, model.config.softcap)
 
     def gradients(params, x, y):
         if NGRAMS not in params:
@@ -453,16 +469,20 @@ def make_gradients(model):
     return gradients
 
 
-def make_step(model, width, accumulate, table_decay=0.0):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
-    gradients = make_gradients(model)
+def make_step(model, width, accumulate, reading=0):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32.
 
-    @mx.compile
+    reading: which of the three values of NGRAM_DROPOUT and the like hold.
+    """
+    gradients, table_decay = make_gradients(model, reading), TABLE_DECAY[reading]
+    with_random = partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
+
+    @with_random
     def whole(params, state, schedule, x, y):
         loss, grads, rows = gradients(params, x, y)
         return *update(params, grads, state, schedule, width, rows, table_decay), loss
 
-    @mx.compile
+    @with_random
     def micro(params, total, total_loss, x, y):
         loss, grads, rows = gradients(params, x, y)
         grads = {n: g / accumulate for n, g in grads.items()}
@@ -481,10 +501,12 @@ def make_step(model, width, accumulate, table_decay=0.0):
         if accumulate == 1:
             return whole(params, state, schedule, *map(mx.array, next(batches)))
         total, loss, found = {n: mx.zeros(p.shape) for n, p in params.items() if n != NGRAMS}, mx.array(0.0), []
-        for _ in range(accumulate):
-            total, loss, rows_and_grads = micro(params, total, loss, *map(mx.array, next(batches)))
+        for i in range(accumulate):
+            with mx.stream(LANES[i % len(LANES)]):
+                total, loss, rows_and_grads = micro(params, total, loss, *map(mx.array, next(batches)))
             found.append(rows_and_grads)
-            mx.async_eval(total, loss, found[-1])
+            if i % len(LANES) == len(LANES) - 1:  # a pass on every lane
+                mx.async_eval(total, loss, found)
         return *apply(params, total, found, state, schedule), loss
 
     return step
@@ -563,31 +585,28 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
     low, high = (peak(gradients, params, x, x) for x in (mx.zeros((n, seq_len), mx.int32) for n in (few, more)))
     floor = peak(dummy_step, params, state, step_fn, 1, seq_len, accumulate)
     floor -= sum(a.nbytes for _, a in tree_flatten((params, state)))            # held twice here
-    a_row = (high - low) / (more - few)
+    a_row, at_once = (high - low) / (more - few), min(len(LANES), accumulate)
     kept = kept_a_row = 0
     if accumulate > 1:  # sums of gradients, and every pass's gradient of n-grams: fp32
-        kept = sum(p.nbytes for name, p in params.items() if name != NGRAMS)
+        kept = at_once * sum(p.nbytes for name, p in params.items() if name != NGRAMS)
         kept_a_row = 4 * accumulate * seq_len * model.config.n_embd * (NGRAMS in params)
-    return lambda n: max(floor, high + a_row * (n - more) + kept + kept_a_row * n)
+    return lambda n: max(floor, high + a_row * (at_once * n - more) + kept + kept_a_row * n)
 
 
-def tables_for(reads):
-    """Rows of the n-gram tables, and TABLE_DECAY, for a text that is read so often. docs/recipe.md has what it is chosen by."""
-    if reads <= REREAD_PASSES[0]:
-        return NGRAM_BUCKETS, TABLE_DECAY[0]
-    return ((), TABLE_DECAY[1]) if reads > REREAD_PASSES[1] else (REREAD_BUCKETS if NGRAM_BUCKETS else (), TABLE_DECAY[0])
-
-
-def build(run, accumulate, buckets, table_decay):
-    """A fresh model with these n-gram tables, its weights and moments as {name: array}, and its step."""
+def build(run, accumulate, often):
+    """A fresh model, its weights and moments as {name: array}, and its steps: of a first pass over the text, of later ones."""
+    readings = (2, 2) if often else (0, 1)
+    buckets = NGRAM_BUCKETS if NGRAM_DROPOUT[readings[0]] < 1 else ()
     model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets))
     model.init_weights(run.seed)
+    mx.random.seed(run.seed)
     params = dict(tree_flatten(model.parameters()))
     state = init_optimizer(params)
     mx.eval(params, state)
-    if buckets:
+    if NGRAMS in params:
         model.ngrams.weight = mx.zeros((0,))  # the table is in params; held here, too, its first version would stay in memory
-    return model, params, state, make_step(model, model.config.n_embd, accumulate, table_decay)
+    steps = [make_step(model, model.config.n_embd, accumulate, reading) for reading in readings]
+    return model, params, state, steps
 
 
 def check_memory(expected, rows, seq_len, limit):
@@ -602,7 +621,7 @@ def check_memory(expected, rows, seq_len, limit):
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    accumulate = max(1, math.ceil(BATCH_TOKENS / MICRO_TOKENS))
+    accumulate = max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS))
     rows = max(1, BATCH_TOKENS // accumulate // seq_len)
     batch_tokens = rows * seq_len * accumulate
     product, product_flops = large_product()
@@ -612,16 +631,16 @@ def train(run):
         mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
         mx.set_cache_limit(limit // 4)  # freed buffers that MLX keeps; without a limit they push the machine into swap
 
-    chosen = tables_for(0)
-    for _ in range(2):  # the second time where the first showed that the text will be read again
-        model, params, state, step_fn = build(run, accumulate, *chosen)
-        expected = expected_memory(model, params, state, step_fn, rows, seq_len, accumulate)
+    for often in (False, True):  # the second time where the first shows it
+        model, params, state, step_fns = build(run, accumulate, often)
+        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate)
         check_memory(expected, rows, seq_len, limit)
-        seconds = min(dummy_step(params, state, step_fn, rows, seq_len, accumulate) for _ in range(4))  # the first one compiles
+        seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
         reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
-        if chosen == tables_for(reads):
+        if reads <= OFTEN:
             break
-        chosen = tables_for(reads)
+    if reads > 1:
+        dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
@@ -635,7 +654,7 @@ def train(run):
     run.budget.start(product)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         scale = schedule(progress, step)
-        params, state, loss = step_fn(params, state, scale, batches)
+        params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
         mx.async_eval(params, state, loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
             value = pending.item()
@@ -658,7 +677,8 @@ def train(run):
     if pending is None or not pending.item() < ABORT_LOSS:
         raise HarnessError("nan", f"the loss became {pending and pending.item()} at step {step}")
     print()
-    mx.save_safetensors(str(run.dir / "weights.safetensors"), params)
+    saved = {n: p.astype(mx.bfloat16) if n == NGRAMS else p for n, p in params.items()}  # half of what is most of the file
+    mx.save_safetensors(str(run.dir / "weights.safetensors"), saved)
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,

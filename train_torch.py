@@ -46,9 +46,7 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (32768, 65536, 65536)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
-REREAD_BUCKETS = (4096,)  # in their place where the text is read more than REREAD_PASSES[0] times: large ones learn by heart
-REREAD_PASSES = (1.5, 3.0)  # beyond the second there is no table
+NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
@@ -57,18 +55,21 @@ BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] *
 MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
 LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most: more are worked off in chunks, logits made twice
 EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
-NGRAM_LR = 2.0  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
+NGRAM_LR = 1.5  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
 MATRIX_LR = 0.02  # matrices of the blocks (Muon)
 SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
-TABLE_DECAY = (0.0, 0.05)  # of embeddings and lm_head, times their rate; the second beyond REREAD_PASSES[1]
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.4  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
+OFTEN = 5.0  # passes over the text; of three values one holds in the first, one later, one in a budget of more than so many
+NGRAM_DROPOUT = (0.0, 0.8, 1.0)  # share of tokens whose n-grams are hidden: read before, they know what comes; 1: no tables
+DROPOUT = (0.0, 0.1, 0.1)  # share of the channels that is hidden at both ends of the residual stream
+TABLE_DECAY = (0.0, 0.0, 0.05)  # weight decay of embeddings and lm_head, times their rate
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
@@ -95,6 +96,11 @@ class GPTConfig:
 
 def norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def dropout(x, share):
+    """x with that share of its elements 0 and the others as much larger."""
+    return F.dropout(x, share) if share else x
 
 
 def has_ve(layer, n_layer):
@@ -241,23 +247,23 @@ class GPT(nn.Module):
     def embed_ngrams(self, tokens, table):
         """Sum of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
         rows = ngram_rows(tokens, self.config.ngram_buckets)
-        return sum(F.embedding(one, table) for one in rows), rows
+        return sum(F.embedding(one, table).float() for one in rows), rows
 
-    def features(self, tokens, ngrams=None):
+    def features(self, tokens, ngrams=None, hidden=0.0):
         """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
         if ngrams is None and self.config.ngram_buckets:
             ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
-        x = x0 = norm(x.to(DTYPE))
+        x = x0 = dropout(norm(x.to(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).to(x.dtype) if has_ve(i, len(self.blocks)) else None
             x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
-        return norm(x)
+        return dropout(norm(x), hidden)
 
-    def forward(self, tokens, targets=None, ngrams=None):                       # int64 [B, T] -> fp32 logits [B, T, V]
-        x, cap = self.features(tokens, ngrams), self.config.softcap
+    def forward(self, tokens, targets=None, ngrams=None, hidden=0.0):           # int64 [B, T] -> fp32 logits [B, T, V]
+        x, cap = self.features(tokens, ngrams, hidden), self.config.softcap
         if targets is None:
             return head(x, self.lm_head.weight, cap)
         return head_loss(x, self.lm_head.weight, targets, cap)  # the loss: functional_call reaches nothing but forward
@@ -457,12 +463,15 @@ def to_device(t):
     return t.contiguous().pin_memory().to(DEVICE, non_blocking=True) if DEVICE == "cuda" else t.to(DEVICE)
 
 
-def make_gradients(model):
+def make_gradients(model, reading=0):
     """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T]."""
 
     def loss_fn(params, x, y):
+        ngrams = params.get(NGRAMS)                                             # [B, T, C]
+        if ngrams is not None and NGRAM_DROPOUT[reading]:
+            ngrams = ngrams * (torch.rand(*x.shape, 1, device=x.device) >= NGRAM_DROPOUT[reading])
         cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
-        return functional_call(model, cast, (x, y, params.get(NGRAMS)))
+        return functional_call(model, cast, (x, y, ngrams, DROPOUT[reading]))
 
     forward = compiled(loss_fn)
 
@@ -479,9 +488,12 @@ def make_gradients(model):
     return gradients
 
 
-def make_step(model, width, accumulate, table_decay=0.0):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
-    gradients, apply = make_gradients(model), compiled(update)
+def make_step(model, width, accumulate, reading=0):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32.
+
+    reading: which of the three values of NGRAM_DROPOUT and the like hold.
+    """
+    gradients, apply, table_decay = make_gradients(model, reading), compiled(update), TABLE_DECAY[reading]
 
     def step(params, state, schedule, batches):
         total, loss, found, schedule = {}, 0.0, [], to_device(schedule)
@@ -627,19 +639,16 @@ def expected_memory(model, params, state, step_fn, rows, seq_len):
     return lambda n: max(floor, high + a_row * (n - more))
 
 
-def tables_for(reads):
-    """Rows of the n-gram tables, and TABLE_DECAY, for a text that is read so often. docs/recipe.md has what it is chosen by."""
-    if reads <= REREAD_PASSES[0]:
-        return NGRAM_BUCKETS, TABLE_DECAY[0]
-    return ((), TABLE_DECAY[1]) if reads > REREAD_PASSES[1] else (REREAD_BUCKETS if NGRAM_BUCKETS else (), TABLE_DECAY[0])
-
-
-def build(run, accumulate, buckets, table_decay):
-    """A fresh model with these n-gram tables, its weights and moments as {name: tensor}, and its step."""
+def build(run, accumulate, often):
+    """A fresh model, its weights and moments as {name: tensor}, its steps: of a first pass over the text, of later ones."""
+    readings = (2, 2) if often else (0, 1)
+    buckets = NGRAM_BUCKETS if NGRAM_DROPOUT[readings[0]] < 1 else ()
     model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets)).to(DEVICE)
     model.init_weights(run.seed)
+    torch.manual_seed(run.seed)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    return model, params, init_optimizer(params), make_step(model, model.config.n_embd, accumulate, table_decay)
+    steps = [make_step(model, model.config.n_embd, accumulate, reading) for reading in readings]
+    return model, params, init_optimizer(params), steps
 
 
 def check_memory(expected, rows, seq_len, limit):
@@ -660,16 +669,16 @@ def train(run):
     product, product_flops = large_product()
     peak, gemm = peak_flops(product, product_flops)
     limit = memory_limit()
-    chosen = tables_for(0)
-    for _ in range(2):  # the second time where the first showed that the text will be read again
-        model, params, state, step_fn = build(run, accumulate, *chosen)
-        expected = expected_memory(model, params, state, step_fn, rows, seq_len)
+    for often in (False, True):  # the second time where the first shows it
+        model, params, state, step_fns = build(run, accumulate, often)
+        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len)
         check_memory(expected, rows, seq_len, limit)
-        seconds = min(dummy_step(params, state, step_fn, rows, seq_len, accumulate) for _ in range(4))  # the first one compiles
+        seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
         reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
-        if chosen == tables_for(reads):
+        if reads <= OFTEN:
             break
-        chosen = tables_for(reads)
+    if reads > 1:
+        dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected and expected(rows) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
@@ -684,7 +693,7 @@ def train(run):
     run.budget.start(product)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         scale = schedule(progress, step)
-        params, state, loss = step_fn(params, state, scale, batches)
+        params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
             value = pending()
@@ -707,7 +716,8 @@ def train(run):
     if pending is None or not pending() < ABORT_LOSS:
         raise HarnessError("nan", f"the loss became {pending and pending()} at step {step}")
     print()
-    torch.save({n: p.cpu() for n, p in params.items()}, run.dir / "weights.pt")
+    saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # half of what is most of the file
+    torch.save(saved, run.dir / "weights.pt")
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,

@@ -47,26 +47,29 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
     "loss in four chunks": (BASE, {"LOSS_TOKENS": "BATCH_TOKENS // 4"}, []),
     "softcap turned round": (BASE, {"SOFTCAP": "15.0 if TIER == 'cpu' else 0.0"}, []),
     "no n-grams (another model)": (BASE, {"NGRAM_BUCKETS": "()"}, []),
-    "a look-up for each n-gram table": (BASE, {}, [("table[rows].sum(axis=0)", "sum(table[r] for r in rows)")]),
+    "a look-up for each n-gram table": (BASE, {}, [("table[rows].astype(mx.float32).sum(axis=0)", "sum(table[r] for r in rows)")]),
     "n-gram tables by AdamW": (BASE, {}, [
-        ("model.features(x, params.get(NGRAMS))", "model.features(x, model.embed_ngrams(x, params[NGRAMS])[0])"),
+        ("ngrams = params.get(NGRAMS)  ", "ngrams = model.embed_ngrams(x, params[NGRAMS])[0]  "),
         ("        if NGRAMS not in params:\n            return", "        if True:\n            return"),
         ("    if NGRAMS in params:\n        new[NGRAMS]", "    if False:\n        new[NGRAMS]"),
         ("    if NGRAMS in params:\n        state[NGRAMS]", "    if False:\n        state[NGRAMS]"),
         (" and n != NGRAMS}\n", "}\n"),
         (" and name != NGRAMS:\n", ":\n")]),
     "Muon a matrix at a time": (BASE, {}, [
-        ("        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)\n",
-         "        one = [muon(*(a[i : i + 1] for a in (p, g, *state[key])), lr * MATRIX_LR, momentum, weight_decay)\n"
-         "               for i in range(len(names))]\n"
-         "        p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
-    "gradients of two passes": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 2"}, []),
+        ("            p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)\n",
+         "            one = [muon(*(a[i : i + 1] for a in (p, g, *state[key])), lr * MATRIX_LR, momentum, weight_decay)\n"
+         "                   for i in range(len(names))]\n"
+         "            p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
+    "one lane, BLAS with all cores": (BASE, {}, [
+        ("range(min(4, cores))", "range(1)"), ("load_fast_blas(threads=1)", "load_fast_blas()")]),
+    "one lane, BLAS with one core": (BASE, {}, [("range(min(4, cores))", "range(1)")]),
+    "passes of a quarter of a step": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 4"}, []),
     "each step awaited": (BASE, {}, [("mx.async_eval(params, state, loss)", "mx.eval(params, state, loss)")]),
     "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(rows, seq_len)",
                                                               "batches = inline(run, rows, seq_len)")]),
     "compile turned round": (BASE, {}, [  # on the CPU it is off
-        ("if not GPU:\n    mx.disable_compile()", "if GPU:\n    mx.disable_compile()")]),
-    "MLX's own BLAS": (BASE, {}, [("load_fast_blas()  # has to come before MLX\n", "\n")]),
+        ("    mx.disable_compile()", "    pass"), ("\nLANES = [", "\nif GPU:\n    mx.disable_compile()\nLANES = [")]),
+    "MLX's own BLAS": (BASE, {}, [("load_fast_blas(threads=1)  # has", "pass  # has")]),
 }
 
 # The anchor's other optimizer: what the MLX fork does, no Muon; the file's AdamW decays as it does, if by 0

@@ -158,7 +158,37 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPa
         assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found(tokens), found(32), strict=True))
 
 
-def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_hidden_learns_nothing_and_a_first_pass_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = fresh()
+    params["lm_head.weight"] = mx.random.normal(params["lm_head.weight"].shape, key=mx.random.key(1))
+    x, y = map(mx.array, next(batches(8)))
+
+    def learning(again: int, share: float, seed: int = 0) -> mx.array:
+        """Which tokens' n-grams have a gradient, bool [B, T]."""
+        monkeypatch.setattr(train_mlx, "NGRAM_DROPOUT", (0.0, share))
+        mx.random.seed(seed)
+        _, grads, _ = train_mlx.make_gradients(model, again)(params, x, y)
+        return mx.abs(grads[train_mlx.NGRAMS]).max(axis=-1) > 0
+
+    assert learning(0, 1.0).all()
+    assert not learning(1, 1.0).any()
+    assert 0.15 < learning(1, 0.75).mean().item() < 0.35  # of 128 tokens: 2.6 deviations
+    assert (learning(1, 0.75) == learning(1, 0.75)).all()
+    assert (learning(1, 0.75) != learning(1, 0.75, seed=1)).any()
+
+
+def test_dropout_hides_a_share_and_keeps_the_mean_and_the_dtype() -> None:
+    mx.random.seed(0)
+    x = mx.ones((1000, 64), mx.bfloat16)
+    assert train_mlx.dropout(x, 0.0) is x
+    y = train_mlx.dropout(x, 0.25)
+    assert y.dtype == mx.bfloat16
+    assert set(np.array(y.astype(mx.float32)).ravel()) == {0.0, mx.array(1 / 0.75, mx.bfloat16).item()}
+    assert y.astype(mx.float32).mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("again", [0, 1])
+def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: pytest.MonkeyPatch, again: int) -> None:
     """No fp32 scalar promotes it: every block's input and output, attention and MLP too; logits, loss and gradients are fp32."""
     monkeypatch.setattr(train_mlx, "DTYPE", mx.bfloat16)
     seen: dict[str, set] = {}
@@ -170,7 +200,7 @@ def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: 
         monkeypatch.setattr(cls, "__call__", watched)
     model, params = fresh()
     x, y = map(mx.array, next(batches(2)))
-    loss, grads, _ = train_mlx.make_gradients(model)(params, x, y)
+    loss, grads, _ = train_mlx.make_gradients(model, again)(params, x, y)
     assert seen == {name: {mx.bfloat16} for name in ("Block", "CausalSelfAttention", "MLP")}
     assert {loss.dtype, *(g.dtype for g in grads.values())} == {mx.float32}
     assert model.features(x).dtype == mx.bfloat16
@@ -248,6 +278,16 @@ def test_the_same_seed_trains_the_same_weights(tmp_path: Path, home: Path) -> No
         weights.append((out / "weights.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
+
+
+def test_text_that_was_read_before_is_trained_on_with_dropout(tmp_path: Path, home: Path) -> None:
+    source = changed("    def step(params, state, schedule, batches):\n",
+                     "    def step(params, state, schedule, batches):\n        print(f'AGAIN {reading}')\n")
+    source = source.replace(">= run.train_tokens", ">= 5 * 1024")
+    process, _ = run(tmp_path, home, source, AUTORESEARCH_BUDGET="8steps")
+    assert process.returncode == 0, process.stderr
+    said = [line[-1] for line in process.stdout.splitlines() if "AGAIN" in line]
+    assert said[-8:] == ["0"] * 5 + ["1"] * 3
 
 
 def changed(before: str, after: str) -> str:
