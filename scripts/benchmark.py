@@ -153,11 +153,11 @@ def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shi
     console, ours = wide_console(), adapt(TRAIN_FILE.read_text(), OURS)
     with tempfile.TemporaryDirectory() as folder:
         data = random_text(Path(folder))
-        frugal = with_constants(ours, {"LOSS_TOKENS": 512})
+        frugal = with_constants(ours, {"MICRO_TOKENS": 1024, "LOSS_TOKENS": 512})
         todo = {"ours, Muon and AdamW": lambda: measure_ours(ours, data, steps),
                 "ours, AdamW for all": lambda: measure_ours(edited(ours, ADAMW_FOR_ALL), data, steps),
-                "ours, Muon, loss in chunks": lambda: measure_ours(frugal, data, steps),
-                "ours, AdamW, loss in chunks": lambda: measure_ours(edited(frugal, ADAMW_FOR_ALL), data, steps)}
+                "ours, Muon, small passes": lambda: measure_ours(frugal, data, steps),
+                "ours, AdamW, small passes": lambda: measure_ours(edited(frugal, ADAMW_FOR_ALL), data, steps)}
         for dtype, group in (("fp32", peers), ("as shipped", shipped)):
             for name, path in group.items():
                 todo[f"{name}, {dtype}"] = lambda path=path, fp32=dtype == "fp32": measure_peer(
