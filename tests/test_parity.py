@@ -127,8 +127,8 @@ def loss_and_grads(params: ref.Params, x: np.ndarray, y: np.ndarray) -> tuple[fl
     schedule = mx.array([1.0, 0.5, 0.0, 1.0])           # learning rate, Muon's momentum, decay, step
     _, state, loss = step(ours, train_mlx.init_optimizer(ours), schedule, iter([(x, y)]))
     grads = {}
-    for (rows, columns), names in train_mlx.matrix_groups(ours).items():
-        grads |= dict(zip(names, state[f"muon.{rows}x{columns}"][0] / (1 - 0.5), strict=True))
+    for (rows, columns, lane), names in train_mlx.matrix_groups(ours).items():
+        grads |= dict(zip(names, state[f"muon.{rows}x{columns}.{lane}"][0] / (1 - 0.5), strict=True))
     for name in set(ours) - set(grads):
         grads[name] = state[name][0] / (1 - train_mlx.adam_group(name, CONFIG.n_embd)[1][0])
     return loss.item(), grads

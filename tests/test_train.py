@@ -158,6 +158,16 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPa
         assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found(tokens), found(32), strict=True))
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_step_is_the_same_on_any_number_of_lanes(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    found = []
+    for n in (2, lanes):
+        monkeypatch.setattr(train_mlx, "LANES", [mx.new_stream(mx.default_device()) for _ in range(n)])
+        found.append(steps(3, accumulate=4))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert distance(found[0][0], found[1][0]) < 1e-6
+
+
 def test_what_is_hidden_learns_nothing_and_a_first_pass_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = fresh()
     params["lm_head.weight"] = mx.random.normal(params["lm_head.weight"].shape, key=mx.random.key(1))
@@ -175,6 +185,13 @@ def test_what_is_hidden_learns_nothing_and_a_first_pass_hides_nothing(monkeypatc
     assert 0.15 < learning(1, 0.75).mean().item() < 0.35  # of 128 tokens: 2.6 deviations
     assert (learning(1, 0.75) == learning(1, 0.75)).all()
     assert (learning(1, 0.75) != learning(1, 0.75, seed=1)).any()
+
+
+def test_tanh_is_tanh_and_so_is_its_gradient() -> None:
+    x = mx.concatenate([mx.linspace(-12, 12, 1001), mx.array([-1e4, -89.0, 89.0, 1e4])])
+    assert mx.allclose(train_mlx.tanh(x), mx.tanh(x), rtol=1e-6, atol=2e-7)
+    found, expected = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (train_mlx.tanh, mx.tanh))
+    assert mx.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_hides_a_share_and_keeps_the_mean_and_the_dtype() -> None:
