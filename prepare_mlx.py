@@ -101,7 +101,7 @@ def detect_preset() -> str:
 def load_fast_blas(threads: int | None = None) -> str | None:
     """Load an optimised BLAS before `import mlx.core` binds MLX's own, 50 times slower one. Linux only. `threads`: how many a
     product may take, None leaves it to the library. Returns the library's name, or None; prints one hint when there is none."""
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS") if threads else ():
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads else ():
         os.environ.setdefault(name, str(threads))
     if sys.platform != "linux":
         return None

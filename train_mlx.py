@@ -4,8 +4,8 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
     python prepare_mlx.py && python train_mlx.py
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
-rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (), SOFTCAP = 15 and SEQ_LEN the data's it is upstream's
-published model to the last operation. docs/recipe.md has what was measured for the constants.
+rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (), SOFTCAP = 15, no dropout, no TABLE_DECAY and
+SEQ_LEN the data's it is upstream's published model, operation by operation. docs/recipe.md has what was measured for the constants.
 """
 
 import json
@@ -28,8 +28,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 GPU = mx.default_device() == mx.Device(mx.gpu)
 TIER = detect_preset() if GPU else "cpu"  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
-# Streams that work at once. On the CPU one thread does all that is no matrix product, so each core has a stream of its own, with
-# its own passes of a step and its own part of the update; a GPU has one.
+# Streams that work at once. On the CPU one thread does all that is no matrix product, so up to four cores have a stream each, with
+# passes of a step and a part of the update of its own; a GPU has one.
 LANES = [mx.default_stream(mx.default_device())]
 if not GPU:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -48,7 +48,7 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
-SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, tanh is slow on a CPU
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 
 # Optimization
@@ -67,8 +67,8 @@ MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.4  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-OFTEN = 5.0  # passes over the text; of three values one holds in the first, one later, one in a budget of more than so many
-NGRAM_DROPOUT = (0.0, 0.9, 1.0)  # share of tokens whose n-grams are hidden: read before, they know what comes; 1: no tables
+OFTEN = 5.0  # a budget of more passes over the text takes the third of three values; others the first in pass 1, then the second
+NGRAM_DROPOUT = (0.0, 0.9, 1.0)  # share of tokens trained without n-grams: read before, these know what comes; 1 at once: no tables
 DROPOUT = (0.0, 0.1, 0.1)  # share of the channels that is hidden at both ends of the residual stream
 TABLE_DECAY = (0.0, 0.0, 0.05)  # weight decay of embeddings and lm_head, times their rate
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
@@ -256,14 +256,17 @@ class GPT(nn.Module):
 
 
 @mx.custom_function
-def tanh(x):
-    """On the CPU by a power of e, which takes a third of the time of mx.tanh. x fp32."""
-    return mx.tanh(x) if GPU else 1 - 2 / (mx.power(math.e, 2 * x) + 1)
+def power_tanh(x):
+    """tanh by a power of e: on the CPU it takes a third of the time of mx.tanh; on a GPU it couldn't be fused. x fp32."""
+    return 1 - 2 / (mx.power(math.e, 2 * x) + 1)
 
 
-@tanh.vjp
-def tanh_vjp(x, cotangent, y):
+@power_tanh.vjp
+def power_tanh_vjp(x, cotangent, y):
     return cotangent * (1 - mx.square(y))
+
+
+tanh = mx.tanh if GPU else power_tanh
 
 
 def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
@@ -487,7 +490,7 @@ def make_gradients(model, reading=0):
 def make_step(model, width, accumulate, reading=0):
     """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32.
 
-    reading: which of the three values of NGRAM_DROPOUT and the like hold.
+    reading: which values of NGRAM_DROPOUT, DROPOUT and TABLE_DECAY hold.
     """
     gradients, table_decay = make_gradients(model, reading), TABLE_DECAY[reading]
     with_random = partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
@@ -583,12 +586,12 @@ def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
     return time.perf_counter() - start
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
+def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1, reading=0):
     """Peak bytes of a step, by its rows: from gradients of an eighth and a quarter of `rows`, and a whole step of one row.
 
     Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
     """
-    gradients = mx.compile(lambda params, x, y: make_gradients(model)(params, x, y)[:2])
+    gradients = mx.compile(lambda params, x, y: make_gradients(model, reading)(params, x, y)[:2], inputs=mx.random.state)
 
     def peak(work, *inputs):
         mx.clear_cache()
@@ -620,8 +623,8 @@ def build(run, accumulate, often):
     mx.eval(params, state)
     if NGRAMS in params:
         model.ngrams.weight = mx.zeros((0,))  # the table is in params; held here, too, its first version would stay in memory
-    steps = [make_step(model, model.config.n_embd, accumulate, reading) for reading in readings]
-    return model, params, state, steps
+    steps = {reading: make_step(model, model.config.n_embd, accumulate, reading) for reading in readings}
+    return model, params, state, [steps[reading] for reading in readings]
 
 
 def check_memory(expected, rows, seq_len, limit):
@@ -636,9 +639,10 @@ def check_memory(expected, rows, seq_len, limit):
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    accumulate = max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS))
-    rows = max(1, BATCH_TOKENS // accumulate // seq_len)
-    batch_tokens = rows * seq_len * accumulate
+    all_rows = max(1, BATCH_TOKENS // seq_len)
+    accumulate = min(all_rows, max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS)))
+    accumulate = next(n for n in range(accumulate, all_rows + 1) if all_rows % n == 0)  # passes of equal size
+    rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
     product, product_flops = large_product()
     peak, gemm = peak_flops(product, product_flops)
     limit = memory_limit()
@@ -648,13 +652,13 @@ def train(run):
 
     for often in (False, True):  # the second time where the first shows it
         model, params, state, step_fns = build(run, accumulate, often)
-        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate)
+        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate, 1 + often)
         check_memory(expected, rows, seq_len, limit)
         seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
         reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
         if reads <= OFTEN:
             break
-    if reads > 1:
+    if reads > 0.8:
         dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20

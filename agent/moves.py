@@ -212,7 +212,7 @@ def _shape(file: TrainFile) -> Iterator[Change]:
 
 
 def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
-    """Tokens a step, tokens a row: whole rows always. A pass has MICRO_TOKENS at most: more is accumulated, less is one pass."""
+    """Tokens a step, tokens a row: whole rows always. A pass has MICRO_TOKENS at most: more is accumulated."""
     batch, micro, row = (file.constants.get(name) for name in ("BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"))
     if batch is None or row is None:
         return
