@@ -431,7 +431,7 @@ def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
         with mx.stream(LANES[lane]):
             p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
             p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
-            new |= {name: p[i] for i, name in enumerate(names)}
+            new |= dict(zip(names, p, strict=True))
     if NGRAMS in params:
         new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
@@ -640,8 +640,8 @@ def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
     all_rows = max(1, BATCH_TOKENS // seq_len)
-    accumulate = min(all_rows, max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS)))
-    accumulate = next(n for n in range(accumulate, all_rows + 1) if all_rows % n == 0)  # passes of equal size
+    least = max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS))
+    accumulate = next((n for n in range(least, all_rows) if all_rows % n == 0), all_rows)  # passes of equal size
     rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
     product, product_flops = large_product()
     peak, gemm = peak_flops(product, product_flops)

@@ -620,9 +620,8 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, reading=0):
         return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else torch.mps.driver_allocated_memory()
 
     def one_step(n):
-        x = torch.zeros(n, seq_len, dtype=torch.int32).numpy()
         copies = sum(t.nbytes for t in (params[NGRAMS], *state[NGRAMS])) if NGRAMS in params else 0
-        return peak(lambda: step_fn(*copied(params, state), schedule(0, 0), iter([(x, x)] * 99))) - copies
+        return peak(lambda: dummy_step(params, state, step_fn, n, seq_len, 99)) - copies
 
     def gradients(n):
         x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
@@ -664,8 +663,8 @@ def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
     all_rows = max(1, BATCH_TOKENS // seq_len)
-    accumulate = min(all_rows, max(1, math.ceil(BATCH_TOKENS / MICRO_TOKENS)))
-    accumulate = next(n for n in range(accumulate, all_rows + 1) if all_rows % n == 0)  # passes of equal size
+    least = math.ceil(BATCH_TOKENS / MICRO_TOKENS)
+    accumulate = next((n for n in range(least, all_rows) if all_rows % n == 0), all_rows)  # passes of equal size
     rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
     product, product_flops = large_product()
     peak, gemm = peak_flops(product, product_flops)
