@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from counts import Counts
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
 load_fast_blas(threads=1)  # has to come before MLX; the cores are for LANES
@@ -50,6 +51,9 @@ SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens
 NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
+COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
+COUNT_SHARE = 0.4  # of the counts' probabilities in the model's, the network has the rest; 0.3 to 0.6 are about as good
+COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most, and 50,000 for a second of the budget: a fifteenth of it
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
@@ -636,6 +640,12 @@ def check_memory(expected, rows, seq_len, limit):
                            f"not even one row fits: lower DEPTH ({DEPTH}) or WIDTH ({WIDTH})"))
 
 
+def count(run):
+    """Counts of n-grams in the text, or None: they know all of it, of which the network may be trained on a part."""
+    limit = min(COUNT_TOKENS, 50_000 * run.budget.amount) if run.budget.unit == "s" else COUNT_TOKENS
+    return Counts.of(run.tokens()[: int(limit)], run.vocab_size, COUNT_ORDER) if COUNT_ORDER else None
+
+
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
@@ -671,6 +681,7 @@ def train(run):
     batches = run.batches(rows, seq_len)
     step, smooth, pending, window = 0, 0.0, None, (0, 0.0)
     run.budget.start(product)
+    counts = count(run)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         scale = schedule(progress, step)
         params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
@@ -699,6 +710,8 @@ def train(run):
     saved = {n: p.astype(mx.bfloat16) if n == NGRAMS else p for n, p in params.items()}  # half of what is most of the file
     mx.save_safetensors(str(run.dir / "weights.safetensors"), saved)
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
+    if counts:
+        counts.save(run.dir / "counts.npz")
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": mx.get_peak_memory() / 2**20, "expected_vram_mb": expected_mb,
@@ -717,7 +730,10 @@ def load_model(run_dir):
     weights = mx.load(str(run_dir / "weights.safetensors"))
     model.update(tree_unflatten([(n, p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p) for n, p in weights.items()]))
     forward = mx.compile(model.__call__)
-    return lambda tokens: np.array(forward(mx.array(tokens)))
+    if not (run_dir / "counts.npz").exists():
+        return lambda tokens: np.array(forward(mx.array(tokens)))
+    counts = Counts.load(run_dir / "counts.npz")
+    return lambda tokens: counts.mixed(np.array(forward(mx.array(tokens))), tokens, COUNT_SHARE)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from counts import Counts
 from prepare_mlx import HarnessError, detect_preset, start_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -49,6 +50,9 @@ SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens
 NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
+COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
+COUNT_SHARE = 0.4  # of the counts' probabilities in the model's, the network has the rest; 0.3 to 0.6 are about as good
+COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most, and 50,000 for a second of the budget: a fifteenth of it
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
@@ -659,6 +663,12 @@ def check_memory(expected, rows, seq_len, limit):
                            f"not even one row fits: lower DEPTH ({DEPTH}) or WIDTH ({WIDTH})"))
 
 
+def count(run):
+    """Counts of n-grams in the text, or None: they know all of it, of which the network may be trained on a part."""
+    limit = min(COUNT_TOKENS, 50_000 * run.budget.amount) if run.budget.unit == "s" else COUNT_TOKENS
+    return Counts.of(run.tokens()[: int(limit)], run.vocab_size, COUNT_ORDER) if COUNT_ORDER else None
+
+
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
@@ -691,6 +701,7 @@ def train(run):
     batches = run.batches(rows, seq_len)
     step, smooth, pending, window = 0, 0.0, None, (0, 0.0)
     run.budget.start(product)
+    counts = count(run)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         scale = schedule(progress, step)
         params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
@@ -719,6 +730,8 @@ def train(run):
     saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # half of what is most of the file
     torch.save(saved, run.dir / "weights.pt")
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
+    if counts:
+        counts.save(run.dir / "counts.npz")
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(), "expected_vram_mb": expected_mb,
@@ -742,7 +755,10 @@ def load_model(run_dir):
     def forward(tokens):  # not compiled: that takes longer than scoring does
         return model(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
 
-    return forward
+    if not (run_dir / "counts.npz").exists():
+        return forward
+    counts = Counts.load(run_dir / "counts.npz")
+    return lambda tokens: counts.mixed(forward(tokens), tokens, COUNT_SHARE)
 
 
 if __name__ == "__main__":

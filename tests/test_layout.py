@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
 TRAIN_FILES = {"train_mlx", "train_torch"}
-HARNESS = {"prepare_mlx", "corpus", "probes", "stories"}
+HARNESS = {"prepare_mlx", "corpus", "counts", "probes", "stories"}
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
 
 
@@ -32,18 +32,18 @@ def test_the_harness_needs_only_numpy_to_be_imported() -> None:
     assert third_party == {"numpy"}
     code = "import sys, prepare_mlx; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not set(loaded.split()) & (FRAMEWORKS | {"agent", "corpus", "probes", "stories"})
+    assert not set(loaded.split()) & (FRAMEWORKS | {"agent", "corpus", "counts", "probes", "stories"})
 
 
 def test_the_harness_knows_no_train_file_and_no_driver() -> None:
-    for name in ("prepare_mlx.py", "corpus.py", "probes.py", "stories.py"):
+    for name in ("prepare_mlx.py", "corpus.py", "counts.py", "probes.py", "stories.py"):
         assert not imports(ROOT / name) & (TRAIN_FILES | FRAMEWORKS | {"agent"})
 
 
 @pytest.mark.parametrize("name", ["train_mlx.py", "train_torch.py"])
 def test_a_train_file_imports_the_harness_and_its_framework_only(name: str) -> None:
     ours = imports(ROOT / name) & ({p.stem for p in ROOT.glob("*.py")} | {"agent", "scripts", "tests"})
-    assert ours == {"prepare_mlx"}
+    assert ours == {"prepare_mlx", "counts"}
 
 
 @pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
@@ -57,6 +57,31 @@ def test_files_can_be_read_in_one_sitting() -> None:
     too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()
                 if len((ROOT / name).read_text().splitlines()) > limit}
     assert not too_long
+
+
+def outline(name: str) -> tuple[list[str], dict[str, str]]:
+    """Names of classes, their methods and functions in order; source of the upper-case constants, in order."""
+    order, constants = [], {}
+    for node in ast.parse((ROOT / name).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            order += [node.name, *(f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef))]
+        elif isinstance(node, ast.FunctionDef):
+            order.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            constants[node.targets[0].id] = ast.unparse(node.value)
+    return [n.replace("__call__", "forward") for n in order], constants
+
+
+def test_the_torch_file_is_a_translation() -> None:
+    """Whatever one trainer has, the other has, in the same order and with the same value; each needs a few helpers more."""
+    (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
+    assert set(mlx_order) - set(torch_order) == {"power_tanh", "power_tanh_vjp"}
+    assert set(torch_order) - set(mlx_order) == {
+        "compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb", "copied"}
+    assert [n for n in torch_order if n in mlx_order] == [n for n in mlx_order if n in torch_order]
+    own = {"DEVICE", "GPU", "TIER", "DTYPE", "LANES"}
+    assert [(n, v) for n, v in torch_constants.items() if n not in own] == [
+        (n, v) for n, v in mlx_constants.items() if n not in own]
 
 
 def test_no_file_records_a_registry_or_an_absolute_home() -> None:

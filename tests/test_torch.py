@@ -4,7 +4,6 @@ On a machine without a GPU everything here is fp32 on the CPU, with bfloat16 and
 too. What is not covered then: the kernels of CUDA and MPS, pinned copies, and the code that torch.compile generates.
 """
 
-import ast
 import json
 import os
 import subprocess
@@ -72,35 +71,6 @@ def assert_all_close(ours: dict[str, torch.Tensor], theirs: ref.Params, toleranc
 
 def split(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return batch[:, :-1], batch[:, 1:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The same file, twice
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def outline(name: str) -> tuple[list[str], dict[str, str]]:
-    """Names of classes, their methods and functions in order; source of the upper-case constants, in order."""
-    order, constants = [], {}
-    for node in ast.parse((ROOT / name).read_text()).body:
-        if isinstance(node, ast.ClassDef):
-            order += [node.name, *(f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef))]
-        elif isinstance(node, ast.FunctionDef):
-            order.append(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            constants[node.targets[0].id] = ast.unparse(node.value)
-    return [n.replace("__call__", "forward") for n in order], constants
-
-
-def test_it_is_a_translation() -> None:
-    """Whatever one trainer has, the other has, in the same order and with the same value; torch needs a few helpers more."""
-    (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
-    helpers = set(torch_order) - set(mlx_order)
-    assert helpers == {"compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb", "copied"}
-    assert [n for n in torch_order if n not in helpers] == mlx_order
-    own = {"DEVICE", "GPU", "TIER", "DTYPE"}
-    assert [(n, v) for n, v in torch_constants.items() if n not in own] == [
-        (n, v) for n, v in mlx_constants.items() if n not in own]
 
 
 def test_schedules_are_equal() -> None:
