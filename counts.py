@@ -24,6 +24,20 @@ def distinct(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes[new], inverse
 
 
+def repeats(row: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place of a row, int [T]: how many tokens, `longest` at most, end there that stood in the row before (int64 [T],
+    0: none), and the earlier places where so many do (bool [T, T], by place and earlier place)."""
+    same = np.tril(row[:, None] == row, -1)                                     # [T, T]
+    alike, length, places = same, np.zeros(len(row), np.int64), same
+    for n in range(1, longest + 1):
+        if n > 1:
+            alike = same & np.pad(alike[:-1, :-1], ((1, 0), (1, 0)))  # n - 1 tokens before it are alike
+        some = alike.any(axis=1)                                                # [T]
+        length[some] = n
+        places = np.where(some[:, None], alike, places)
+    return length, places
+
+
 class Counts:
     """Probabilities of the next token by the longest known n-gram before it, and by all shorter ones.
 
@@ -117,9 +131,18 @@ class Counts:
             out[where, self.arrays[f"words.{n}"][entry]] += weights[n][where] * self.arrays[f"share.{n}"][entry]
         return out.reshape(*rows.shape, self.vocab_size)
 
-    def mixed(self, logits: np.ndarray, rows: np.ndarray, share: float) -> np.ndarray:
-        """Logits of a mixture, `share` of it the counts, the rest a network's: its float32 [B, T, V], for the rows int [B, T]."""
+    def mixed(self, logits: np.ndarray, rows: np.ndarray, share: float, copied: tuple[float, ...] = ()) -> np.ndarray:
+        """Logits of a mixture for the rows, int [B, T]: `share` of it the counts, the rest a network's logits, float32 [B, T, V].
+
+        copied: the shares of what followed in the row itself when its last 1, 2, ... tokens stood there before, the longest match.
+        """
         p = np.exp(logits - logits.max(axis=-1, keepdims=True))
         p *= (1 - share) / p.sum(axis=-1, keepdims=True)
         p += share * self.probabilities(rows)
+        for b, row in enumerate(rows if copied else ()):
+            length, places = repeats(row, len(copied))                          # [T], [T, T]
+            weight = np.array([0.0, *copied], np.float32)[length]               # [T]
+            p[b] *= 1 - weight[:, None]
+            t, earlier = np.nonzero(places)
+            np.add.at(p[b], (t, row[earlier + 1]), (weight / np.maximum(places.sum(axis=1), 1))[t])
         return np.log(p, out=p)

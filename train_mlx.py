@@ -4,20 +4,21 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
     python prepare_mlx.py && python train_mlx.py
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
-rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (), SOFTCAP = 15, no dropout, no TABLE_DECAY and
-SEQ_LEN the data's it is upstream's published model, operation by operation. docs/recipe.md has what was measured for the constants.
+rest, and Adagrad by the row for n-grams. On a CPU it is mixed with n-gram counts. With NGRAM_BUCKETS = (), COUNT_ORDER = 0,
+SOFTCAP = 15, no dropout, no TABLE_DECAY and SEQ_LEN the data's it is upstream's published model, operation by operation.
+docs/recipe.md has what was measured for the constants.
 """
 
 import json
 import math
 import os
-import re
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from counts import Counts
+from machine import check_memory, passes, peak_flops
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
 load_fast_blas(threads=1)  # has to come before MLX; the cores are for LANES
@@ -47,12 +48,13 @@ DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layer
 HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; 64 and 128 are fused
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
-SEQ_LEN = {"cpu": 64, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
+SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
-COUNT_SHARE = 0.4  # of the counts' probabilities in the model's, the network has the rest; 0.3 to 0.6 are about as good
+COUNT_SHARE = 0.4  # of the counts in the model's probabilities, the network has the rest; 0.3 to 0.6 are about as good
+COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most, and 50,000 for a second of the budget: a fifteenth of it
 
 # Optimization
@@ -69,7 +71,7 @@ ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
-WARMDOWN_RATIO = 0.4  # share of the budget in which it falls
+WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
 OFTEN = 5.0  # a budget of more passes over the text takes the third of three values; others the first in pass 1, then the second
 NGRAM_DROPOUT = (0.0, 0.9, 1.0)  # share of tokens trained without n-grams: read before, these know what comes; 1 at once: no tables
@@ -539,36 +541,11 @@ def make_step(model, width, accumulate, reading=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-PEAK_TFLOPS = {  # what makers or core counts say, bf16 where tensor units do it; the longest name that a device's name holds
-    "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
-    "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 14.2, "M3 Ultra": 28, "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
-    "M5": 16, "M5 Max": 70, "A100": 312, "RTX 4090": 165, "H100": 989, "H200": 989,
-}  # fmt: skip
-
-
 def large_product():
     """A large matrix product on every lane, as a callable that does it once, and its FLOPs: what MFU and drift are told by."""
     n = 4096 if GPU else 1024
     a = mx.random.normal((n, n)).astype(DTYPE)
     return lambda: mx.eval([mx.matmul(a, a, stream=lane) for lane in LANES]), 2 * n**3 * len(LANES)
-
-
-def peak_flops(product, flops):
-    """FLOP/s that MFU is told by: the device's by PEAK_TFLOPS, or else of the fastest of four products; and the latter."""
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        product()
-        times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name())]
-    measured = flops / min(times)
-    return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
-
-
-def passes(budget, step_seconds, batch_tokens, train_tokens):
-    """How often the budget reads the training text, from a step's seconds."""
-    steps = {"s": budget.amount / step_seconds, "steps": budget.amount, "tokens": budget.amount / batch_tokens}[budget.unit]
-    return steps * batch_tokens / train_tokens
 
 
 def memory_limit():
@@ -631,15 +608,6 @@ def build(run, accumulate, often):
     return model, params, state, [steps[reading] for reading in readings]
 
 
-def check_memory(expected, rows, seq_len, limit):
-    """Refuses what won't fit into `limit` bytes. `expected`: bytes by rows."""
-    if limit and expected(rows) > limit:
-        fits = max((n for n in range(rows) if expected(n) <= limit), default=0) * seq_len
-        raise HarnessError("oom", f"a pass of {rows * seq_len:,} tokens is expected to take {expected(rows) / 2**30:.1f} GiB, this "
-                           f"device has {limit / 2**30:.1f}; " + (f"the largest that fits is MICRO_TOKENS = {fits}" if fits else
-                           f"not even one row fits: lower DEPTH ({DEPTH}) or WIDTH ({WIDTH})"))
-
-
 def count(run):
     """Counts of n-grams in the text, or None: they know all of it, of which the network may be trained on a part."""
     limit = min(COUNT_TOKENS, 50_000 * run.budget.amount) if run.budget.unit == "s" else COUNT_TOKENS
@@ -654,7 +622,7 @@ def train(run):
     accumulate = next((n for n in range(least, all_rows) if all_rows % n == 0), all_rows)  # passes of equal size
     rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
     product, product_flops = large_product()
-    peak, gemm = peak_flops(product, product_flops)
+    peak, gemm = peak_flops(device_name(), product, product_flops)
     limit = memory_limit()
     if mx.metal.is_available():
         mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
@@ -733,7 +701,7 @@ def load_model(run_dir):
     if not (run_dir / "counts.npz").exists():
         return lambda tokens: np.array(forward(mx.array(tokens)))
     counts = Counts.load(run_dir / "counts.npz")
-    return lambda tokens: counts.mixed(np.array(forward(mx.array(tokens))), tokens, COUNT_SHARE)
+    return lambda tokens: counts.mixed(np.array(forward(mx.array(tokens))), tokens, COUNT_SHARE, COPY_SHARES)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Change:
 
 def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
     """Every change of the catalogue that this file can take. `seq_len` is the data's, None if unknown."""
-    found = [change for knob in KNOBS for change in _knob(file, knob)]
+    at_work = [knob for knob in KNOBS if not knob.needs or (knob.needs in file.constants and file.constants[knob.needs].value)]
+    found = [change for knob in at_work for change in _knob(file, knob)]
     found += [change for switch in SWITCHES for change in _switch(file, switch)]
     found += [*_window(file), *_tables(file), *_shape(file), *_batch(file, seq_len)]
     return [whole for change in found if (whole := _with_followers(file, change, seq_len))]

@@ -27,7 +27,7 @@ from agent.night import Night, fold
 from agent.worktree import Repository, Worktree
 
 HARNESS = "prepare_mlx.py"
-HARNESS_PARTS = ("corpus.py", "counts.py", "probes.py", "stories.py")  # what it reads from beside itself
+HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")  # what it reads from beside itself
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
 

@@ -16,7 +16,7 @@ from agent import sandbox
 from agent.trial import Lab, run_trial
 
 ATTACKS = ROOT / "tests" / "attacks"
-HARNESS = ("prepare_mlx.py", "corpus.py", "counts.py", "probes.py", "stories.py")
+HARNESS = ("prepare_mlx.py", "corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")
 GUARD = '\n\nif __name__ == "__main__":\n    main()\n'
 
 

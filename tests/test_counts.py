@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counts import Counts
+from counts import Counts, repeats
 
 
 def kneser_ney(text: list[int], vocab_size: int, order: int, context: list[int], word: int) -> float:
@@ -87,3 +87,26 @@ def test_a_mixture_has_its_share_of_both() -> None:
     mixed = counts.mixed(logits, rows, 0.3)
     assert mixed.dtype == np.float32
     np.testing.assert_allclose(np.exp(mixed), 0.7 * network + 0.3 * counts.probabilities(rows), rtol=1e-5, atol=1e-9)
+
+
+def test_what_followed_the_longest_repeat_is_copied() -> None:
+    row = np.array([1, 2, 3, 1, 2, 4, 2, 3, 1, 2])
+    length, places = repeats(row, 3)
+    assert length.tolist() == [0, 0, 0, 1, 2, 0, 1, 2, 3, 3]                    # at the end: 3 1 2 stood there once, then a 4
+    assert np.flatnonzero(places[9]).tolist() == [4]
+    assert np.flatnonzero(places[6]).tolist() == [1, 4]
+    counts, logits = Counts.of(row, 5, 2), np.zeros((1, 10, 5), np.float32)
+    plain, copied = (np.exp(counts.mixed(logits, row[None], 0.5, shares))[0] for shares in ((), (0.1, 0.2, 0.4)))
+    np.testing.assert_allclose(copied[9], 0.6 * plain[9] + 0.4 * np.eye(5)[4], rtol=1e-5)
+    np.testing.assert_allclose(copied[6], 0.9 * plain[6] + 0.05 * np.eye(5)[3] + 0.05 * np.eye(5)[4], rtol=1e-5)
+    np.testing.assert_array_equal(copied[5], plain[5])
+    np.testing.assert_allclose(copied.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_copies_come_from_a_rows_past_only() -> None:
+    rng = np.random.default_rng(1)
+    rows, counts = rng.integers(0, 4, (2, 20)), Counts.of(rng.integers(0, 4, 100), 4, 2)
+    logits = rng.normal(size=(2, 20, 4)).astype(np.float32)
+    whole = counts.mixed(logits, rows, 0.5, (0.1, 0.2))
+    np.testing.assert_array_equal(counts.mixed(logits[:, :11], rows[:, :11], 0.5, (0.1, 0.2)), whole[:, :11])
+    np.testing.assert_array_equal(counts.mixed(logits[1:], rows[1:], 0.5, (0.1, 0.2)), whole[1:])

@@ -398,7 +398,7 @@ def test_expected_memory_of_mps_is_a_line_through_what_its_driver_held(monkeypat
     monkeypatch.setattr(torch.mps, "empty_cache", held.clear)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: sum(held))
     monkeypatch.setattr(train_torch, "synchronize", lambda: None)
-    monkeypatch.setattr(train_torch, "make_gradients", lambda model: lambda params, x, y: held.append(1000 + 30 * len(x)))
+    monkeypatch.setattr(train_torch, "make_gradients", lambda model, reading: lambda params, x, y: held.append(1000 + 30 * len(x)))
     model = torch.nn.Linear(1, 1).to(train_torch.DEVICE)
     ask = (model, {}, {}, lambda params, state, schedule, batches: held.append(5000), 64, 16)
     if train_torch.DEVICE == "cpu":
