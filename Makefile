@@ -1,12 +1,13 @@
 # make demo   a night in small, from nothing: set up, prepare, measure, run 7 experiments, draw
 # make test   lint, types and the test suite, as CI runs them
-# Both set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
+# make test-torch   the PyTorch file, which needs a large download; test-slow, -gpu, -agents, -browser: what CI leaves out
+# All set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
 
 SHELL := /bin/bash
 PY := .venv/bin/python
 ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE
 
-.PHONY: demo test test-slow test-gpu test-agents test-browser soak lint clean
+.PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint clean
 
 demo: .venv/.ready
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
@@ -20,6 +21,10 @@ lint: .venv/.ready
 
 test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
 	$(PY) -m pytest -q -m $*
+
+test-torch: .venv/.ready
+	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch
+	$(PY) -m pytest -q tests/test_torch.py
 
 soak: .venv/.ready
 	$(PY) -m pytest -q -m slow tests/test_kill.py tests/test_soak.py

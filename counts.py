@@ -2,8 +2,8 @@
 An n-gram model by counting: interpolated Kneser-Ney (Chen and Goodman, 1999, with one discount an order), in NumPy.
 
 What a train file may mix its network with: `Counts.of(tokens, vocab_size, order)` reads millions of tokens in seconds, far more
-of the text than a network is trained on in five minutes, and `probabilities(rows)` says what it expects after each token.
-The network knows what words are like, the counts know what was said before; together they are better than either.
+than a network on a CPU is trained on in a minute, and `mixed(logits, rows, share)` adds what the counts expect to what the network
+does. The network knows what words are like, the counts know what was said before; together they are better than either.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def distinct(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique's values and inverse of whole numbers [N], in a third of the time: a plain sort, each number with its place."""
+    """np.unique's values and inverse of whole numbers [N], in half the time: a plain sort, each number with its place."""
     bits = len(codes).bit_length()
     if int(codes.max()) >> (63 - bits):
         raise ValueError(f"{len(codes):,} tokens of this vocabulary are more than can be counted; count fewer")
@@ -38,6 +38,15 @@ def repeats(row: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     return length, places
 
 
+def spread(tokens: np.ndarray, limit: int, pieces: int = 64) -> np.ndarray:
+    """At most `limit` of the tokens [N], in pieces from all over the text: its beginning may be about something else."""
+    if len(tokens) <= limit:
+        return tokens
+    size = max(1, limit // pieces)
+    starts = np.linspace(0, len(tokens) - size, max(1, limit // size)).astype(np.int64)
+    return np.concatenate([tokens[start : start + size] for start in starts])
+
+
 class Counts:
     """Probabilities of the next token by the longest known n-gram before it, and by all shorter ones.
 
@@ -59,25 +68,24 @@ class Counts:
     @classmethod
     def of(cls, tokens: np.ndarray, vocab_size: int, order: int) -> "Counts":
         """Count whole numbers [N] below vocab_size; order: tokens of the longest n-gram, context and word, from 1 on."""
-        tokens = np.asarray(tokens).astype(np.int64)
-        order = min(order, len(tokens) - 1)
-        if order < 1:
+        if len(tokens) < 2 or order < 1:
             raise ValueError(f"at least two tokens and an order of at least 1 were expected, got {len(tokens)} and {order}")
-        arrays, context = {}, np.zeros(len(tokens), np.int64)
-        seen: list = []  # by n: the pairs of context and word [W], how often each counts [W]
-        shorter = np.empty(0)
+        tokens, order = np.asarray(tokens).astype(np.int64), min(order, len(tokens) - 1)
+        arrays, context = {}, np.zeros(len(tokens), np.int64)                   # of each token: the number of what is before it
+        pairs_of, pair_at, times_of = [], [], []  # by n: pairs of context and word [W], each token's pair, how often it counts [W]
         for n in range(order):
             if n:
                 arrays[f"contexts.{n}"], context = distinct(context[1:] * vocab_size + tokens[:-n])
             pairs, place = distinct(context * vocab_size + tokens[n:])
-            if n:  # a shorter n-gram counts by the number of tokens that it follows, not by how often it stands there
-                anywhere = np.empty(len(pairs), np.int64)
-                anywhere[place] = np.arange(len(place))
-                seen[-1] = seen[-1][0], np.bincount(shorter[anywhere + 1], minlength=len(seen[-1][0]))
-            seen.append((pairs, np.bincount(place)))
-            shorter = place
+            pairs_of.append(pairs)
+            pair_at.append(place)
+            times_of.append(np.bincount(place))
+            if n:  # a shorter n-gram counts once for each token that it follows: for each of these n-grams, without its first token
+                somewhere = np.empty(len(pairs), np.int64)                      # a place of each; the shorter's is one further on
+                somewhere[place] = np.arange(len(place))
+                times_of[n - 1] = np.bincount(pair_at[n - 1][somewhere + 1], minlength=len(pairs_of[n - 1]))
 
-        for n, (pairs, times) in enumerate(seen):
+        for n, (pairs, times) in enumerate(zip(pairs_of, times_of, strict=True)):
             once, twice = np.sum(times == 1), np.sum(times == 2)
             discount = np.clip(once / max(once + 2 * twice, 1), 0.1, 0.95)
             owner, word = np.divmod(pairs, vocab_size)                          # [W]
@@ -109,7 +117,7 @@ class Counts:
             known = self.arrays[f"contexts.{n}"]
             code = np.full(rows.shape, -1, np.int64)  # a row's first tokens have no context so long
             before = found[-1][:, n - 1 :]
-            code[:, n - 1 :] = np.where(before >= 0, before * self.vocab_size + rows[:, : rows.shape[1] - n + 1], -1)
+            code[:, n - 1 :] = np.where(before >= 0, before * self.vocab_size + rows[:, : before.shape[1]], -1)
             place = np.minimum(np.searchsorted(known, code), len(known) - 1)
             found.append(np.where(known[place] == code, place, -1))
         return found
@@ -117,7 +125,7 @@ class Counts:
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Of every token to be the next, by the row so far alone: int [B, T] -> float32 [B, T, vocab_size], which add up to 1."""
         found = [numbers.reshape(-1) for numbers in self.find(rows)]            # [B * T] each
-        weight, weights = np.ones(rows.size, np.float32), [np.empty(0)] * self.order
+        weight, weights = np.ones(rows.size, np.float32), {}
         for n in range(self.order - 1, 0, -1):  # from the longest on, what is left to the shorter ones
             weights[n] = weight
             weight = np.where(found[n] >= 0, weight * self.arrays[f"rest.{n}"][found[n]], weight)
@@ -136,13 +144,15 @@ class Counts:
 
         copied: the shares of what followed in the row itself when its last 1, 2, ... tokens stood there before, the longest match.
         """
-        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        p *= (1 - share) / p.sum(axis=-1, keepdims=True)
-        p += share * self.probabilities(rows)
-        for b, row in enumerate(rows if copied else ()):
+        out = np.empty_like(logits)
+        for row, network, mixture in zip(rows, logits, out, strict=True):  # one row at a time stays in the cache
+            p = np.exp(network - network.max(axis=-1, keepdims=True))           # [T, V]
+            p *= (1 - share) / p.sum(axis=-1, keepdims=True)
+            p += share * self.probabilities(row[None])[0]
             length, places = repeats(row, len(copied))                          # [T], [T, T]
             weight = np.array([0.0, *copied], np.float32)[length]               # [T]
-            p[b] *= 1 - weight[:, None]
+            p *= 1 - weight[:, None]
             t, earlier = np.nonzero(places)
-            np.add.at(p[b], (t, row[earlier + 1]), (weight / np.maximum(places.sum(axis=1), 1))[t])
-        return np.log(p, out=p)
+            np.add.at(p, (t, row[earlier + 1]), (weight / np.maximum(places.sum(axis=1), 1))[t])
+            np.log(np.maximum(p, 1e-30), out=mixture)  # a share of 0 or 1 may leave nothing of a token
+        return out

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from counts import Counts
+from counts import Counts, spread
 from machine import check_memory, passes, peak_flops
 from prepare_mlx import HarnessError, detect_preset, start_run
 
@@ -51,7 +51,9 @@ NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram 
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
-COUNT_SHARE = 0.4  # of the counts in the model's probabilities, the network has the rest; 0.3 to 0.6 are about as good
+COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
+COUNT_RATE = 50_000  # and at most so many for each second of the budget
+COUNT_SHARE = 0.4  # of the counts in the model's probabilities; prose wants 0.35, a text that repeats itself 0.6
 COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most, and 50,000 for a second of the budget: a fifteenth of it
 
@@ -631,9 +633,11 @@ def build(run, accumulate, often):
 
 
 def count(run):
-    """Counts of n-grams in the text, or None: they know all of it, of which the network may be trained on a part."""
-    limit = min(COUNT_TOKENS, 50_000 * run.budget.amount) if run.budget.unit == "s" else COUNT_TOKENS
-    return Counts.of(run.tokens()[: int(limit)], run.vocab_size, COUNT_ORDER) if COUNT_ORDER else None
+    """Count the text's n-grams, or as many as the budget allows: they know more of it than the network will be trained on."""
+    (run.dir / "counts.npz").unlink(missing_ok=True)
+    if COUNT_ORDER:
+        limit = min(COUNT_TOKENS, int(COUNT_RATE * run.budget.amount)) if run.budget.unit == "s" else COUNT_TOKENS
+        Counts.of(spread(run.tokens(), limit), run.vocab_size, COUNT_ORDER).save(run.dir / "counts.npz")
 
 
 def train(run):
@@ -666,11 +670,12 @@ def train(run):
         torch.cuda.reset_peak_memory_stats()
 
     batches = run.batches(rows, seq_len)
-    step, smooth, pending, window = 0, 0.0, None, (0, 0.0)
+    step, smooth, pending = 0, 0.0, None
     run.budget.start(product)
-    counts = count(run)
+    count(run)
+    counted, window = run.budget.progress(0, 0), (0, run.budget.seconds)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
-        scale = schedule(progress, step)
+        scale = schedule((progress - counted) / (1 - counted), step)
         params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
@@ -691,14 +696,14 @@ def train(run):
                   f"mfu {mfu:.1f} %  {memory:,.0f} MB  {left:.0f} s left   ", end="", flush=True)
     synchronize()
     training_seconds = run.budget.seconds
-    if pending is None or not pending() < ABORT_LOSS:
-        raise HarnessError("nan", f"the loss became {pending and pending()} at step {step}")
+    if pending is None:
+        raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
+    if not pending() < ABORT_LOSS:
+        raise HarnessError("nan", f"the loss became {pending()} at step {step}")
     print()
     saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # half of what is most of the file
     torch.save(saved, run.dir / "weights.pt")
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
-    if counts:
-        counts.save(run.dir / "counts.npz")
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(), "expected_vram_mb": expected_mb,

@@ -30,7 +30,7 @@ class Knob:
     high: float = float("inf")
     off: bool = False  # 0 switches it off, and is worth a try of its own
     on: tuple[float, ...] = ()  # what it is switched on with
-    needs: str = ""  # a constant that must not be 0, or this one changes nothing
+    needs: str = ""  # a constant that must not be 0: off, as counts are on a GPU, it stays off
     scope: str = ""
     pattern: str = ""
     template: str = ""
@@ -87,9 +87,6 @@ KNOBS = (
     Knob("COUNT_SHARE", HIGH, "the counts know what was said: a text that repeats itself wants more of them",
          ladder=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), needs="COUNT_ORDER"),
     Knob("COUNT_ORDER", LOW, "longer n-grams are surer and rarer", ladder=(3, 4, 5, 6, 7), needs="COUNT_ORDER"),
-    Knob("NGRAM_DROPOUT[1]", LOW, "read before, n-grams know what comes, and are trusted too much",
-         ladder=(0.5, 0.8, 0.9, 0.95, 1)),
-    Knob("DROPOUT[1]", LOW, "a text that is read again is soon known by heart", ladder=(0, 0.05, 0.1, 0.2)),
     Knob("QK gain", HIGH, "sharper attention from normed queries and keys", ladder=(1, 1.1, 1.2, 1.35, 1.5, 1.75),
          scope="CausalSelfAttention", pattern=r"\(((?:[\d.]+ \* )?)norm\(mx\.fast\.rope", template="{} * ", default=1),
     Knob("init scale", MEDIUM, "smaller first matrices turn faster under equal steps", ladder=(0.4, 0.5, 0.68, 0.8, 1, 1.25),

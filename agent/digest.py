@@ -28,7 +28,7 @@ WORDS = {
     "attention": "attention, head, n head, head dim, kv head, gqa, mqa, window, window pattern, sliding window, rope, rotary, "
     "qk norm, qk, softmax scale, value gate, rope base",
     "embedding": "embedding, embed, wte, lm head, unembedding, value embedding, tied, untied, tying, bigram, trigram, ngram, "
-    "n gram, vocabulary, ngram buckets, embedding lr, unembedding lr",
+    "n gram, vocabulary, ngram buckets, count, copy, kneser ney, embedding lr, unembedding lr",
     "activation": "activation, relu, relu2, relu squared, gelu, silu, swish, swiglu, geglu, glu, gated mlp, softcap, tanh",
     "init": "init, initialisation, initialization, initializer, zero init, orthogonal, init scale, initial scale",
     "regularisation": "regularisation, regularization, weight decay, dropout, label smoothing, z loss, ema, weight averaging, "

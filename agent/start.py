@@ -27,7 +27,8 @@ from agent.night import Night, fold
 from agent.worktree import Repository, Worktree
 
 HARNESS = "prepare_mlx.py"
-HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")  # what it reads from beside itself
+# Frozen with it: what it reads, and what train files do
+HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
 
@@ -192,5 +193,5 @@ def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, bu
     for name in (HARNESS, train_file):
         repository.file_at(repository.head, name)
     worktree.check_free()
-    changed = repository.changed(HARNESS, train_file)
+    changed = repository.changed(HARNESS, *HARNESS_PARTS, train_file)
     return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

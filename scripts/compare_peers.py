@@ -55,7 +55,7 @@ IN_FP32 = [
 SHAPE = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 32, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 1024}
 SETUPS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name: (what it is, tokens in a row, 0: as in evaluation; constants)
     "cpu": ("our cpu tier's shape, rows as long as at evaluation", 0, SHAPE),
-    "cpu-64": ("the same in rows of 64 tokens, as ours", 64, SHAPE),
+    "cpu-64": ("the same in rows of 64 tokens", 64, SHAPE),
     "readme": ("upstream's advice for small machines: depth 4, full windows, 2^14 tokens a step", 0,
                {"DEPTH": 4, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 2**14, "DEVICE_BATCH_SIZE": 16}),
     "shipped": ("every constant as shipped", 0, {}),

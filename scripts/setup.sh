@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv with everything the demo and the tests need. uv where it is installed, else python3 -m venv and pip.
+# Make .venv with everything the demo and the tests need, and the extra of pyproject.toml that is named (`torch`).
+# uv where it is installed, else python3 -m venv and pip.
 set -eu
 cd "$(dirname "$0")/.."
 
 # On Linux without a fast BLAS the MKL wheel makes the CPU backend 50 times faster; it is 64-bit Intel and AMD only.
-extras=dev
+extras=dev${1:+,$1}
 if [ "$(uname -sm)" = "Linux x86_64" ] && ! { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -q libopenblas.so; then
-    extras=dev,blas
+    extras=$extras,blas
 fi
 
 for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python3.14; do

@@ -52,8 +52,8 @@ def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 170, "machine.py": 60, "train_mlx.py": 710,
-              "train_torch.py": 735,
+    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 170, "machine.py": 60, "train_mlx.py": 715,
+              "train_torch.py": 740,
               **{str(p.relative_to(ROOT)): 260 for p in AGENT}}
     too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()
                 if len((ROOT / name).read_text().splitlines()) > limit}
