@@ -55,7 +55,6 @@ COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 millio
 COUNT_RATE = 50_000  # and at most so many for each second of the budget
 COUNT_SHARE = 0.4  # of the counts in the model's probabilities; prose wants 0.35, a text that repeats itself 0.6
 COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
-COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most, and 50,000 for a second of the budget: a fifteenth of it
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step

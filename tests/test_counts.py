@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counts import Counts, repeats
+from counts import Counts, repeats, spread
 
 
 def kneser_ney(text: list[int], vocab_size: int, order: int, context: list[int], word: int) -> float:
@@ -111,3 +111,15 @@ def test_copies_come_from_a_rows_past_only() -> None:
     whole = counts.mixed(logits, rows, 0.5, (0.1, 0.2))
     np.testing.assert_array_equal(counts.mixed(logits[:, :11], rows[:, :11], 0.5, (0.1, 0.2)), whole[:, :11])
     np.testing.assert_array_equal(counts.mixed(logits[1:], rows[1:], 0.5, (0.1, 0.2)), whole[1:])
+
+
+def test_pieces_of_a_long_text_come_from_all_over_it() -> None:
+    text = np.arange(10_000)
+    np.testing.assert_array_equal(spread(text, 10_000), text)
+    some = spread(text, 1000)
+    assert len(some) <= 1000
+    assert len(np.unique(some)) == len(some)
+    assert some[0] == 0
+    assert some[-1] == 9999
+    assert np.all(np.diff(some) < 200)
+    assert len(spread(text, 3)) == 3
