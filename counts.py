@@ -72,18 +72,18 @@ class Counts:
             raise ValueError(f"at least two tokens and an order of at least 1 were expected, got {len(tokens)} and {order}")
         tokens, order = np.asarray(tokens).astype(np.int64), min(order, len(tokens) - 1)
         arrays, context = {}, np.zeros(len(tokens), np.int64)                   # of each token: the number of what is before it
-        pairs_of, pair_at, times_of = [], [], []  # by n: pairs of context and word [W], each token's pair, how often it counts [W]
-        for n in range(order):
-            if n:
-                arrays[f"contexts.{n}"], context = distinct(context[1:] * vocab_size + tokens[:-n])
+        pairs, place = distinct(tokens)                                         # of context and word [W]; each token's pair
+        pairs_of, times_of = [pairs], []                                        # by n: pairs, how often each counts [W]
+        for n in range(1, order):
+            shorter = place
+            arrays[f"contexts.{n}"], context = distinct(context[1:] * vocab_size + tokens[:-n])
             pairs, place = distinct(context * vocab_size + tokens[n:])
+            # A shorter n-gram counts once for each token that it follows: for each of these n-grams, without its first token
+            somewhere = np.empty(len(pairs), np.int64)                          # a place of each; the shorter's is one further on
+            somewhere[place] = np.arange(len(place))
+            times_of.append(np.bincount(shorter[somewhere + 1], minlength=len(pairs_of[-1])))
             pairs_of.append(pairs)
-            pair_at.append(place)
-            times_of.append(np.bincount(place))
-            if n:  # a shorter n-gram counts once for each token that it follows: for each of these n-grams, without its first token
-                somewhere = np.empty(len(pairs), np.int64)                      # a place of each; the shorter's is one further on
-                somewhere[place] = np.arange(len(place))
-                times_of[n - 1] = np.bincount(pair_at[n - 1][somewhere + 1], minlength=len(pairs_of[n - 1]))
+        times_of.append(np.bincount(place))
 
         for n, (pairs, times) in enumerate(zip(pairs_of, times_of, strict=True)):
             once, twice = np.sum(times == 1), np.sum(times == 2)

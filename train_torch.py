@@ -657,7 +657,7 @@ def train(run):
         reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
         if reads <= OFTEN:
             break
-    if reads > 0.8:
+    if 0.8 < reads <= OFTEN:
         dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected and expected(rows) / 2**20

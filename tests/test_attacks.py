@@ -12,11 +12,11 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from agent import sandbox
+from agent import sandbox, start
 from agent.trial import Lab, run_trial
 
 ATTACKS = ROOT / "tests" / "attacks"
-HARNESS = ("prepare_mlx.py", "corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")
+HARNESS = (start.HARNESS, *start.HARNESS_PARTS)
 GUARD = '\n\nif __name__ == "__main__":\n    main()\n'
 
 
