@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from prepare_mlx import Run
+
 
 def distinct(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """np.unique's values and inverse of whole numbers [N], in half the time: a plain sort, each number with its place."""
@@ -142,13 +144,16 @@ class Counts:
     def mixed(self, logits: np.ndarray, rows: np.ndarray, share: float, copied: tuple[float, ...] = ()) -> np.ndarray:
         """Logits of a mixture for the rows, int [B, T]: `share` of it the counts, the rest a network's logits, float32 [B, T, V].
 
+        Half of the mixture is the sum of both probabilities, half the product of their powers, which says no where either does.
         copied: the shares of what followed in the row itself when its last 1, 2, ... tokens stood there before, the longest match.
         """
         out = np.empty_like(logits)
         for row, network, mixture in zip(rows, logits, out, strict=True):  # one row at a time stays in the cache
             p = np.exp(network - network.max(axis=-1, keepdims=True))           # [T, V]
-            p *= (1 - share) / p.sum(axis=-1, keepdims=True)
-            p += share * self.probabilities(row[None])[0]
+            p /= p.sum(axis=-1, keepdims=True)
+            q = self.probabilities(row[None])[0]                                # [T, V]
+            product = p ** (1 - share) * q**share
+            p = ((1 - share) * p + share * q + product / product.sum(axis=-1, keepdims=True)) / 2
             length, places = repeats(row, len(copied))                          # [T], [T, T]
             weight = np.array([0.0, *copied], np.float32)[length]               # [T]
             p *= 1 - weight[:, None]
@@ -156,3 +161,12 @@ class Counts:
             np.add.at(p, (t, row[earlier + 1]), (weight / np.maximum(places.sum(axis=1), 1))[t])
             np.log(np.maximum(p, 1e-30), out=mixture)  # a share of 0 or 1 may leave nothing of a token
         return out
+
+
+def count(run: Run, order: int, most: int, rate: float) -> None:
+    """Count the n-grams of a run's training text into its directory, from all over the text: they know more of it than a network
+    is trained on. order: as in Counts.of, 0 for no counts; most: tokens; rate: and at most so many a second of the budget."""
+    (run.dir / "counts.npz").unlink(missing_ok=True)
+    if order:
+        limit = min(most, int(rate * run.budget.amount)) if run.budget.unit == "s" else most
+        Counts.of(spread(run.tokens(), limit), run.vocab_size, order).save(run.dir / "counts.npz")

@@ -5,7 +5,7 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
 rest, and Adagrad by the row for n-grams. On a CPU it is mixed with n-gram counts. With NGRAM_BUCKETS = (), COUNT_ORDER = 0,
-SOFTCAP = 15, no dropout, no TABLE_DECAY and SEQ_LEN the data's it is upstream's published model, operation by operation.
+SOFTCAP = 15, no dropout, POLAR_STEPS = 5 and SEQ_LEN the data's it is upstream's published model, operation by operation.
 docs/recipe.md has what was measured for the constants.
 """
 
@@ -15,9 +15,10 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from counts import Counts, spread
+from counts import Counts, count
 from machine import check_memory, passes, peak_flops
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
@@ -49,13 +50,14 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
+NGRAM_BUCKETS = (65536, 262144)  # rows of the hashed tables of 2-grams, 3-grams, ...; they cost look-ups, not FLOPs
+NGRAM_OWN = 7  # tokens that tell which of its two rows an n-gram trains; in later passes it sees the other, taught elsewhere
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
 COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
 COUNT_RATE = 50_000  # and at most so many for each second of the budget
-COUNT_SHARE = 0.4  # of the counts in the model's probabilities; prose wants 0.35, a text that repeats itself 0.6
+COUNT_SHARE = 0.45  # of the counts in the model's probabilities; prose wants 0.4, a text that repeats itself 0.6
 COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 
 # Optimization
@@ -70,14 +72,12 @@ SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
+POLAR_STEPS = {"cpu": 4, "mac": 5, "mac-max": 5, "cuda": 5}[TIER]  # iterations of its orthogonalization, 5 at most
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-OFTEN = 5.0  # a budget of more passes over the text takes the third of three values; others the first in pass 1, then the second
-NGRAM_DROPOUT = (0.0, 0.9, 1.0)  # share of tokens trained without n-grams: read before, these know what comes; 1 at once: no tables
-DROPOUT = (0.0, 0.1, 0.1)  # share of the channels that is hidden at both ends of the residual stream
-TABLE_DECAY = (0.0, 0.0, 0.05)  # weight decay of embeddings and lm_head, times their rate
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 1 over the text, 2, 3, and later ones
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; master weights are fp32. The CPU backend is slow in bf16
@@ -107,8 +107,8 @@ def norm(x):
 
 
 def dropout(x, share):
-    """x with that share of its elements 0 and the others as much larger."""
-    return mx.where(mx.random.bernoulli(1 - share, x.shape), x / (1 - share), 0) if share else x
+    """x with that share of its elements 0 and the others as much larger; None: x."""
+    return x if share is None else x * (mx.random.bernoulli(1 - share, x.shape) / (1 - share)).astype(x.dtype)
 
 
 def has_ve(layer, n_layer):
@@ -116,38 +116,67 @@ def has_ve(layer, n_layer):
     return layer % 2 == (n_layer - 1) % 2
 
 
+@mx.custom_function
+def exp(x):
+    """e**x for fp32 x between -87 and 87, for the CPU, where mx.exp takes three times as long: 2 to a whole number, which is an
+    exponent's bits, times 2 to the rest, by Taylor's series."""
+    x = mx.clip(x, -87, 87) * math.log2(math.e)                                 # of what 2 is raised to
+    whole = (x + 127.5).astype(mx.int32)                                        # rounded, and 127, as fp32 keeps exponents
+    rest, out = x - (whole - 127).astype(mx.float32), 0.0                       # rest: -0.5 to 0.5
+    for n in range(6, -1, -1):
+        out = out * rest + math.log(2) ** n / math.factorial(n)
+    return out * (whole << 23).view(mx.float32)
+
+
+@exp.vjp
+def exp_vjp(x, cotangent, out):
+    return cotangent * out
+
+
 def attend(q, k, v, window):
     """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t.
 
-    No array mask on a full layer, so that Metal's fused backward applies. A windowed layer is a causal part, then bands:
-    queries in chunks against the keys they can see, all chunks with one small mask.
+    On a GPU a full layer is one call without an array mask, so that Metal's fused backward applies; a windowed layer is a causal
+    part, then bands: queries in chunks against the keys they can see. A CPU has bands only, and no maximum is taken off: queries
+    and keys are normed, so that exp can't overflow.
     """
-    T, scale = q.shape[2], q.shape[3] ** -0.5
-    if window >= T - 1:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    first = slice(0, window)
-    parts = [mx.fast.scaled_dot_product_attention(q[:, :, first], k[:, :, first], v[:, :, first], scale=scale, mask="causal")]
-    chunk = max(1, -(-(T - window) // 3))
-    row, column = mx.arange(chunk)[:, None], mx.arange(window + chunk)[None, :]
-    mask = (column >= row) & (column <= row + window)                           # [chunk, window + chunk]
-    for start in range(window, T, chunk):
-        stop = min(start + chunk, T)
-        keys = slice(start - window, stop)
-        parts.append(mx.fast.scaled_dot_product_attention(
-            q[:, :, start:stop], k[:, :, keys], v[:, :, keys], scale=scale, mask=mask[: stop - start, : stop - start + window]))
-    return mx.concatenate(parts, axis=2)
+    T, scale, parts = q.shape[2], q.shape[3] ** -0.5, []
+    starts = [0, *range(window, T, max(1, -(-(T - window) // 3)))] if GPU else range(0, T, 64)
+    for start, stop in pairwise([*starts, T]):
+        first = max(0, start - window)
+        queries, keys, values = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        t, key = mx.arange(start, stop)[:, None], mx.arange(first, stop)
+        seen = (key <= t) & (key >= t - window)                                 # [queries, keys]
+        if GPU:
+            mask = "causal" if stop <= window + 1 else seen
+            parts.append(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask))
+        else:
+            weights = exp((queries * scale @ keys.swapaxes(2, 3)).astype(mx.float32)) * seen  # [B, H, queries, keys]
+            parts.append((weights @ values / weights.sum(axis=-1, keepdims=True)).astype(q.dtype))
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
 
 def ngram_rows(tokens, buckets):
-    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int [B, T] -> uint32 [n, B, T]."""
+    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int [B, T] -> uint32 [2, n, B, T].
+
+    Each n-gram has two rows: first the one that this occurrence trains, by what stood further back, then the other.
+    """
+    def mixed(code):
+        code = code * 2_654_435_761                                             # wraps around at 2^32, as a hash may
+        return code ^ (code >> 15)
+
     code = earlier = tokens.astype(mx.uint32)
-    rows, offset = [], 0
-    for size in buckets:
+    codes, rows, offset = [], [], 0
+    for _ in range(max(NGRAM_OWN - 1, len(buckets))):
         earlier = mx.pad(earlier[:, :-1], [(0, 0), (1, 0)])                     # [B, T]: one token further back
-        code = code * 1_000_003 + earlier + 1                                   # wraps around at 2^32, as a hash may
-        rows.append(offset + (code ^ (code >> 15)) % size)
+        code = code * 1_000_003 + earlier + 1
+        codes.append(code)
+    own = mixed(code) % 2                                                       # [B, T]
+    own = mx.stack([own, 1 - own])                                              # [2, B, T]
+    for size, code in zip(buckets, codes, strict=False):
+        rows.append(offset + mixed(2 * code + own) % size)
         offset += size
-    return mx.stack(rows)
+    return mx.stack(rows, axis=1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -235,14 +264,17 @@ class GPT(nn.Module):
         self.update(tree_unflatten(params))
 
     def embed_ngrams(self, tokens, table):
-        """Sum of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
-        rows = ngram_rows(tokens, self.config.ngram_buckets)
-        return table[rows].astype(mx.float32).sum(axis=0), rows
+        """Sums of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C], of the rows that these tokens
+        train and of the others; and the rows that they train, [n, B, T]."""
+        rows = ngram_rows(tokens, self.config.ngram_buckets)                    # [2, n, B, T]
+        own, other = table[rows].astype(mx.float32).sum(axis=1)
+        return own, other, rows[0]
 
-    def features(self, tokens, ngrams=None, hidden=0.0):
+    def features(self, tokens, ngrams=None, hidden=None):
         """What lm_head reads: int [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
         if ngrams is None and self.config.ngram_buckets:
-            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
+            own, other, _ = self.embed_ngrams(tokens, self.ngrams.weight)
+            ngrams = own + other                                                # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
         x = x0 = dropout(norm(x.astype(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.astype(x.dtype), self.x0_lambdas.astype(x.dtype)
@@ -262,18 +294,8 @@ class GPT(nn.Module):
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
-@mx.custom_function
-def power_tanh(x):
-    """tanh by a power of e: on the CPU it takes a third of the time of mx.tanh; on a GPU it couldn't be fused. x fp32."""
-    return 1 - 2 / (mx.power(math.e, 2 * x) + 1)
-
-
-@power_tanh.vjp
-def power_tanh_vjp(x, cotangent, y):
-    return cotangent * (1 - mx.square(y))
-
-
-tanh = mx.tanh if GPU else power_tanh
+def tanh(x):
+    return mx.tanh(x) if GPU else 1 - 2 / (exp(2 * x) + 1)
 
 
 def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
@@ -285,10 +307,9 @@ def cross_entropy(logits, targets):
     """Nats of every token: logits fp32 [N, V], targets int [N] -> fp32 [N]."""
     if GPU:
         return mx.fast.cross_entropy(logits, targets)
-    # On the CPU exp over the logits is what costs: written out, the gradient takes it from the forward pass; and as a power of e
-    # it takes a third of the time
+    # On the CPU exp over the logits is what costs: written out, the gradient takes it from the forward pass
     largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))              # [N, 1]
-    total = mx.power(math.e, logits - largest).sum(axis=-1)                     # [N]
+    total = exp(logits - largest).sum(axis=-1)                     # [N]
     chosen = mx.take_along_axis(logits - largest, targets[:, None], axis=-1)    # [N, 1]
     return mx.log(total) - chosen[:, 0]
 
@@ -347,7 +368,7 @@ def orthogonalize(g):
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.transpose(0, 2, 1)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:POLAR_STEPS]:
         A = x @ x.transpose(0, 2, 1)                                            # [n, short, short]
         x = a * x + (b * A + c * (A @ A)) @ x
     return (x.transpose(0, 2, 1) if tall else x).astype(mx.float32)
@@ -372,12 +393,12 @@ def muon(p, g, m, v, lr, momentum, weight_decay):
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
-def adamw(p, g, m, v, lr, betas, t, decay=0.0):
-    """One AdamW step; t is the step's number, from 1. Returns p, m, v."""
+def adamw(p, g, m, v, lr, betas, t):
+    """One AdamW step without decay; t is the step's number, from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (mx.square(g) - v)
     update = (m / (1 - betas[0] ** t)) / (mx.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * (update + decay * p), m, v
+    return p - lr * update, m, v
 
 
 def adagrad_rows(table, v, rows, g, lr):
@@ -426,27 +447,26 @@ def init_optimizer(params):
     return state
 
 
-def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
-    """One optimizer step over {name: array}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1.
+def update(params, grads, state, schedule, width, rows=None):
+    """One optimizer step over {name: array}. schedule: an array that schedule() made.
 
-    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T].
+    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; without one the tables stay.
     """
     lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
-    new, moments = {}, {}
+    new, moments = dict(params), dict(state)
     for (height, breadth, lane), names in matrix_groups(params).items():
         key = f"muon.{height}x{breadth}.{lane}"
         with mx.stream(LANES[lane]):
             p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
             p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
             new |= dict(zip(names, p, strict=True))
-    if NGRAMS in params:
+    if NGRAMS in grads:
         new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
         if not is_matrix(name) and name != NGRAMS:
             rate, betas = adam_group(name, width)
-            decay = table_decay if p.ndim == 2 else 0.0
-            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t, decay)
-    return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
+            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
+    return new, {key: tuple(m) for key, m in moments.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,8 +474,9 @@ def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(progress, step):
-    """Learning-rate factor, Muon momentum, weight decay, step from 1, as one array: a number would be traced anew."""
+def schedule(progress, step, passes=0):
+    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout after so many passes over the text; as one
+    array, fp32 [5]: a number would be traced anew."""
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
         lr = progress / WARMUP_RATIO
@@ -466,7 +487,8 @@ def schedule(progress, step):
         lr = left + (1 - left) * FINAL_LR_FRAC
     first, last, steps = MUON_MOMENTUM
     risen = min(step / steps, 1)
-    return mx.array([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0])
+    return mx.array([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0,
+                     DROPOUT[min(passes, len(DROPOUT) - 1)]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,53 +496,53 @@ def schedule(progress, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_gradients(model, reading=0):
-    """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T]."""
+def make_gradients(model, again=False):
+    """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T].
 
-    def loss_fn(params, x, y):
-        ngrams = params.get(NGRAMS)                                             # [B, T, C]
-        if ngrams is not None and NGRAM_DROPOUT[reading]:
-            ngrams = ngrams * mx.random.bernoulli(1 - NGRAM_DROPOUT[reading], (*x.shape, 1))
-        cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
+    again: of text that was read before. There is dropout, and of the n-grams only what other places taught.
+    """
+    def loss_fn(params, x, y, hidden, ngrams):                                  # ngrams [B, T, C] or None
+        cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
         model.update(tree_unflatten(list(cast.items())))
-        return head_loss(model.features(x, ngrams, DROPOUT[reading]), cast["lm_head.weight"], y, model.config.softcap)
+        return head_loss(model.features(x, ngrams, hidden), cast["lm_head.weight"], y, model.config.softcap)
 
-    def gradients(params, x, y):
+    def gradients(params, schedule, x, y):
+        dense, hidden = {n: p for n, p in params.items() if n != NGRAMS}, schedule[4] if again else None
         if NGRAMS not in params:
-            return *mx.value_and_grad(loss_fn)(params, x, y), None
-        ngrams, rows = model.embed_ngrams(x, params[NGRAMS])  # the gradient is their sum's: the table's would be as large as it
-        return *mx.value_and_grad(loss_fn)(params | {NGRAMS: ngrams}, x, y), rows
+            return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, None), None
+        own, other, rows = model.embed_ngrams(x, params[NGRAMS])
+        if again:
+            return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, other), None
+        loss, (grads, of_sum) = mx.value_and_grad(loss_fn, (0, 4))(dense, x, y, hidden, own + other)  # the table's is large
+        return loss, grads | {NGRAMS: of_sum}, rows
 
     return gradients
 
 
-def make_step(model, width, accumulate, reading=0):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32.
-
-    reading: which values of NGRAM_DROPOUT, DROPOUT and TABLE_DECAY hold.
-    """
-    gradients, table_decay = make_gradients(model, reading), TABLE_DECAY[reading]
+def make_step(model, width, accumulate, again=False):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
+    gradients = make_gradients(model, again)
     with_random = partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
 
     @with_random
     def whole(params, state, schedule, x, y):
-        loss, grads, rows = gradients(params, x, y)
-        return *update(params, grads, state, schedule, width, rows, table_decay), loss
+        loss, grads, rows = gradients(params, schedule, x, y)
+        return *update(params, grads, state, schedule, width, rows), loss
 
     @with_random
-    def micro(params, total, total_loss, x, y):
-        loss, grads, rows = gradients(params, x, y)
+    def micro(params, schedule, total, total_loss, x, y):
+        loss, grads, rows = gradients(params, schedule, x, y)
         grads = {n: g / accumulate for n, g in grads.items()}
-        found = [rows, grads.pop(NGRAMS)] if NGRAMS in params else []
+        found = [rows, grads.pop(NGRAMS)] if rows is not None else []
         return tree_map(lambda a, b: a + b, total, grads), total_loss + loss / accumulate, found
 
     @mx.compile
     def apply(params, total, found, state, schedule):
         rows, grads = None, total
-        if NGRAMS in params:  # the passes' rows side by side, as one large batch has them
+        if found[0]:  # the passes' rows side by side, as one large batch has them
             rows = mx.concatenate([one[0] for one in found], axis=1)            # [n, accumulate * B, T]
             grads = total | {NGRAMS: mx.concatenate([one[1] for one in found])}
-        return update(params, grads, state, schedule, width, rows, table_decay)
+        return update(params, grads, state, schedule, width, rows)
 
     def step(params, state, schedule, batches):
         if accumulate == 1:
@@ -528,7 +550,7 @@ def make_step(model, width, accumulate, reading=0):
         total, loss, found = {n: mx.zeros(p.shape) for n, p in params.items() if n != NGRAMS}, mx.array(0.0), []
         for i in range(accumulate):
             with mx.stream(LANES[i % len(LANES)]):
-                total, loss, rows_and_grads = micro(params, total, loss, *map(mx.array, next(batches)))
+                total, loss, rows_and_grads = micro(params, schedule, total, loss, *map(mx.array, next(batches)))
             found.append(rows_and_grads)
             if i % len(LANES) == len(LANES) - 1:  # a pass on every lane
                 mx.async_eval(total, loss, found)
@@ -568,12 +590,12 @@ def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
     return time.perf_counter() - start
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1, reading=0):
+def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
     """Peak bytes of a step, by its rows: from gradients of an eighth and a quarter of `rows`, and a whole step of one row.
 
     Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
     """
-    gradients = mx.compile(lambda params, x, y: make_gradients(model, reading)(params, x, y)[:2], inputs=mx.random.state)
+    gradients = mx.compile(lambda params, x: make_gradients(model)(params, None, x, x)[:2])
 
     def peak(work, *inputs):
         mx.clear_cache()
@@ -582,7 +604,7 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1, 
         return mx.get_peak_memory()
 
     few, more = max(1, rows // 8), max(2, rows // 4)
-    low, high = (peak(gradients, params, x, x) for x in (mx.zeros((n, seq_len), mx.int32) for n in (few, more)))
+    low, high = (peak(gradients, params, x) for x in (mx.zeros((n, seq_len), mx.int32) for n in (few, more)))
     floor = peak(dummy_step, params, state, step_fn, 1, seq_len, accumulate)
     floor -= sum(a.nbytes for _, a in tree_flatten((params, state)))            # held twice here
     a_row, at_once = (high - low) / (more - few), min(len(LANES), accumulate)
@@ -593,11 +615,9 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1, 
     return lambda n: max(floor, high + a_row * (at_once * n - more) + kept + kept_a_row * n)
 
 
-def build(run, accumulate, often):
+def build(run, accumulate):
     """A fresh model, its weights and moments as {name: array}, and its steps: of a first pass over the text, of later ones."""
-    readings = (2, 2) if often else (0, 1)
-    buckets = NGRAM_BUCKETS if NGRAM_DROPOUT[readings[0]] < 1 else ()
-    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets))
+    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len))
     model.init_weights(run.seed)
     mx.random.seed(run.seed)
     params = dict(tree_flatten(model.parameters()))
@@ -605,16 +625,7 @@ def build(run, accumulate, often):
     mx.eval(params, state)
     if NGRAMS in params:
         model.ngrams.weight = mx.zeros((0,))  # the table is in params; held here, too, its first version would stay in memory
-    steps = {reading: make_step(model, model.config.n_embd, accumulate, reading) for reading in readings}
-    return model, params, state, [steps[reading] for reading in readings]
-
-
-def count(run):
-    """Count the text's n-grams, or as many as the budget allows: they know more of it than the network will be trained on."""
-    (run.dir / "counts.npz").unlink(missing_ok=True)
-    if COUNT_ORDER:
-        limit = min(COUNT_TOKENS, int(COUNT_RATE * run.budget.amount)) if run.budget.unit == "s" else COUNT_TOKENS
-        Counts.of(spread(run.tokens(), limit), run.vocab_size, COUNT_ORDER).save(run.dir / "counts.npz")
+    return model, params, state, [make_step(model, model.config.n_embd, accumulate, again) for again in (False, True)]
 
 
 def train(run):
@@ -631,15 +642,12 @@ def train(run):
         mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
         mx.set_cache_limit(limit // 4)  # freed buffers that MLX keeps; without a limit they push the machine into swap
 
-    for often in (False, True):  # the second time where the first shows it
-        model, params, state, step_fns = build(run, accumulate, often)
-        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate, 1 + often)
-        check_memory(expected, rows, seq_len, limit)
-        seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
-        reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
-        if reads <= OFTEN:
-            break
-    if 0.8 < reads <= OFTEN:
+    model, params, state, step_fns = build(run, accumulate)
+    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate)
+    check_memory(expected, rows, seq_len, limit)
+    seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
+    reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
+    if reads > 0.8:
         dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20
@@ -652,11 +660,12 @@ def train(run):
     batches = run.batches(rows, seq_len)
     step, smooth, pending = 0, 0.0, None
     run.budget.start(product)
-    count(run)
+    count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
     counted, window = run.budget.progress(0, 0), (0, run.budget.seconds)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
-        scale = schedule((progress - counted) / (1 - counted), step)
-        params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
+        reading = step * batch_tokens // run.train_tokens
+        scale = schedule((progress - counted) / (1 - counted), step, reading)
+        params, state, loss = step_fns[reading > 0](params, state, scale, batches)
         mx.async_eval(params, state, loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
             value = pending.item()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from counts import Counts, spread
+from counts import Counts, count
 from machine import check_memory, passes, peak_flops
 from prepare_mlx import HarnessError, detect_preset, start_run
 
@@ -47,13 +47,14 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (65536, 131072, 131072)  # rows of the hashed 2-, 3- and 4-gram tables; they cost look-ups, not FLOPs
+NGRAM_BUCKETS = (65536, 262144)  # rows of the hashed tables of 2-grams, 3-grams, ...; they cost look-ups, not FLOPs
+NGRAM_OWN = 7  # tokens that tell which of its two rows an n-gram trains; in later passes it sees the other, taught elsewhere
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
 COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
 COUNT_RATE = 50_000  # and at most so many for each second of the budget
-COUNT_SHARE = 0.4  # of the counts in the model's probabilities; prose wants 0.35, a text that repeats itself 0.6
+COUNT_SHARE = 0.45  # of the counts in the model's probabilities; prose wants 0.4, a text that repeats itself 0.6
 COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 
 # Optimization
@@ -68,14 +69,12 @@ SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
+POLAR_STEPS = {"cpu": 4, "mac": 5, "mac-max": 5, "cuda": 5}[TIER]  # iterations of its orthogonalization, 5 at most
 MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-OFTEN = 5.0  # a budget of more passes over the text takes the third of three values; others the first in pass 1, then the second
-NGRAM_DROPOUT = (0.0, 0.9, 1.0)  # share of tokens trained without n-grams: read before, these know what comes; 1 at once: no tables
-DROPOUT = (0.0, 0.1, 0.1)  # share of the channels that is hidden at both ends of the residual stream
-TABLE_DECAY = (0.0, 0.0, 0.05)  # weight decay of embeddings and lm_head, times their rate
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 1 over the text, 2, 3, and later ones
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
@@ -105,8 +104,8 @@ def norm(x):
 
 
 def dropout(x, share):
-    """x with that share of its elements 0 and the others as much larger."""
-    return F.dropout(x, share) if share else x
+    """x with that share of its elements 0 and the others as much larger; None: x."""
+    return x if share is None else x * ((torch.rand(x.shape, device=x.device) >= share) / (1 - share)).to(x.dtype)
 
 
 def has_ve(layer, n_layer):
@@ -159,15 +158,26 @@ def attend(q, k, v, window):
 
 
 def ngram_rows(tokens, buckets):
-    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int64 [B, T] -> int64 [n, B, T]."""
+    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int64 [B, T] -> int64 [2, n, B, T].
+
+    Each n-gram has two rows: first the one that this occurrence trains, by what stood further back, then the other.
+    """
+    def mixed(code):
+        code = code * 2_654_435_761 & 0xFFFFFFFF                                # uint32 in int64: wraps around at 2^32
+        return code ^ (code >> 15)
+
     code = earlier = tokens
-    rows, offset = [], 0
-    for size in buckets:
+    codes, rows, offset = [], [], 0
+    for _ in range(max(NGRAM_OWN - 1, len(buckets))):
         earlier = F.pad(earlier[:, :-1], (1, 0))                                # [B, T]: one token further back
-        code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF                    # uint32 in int64: wraps around at 2^32
-        rows.append(offset + (code ^ (code >> 15)) % size)
+        code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF
+        codes.append(code)
+    own = mixed(code) % 2                                                       # [B, T]
+    own = torch.stack([own, 1 - own])                                           # [2, B, T]
+    for size, code in zip(buckets, codes, strict=False):
+        rows.append(offset + mixed(2 * code + own) % size)
         offset += size
-    return torch.stack(rows)
+    return torch.stack(rows, dim=1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -251,14 +261,17 @@ class GPT(nn.Module):
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
     def embed_ngrams(self, tokens, table):
-        """Sum of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C]; and their rows, [n, B, T]."""
-        rows = ngram_rows(tokens, self.config.ngram_buckets)
-        return sum(F.embedding(one, table).float() for one in rows), rows
+        """Sums of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C], of the rows that these tokens
+        train and of the others; and the rows that they train, [n, B, T]."""
+        rows = ngram_rows(tokens, self.config.ngram_buckets)                    # [2, n, B, T]
+        own, other = (sum(F.embedding(one, table).float() for one in half) for half in rows)
+        return own, other, rows[0]
 
-    def features(self, tokens, ngrams=None, hidden=0.0):
+    def features(self, tokens, ngrams=None, hidden=None):
         """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
         if ngrams is None and self.config.ngram_buckets:
-            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
+            own, other, _ = self.embed_ngrams(tokens, self.ngrams.weight)
+            ngrams = own + other                                                # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
         x = x0 = dropout(norm(x.to(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
@@ -268,7 +281,7 @@ class GPT(nn.Module):
             x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
         return dropout(norm(x), hidden)
 
-    def forward(self, tokens, targets=None, ngrams=None, hidden=0.0):           # int64 [B, T] -> fp32 logits [B, T, V]
+    def forward(self, tokens, targets=None, ngrams=None, hidden=None):          # int64 [B, T] -> fp32 logits [B, T, V]
         x, cap = self.features(tokens, ngrams, hidden), self.config.softcap
         if targets is None:
             return head(x, self.lm_head.weight, cap)
@@ -335,7 +348,7 @@ def orthogonalize(g):
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:POLAR_STEPS]:
         A = x @ x.mT                                                            # [n, short, short]
         x = a * x + (b * A + c * (A @ A)) @ x
     return (x.mT if tall else x).float()
@@ -360,12 +373,12 @@ def muon(p, g, m, v, lr, momentum, weight_decay):
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
-def adamw(p, g, m, v, lr, betas, t, decay=0.0):
-    """One AdamW step; t is the step's number, from 1. Returns p, m, v."""
+def adamw(p, g, m, v, lr, betas, t):
+    """One AdamW step without decay; t is the step's number, from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (torch.square(g) - v)
     update = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * (update + decay * p), m, v
+    return p - lr * update, m, v
 
 
 def adagrad_rows(table, v, rows, g, lr):
@@ -417,26 +430,26 @@ def init_optimizer(params):
 
 
 @torch.no_grad()
-def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
-    """One optimizer step over {name: tensor}. schedule fp32 [4]: learning-rate factor, momentum, decay, step from 1.
+def update(params, grads, state, schedule, width, rows=None):
+    """One optimizer step over {name: tensor}. schedule: a tensor that schedule() made.
 
-    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; its table and moment change in place.
+    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; without one the tables stay, with one
+    they and their moment change in place.
     """
     lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
-    new, moments = {}, {}
+    new, moments = dict(params), dict(state)
     for shape, names in matrix_groups(params).items():
         key = f"muon.{shape[0]}x{shape[1]}"
         p, g = (torch.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
         p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
         new |= dict(zip(names, p, strict=True))
-    if NGRAMS in params:
+    if NGRAMS in grads:
         new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
         if not is_matrix(name) and name != NGRAMS:
             rate, betas = adam_group(name, width)
-            decay = table_decay if p.ndim == 2 else 0.0
-            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t, decay)
-    return {n: new[n] for n in params}, {k: tuple(moments[k]) for k in state}
+            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
+    return new, {key: tuple(m) for key, m in moments.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,8 +457,9 @@ def update(params, grads, state, schedule, width, rows=None, table_decay=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(progress, step):
-    """Learning-rate factor, Muon momentum, weight decay, step from 1, as one tensor: a number would be compiled anew."""
+def schedule(progress, step, passes=0):
+    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout after so many passes over the text; as one
+    tensor, fp32 [5]: a number would be compiled anew."""
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
         lr = progress / WARMUP_RATIO
@@ -456,7 +470,8 @@ def schedule(progress, step):
         lr = left + (1 - left) * FINAL_LR_FRAC
     first, last, steps = MUON_MOMENTUM
     risen = min(step / steps, 1)
-    return torch.tensor([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0])
+    return torch.tensor([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0,
+                         DROPOUT[min(passes, len(DROPOUT) - 1)]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,24 +484,25 @@ def to_device(t):
     return t.contiguous().pin_memory().to(DEVICE, non_blocking=True) if DEVICE == "cuda" else t.to(DEVICE)
 
 
-def make_gradients(model, reading=0):
-    """Returns gradients(params, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T]."""
+def make_gradients(model, again=False):
+    """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T].
 
-    def loss_fn(params, x, y):
-        ngrams = params.get(NGRAMS)                                             # [B, T, C]
-        if ngrams is not None and NGRAM_DROPOUT[reading]:
-            ngrams = ngrams * (torch.rand(*x.shape, 1, device=x.device) >= NGRAM_DROPOUT[reading])
-        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items() if n != NGRAMS}
-        return functional_call(model, cast, (x, y, ngrams, DROPOUT[reading]))
+    again: of text that was read before. There is dropout, and of the n-grams only what other places taught.
+    """
+    def loss_fn(params, x, y, hidden, ngrams):                                  # ngrams [B, T, C] or None
+        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
+        return functional_call(model, cast, (x, y, ngrams, hidden))
 
     forward = compiled(loss_fn)
 
-    def gradients(params, x, y):
-        leaves, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None
-        if NGRAMS in params:  # the gradient is their sum's: the table's would be as large as it
-            ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach())
-            leaves[NGRAMS] = ngrams.requires_grad_()
-        loss = forward(leaves, x, y)
+    def gradients(params, schedule, x, y):
+        leaves, ngrams, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None, None
+        if NGRAMS in params:
+            own, ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach())
+            ngrams, rows = (ngrams, None) if again else ((own + ngrams).requires_grad_(), rows)
+        loss = forward(leaves, x, y, schedule[4] if again else None, ngrams)
+        if rows is not None:
+            leaves[NGRAMS] = ngrams  # the gradient is their sum's: the table's would be as large as it
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
         return loss.detach(), grads, rows
@@ -494,30 +510,27 @@ def make_gradients(model, reading=0):
     return gradients
 
 
-def make_step(model, width, accumulate, reading=0):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32.
-
-    reading: which values of NGRAM_DROPOUT, DROPOUT and TABLE_DECAY hold.
-    """
-    gradients, apply, table_decay = make_gradients(model, reading), compiled(update), TABLE_DECAY[reading]
+def make_step(model, width, accumulate, again=False):
+    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
+    gradients, apply = make_gradients(model, again), compiled(update)
 
     def step(params, state, schedule, batches):
         total, loss, found, schedule = {}, 0.0, [], to_device(schedule)
         for _ in range(accumulate):
             x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))  # [B, T]
-            one, grads, rows = gradients(params, x, y)
+            one, grads, rows = gradients(params, schedule, x, y)
             loss = loss + one / accumulate
-            if NGRAMS in params:
+            if rows is not None:
                 found.append((rows, grads.pop(NGRAMS) / accumulate))
             for n, g in grads.items():
                 total[n] = g if accumulate == 1 else total.get(n, 0.0) + g / accumulate
         dense = [{n: t for n, t in tree.items() if n != NGRAMS} for tree in (params, state)]
-        new, moments = apply(dense[0], total, dense[1], schedule, width, None, table_decay)
-        if NGRAMS in params:  # the passes' rows side by side, as one large batch has them; not compiled, for any size of tables
+        new, moments = apply(dense[0], total, dense[1], schedule, width)
+        if found:  # the passes' rows side by side, as one large batch has them; not compiled, for any size of tables
             rows, grads = torch.cat([rows for rows, _ in found], dim=1), torch.cat([g for _, g in found])
             table, sums = update({NGRAMS: params[NGRAMS]}, {NGRAMS: grads}, {NGRAMS: state[NGRAMS]}, schedule, width, rows)
             new, moments = new | table, moments | sums
-        return {n: new[n] for n in params}, {k: moments[k] for k in state}, loss
+        return params | new, state | moments, loss
 
     return step
 
@@ -584,7 +597,7 @@ def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
     return time.perf_counter() - start
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len, reading=0):
+def expected_memory(model, params, state, step_fn, rows, seq_len):
     """Peak bytes of a step of `rows` rows, by rows, measured on the model as it stands; None where that can't be done.
 
     MPS: from gradients of an eighth and a quarter of them, and a step of one row; its driver keeps what was freed. CUDA: from
@@ -606,7 +619,7 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, reading=0):
 
     def gradients(n):
         x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
-        return peak(lambda: make_gradients(model, reading)(params, x, x))
+        return peak(lambda: make_gradients(model)(params, None, x, x))
 
     if DEVICE == "cpu":
         return None
@@ -619,24 +632,14 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, reading=0):
     return lambda n: max(floor, high + a_row * (n - more))
 
 
-def build(run, accumulate, often):
+def build(run, accumulate):
     """A fresh model, its weights and moments as {name: tensor}, its steps: of a first pass over the text, of later ones."""
-    readings = (2, 2) if often else (0, 1)
-    buckets = NGRAM_BUCKETS if NGRAM_DROPOUT[readings[0]] < 1 else ()
-    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len, ngram_buckets=buckets)).to(DEVICE)
+    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)).to(DEVICE)
     model.init_weights(run.seed)
     torch.manual_seed(run.seed)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    steps = {reading: make_step(model, model.config.n_embd, accumulate, reading) for reading in readings}
-    return model, params, init_optimizer(params), [steps[reading] for reading in readings]
-
-
-def count(run):
-    """Count the text's n-grams, or as many as the budget allows: they know more of it than the network will be trained on."""
-    (run.dir / "counts.npz").unlink(missing_ok=True)
-    if COUNT_ORDER:
-        limit = min(COUNT_TOKENS, int(COUNT_RATE * run.budget.amount)) if run.budget.unit == "s" else COUNT_TOKENS
-        Counts.of(spread(run.tokens(), limit), run.vocab_size, COUNT_ORDER).save(run.dir / "counts.npz")
+    steps = [make_step(model, model.config.n_embd, accumulate, again) for again in (False, True)]
+    return model, params, init_optimizer(params), steps
 
 
 def train(run):
@@ -649,15 +652,12 @@ def train(run):
     product, product_flops = large_product()
     peak, gemm = peak_flops(device_name(), product, product_flops)
     limit = memory_limit()
-    for often in (False, True):  # the second time where the first shows it
-        model, params, state, step_fns = build(run, accumulate, often)
-        expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, 1 + often)
-        check_memory(expected, rows, seq_len, limit)
-        seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
-        reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
-        if reads <= OFTEN:
-            break
-    if 0.8 < reads <= OFTEN:
+    model, params, state, step_fns = build(run, accumulate)
+    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len)
+    check_memory(expected, rows, seq_len, limit)
+    seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
+    reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
+    if reads > 0.8:
         dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected and expected(rows) / 2**20
@@ -671,11 +671,12 @@ def train(run):
     batches = run.batches(rows, seq_len)
     step, smooth, pending = 0, 0.0, None
     run.budget.start(product)
-    count(run)
+    count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
     counted, window = run.budget.progress(0, 0), (0, run.budget.seconds)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
-        scale = schedule((progress - counted) / (1 - counted), step)
-        params, state, loss = step_fns[step * batch_tokens >= run.train_tokens](params, state, scale, batches)
+        reading = step * batch_tokens // run.train_tokens
+        scale = schedule((progress - counted) / (1 - counted), step, reading)
+        params, state, loss = step_fns[reading > 0](params, state, scale, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
             value = pending()

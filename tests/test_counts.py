@@ -87,7 +87,10 @@ def test_a_mixture_has_its_share_of_both() -> None:
     network = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(axis=-1, keepdims=True)
     mixed = counts.mixed(logits, rows, 0.3)
     assert mixed.dtype == np.float32
-    np.testing.assert_allclose(np.exp(mixed), 0.7 * network + 0.3 * counts.probabilities(rows), rtol=1e-5, atol=1e-9)
+    counted = counts.probabilities(rows)
+    product = network**0.7 * counted**0.3
+    expected = (0.7 * network + 0.3 * counted + product / product.sum(axis=-1, keepdims=True)) / 2
+    np.testing.assert_allclose(np.exp(mixed), expected, rtol=1e-5, atol=1e-9)
 
 
 def test_what_followed_the_longest_repeat_is_copied() -> None:

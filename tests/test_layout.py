@@ -52,7 +52,7 @@ def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 170, "machine.py": 60, "train_mlx.py": 715,
+    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 175, "machine.py": 60, "train_mlx.py": 724,
               "train_torch.py": 740,
               **{str(p.relative_to(ROOT)): 260 for p in AGENT}}
     too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()
@@ -76,7 +76,7 @@ def outline(name: str) -> tuple[list[str], dict[str, str]]:
 def test_the_torch_file_is_a_translation() -> None:
     """Whatever one trainer has, the other has, in the same order and with the same value; each needs a few helpers more."""
     (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
-    assert set(mlx_order) - set(torch_order) == {"power_tanh", "power_tanh_vjp"}
+    assert set(mlx_order) - set(torch_order) == {"exp", "exp_vjp", "tanh"}
     assert set(torch_order) - set(mlx_order) == {
         "compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory_mb", "copied"}
     assert [n for n in torch_order if n in mlx_order] == [n for n in mlx_order if n in torch_order]

@@ -398,7 +398,7 @@ def test_expected_memory_of_mps_is_a_line_through_what_its_driver_held(monkeypat
     monkeypatch.setattr(torch.mps, "empty_cache", held.clear)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: sum(held))
     monkeypatch.setattr(train_torch, "synchronize", lambda: None)
-    monkeypatch.setattr(train_torch, "make_gradients", lambda model, reading: lambda params, x, y: held.append(1000 + 30 * len(x)))
+    monkeypatch.setattr(train_torch, "make_gradients", lambda model: lambda params, schedule, x, y: held.append(1000 + 30 * len(x)))
     model = torch.nn.Linear(1, 1).to(train_torch.DEVICE)
     ask = (model, {}, {}, lambda params, state, schedule, batches: held.append(5000), 64, 16)
     if train_torch.DEVICE == "cpu":
@@ -490,7 +490,7 @@ def test_the_same_seed_trains_the_same_weights(tmp_path: Path, tiny) -> None:
 
 
 @pytest.mark.parametrize(("before", "after", "kind", "exit_code"), [
-    ("    return p - lr * (update + decay * p), m, v", "    return p * torch.inf, m, v", "nan", 3),
+    ("    return p - lr * update, m, v", "    return p * torch.inf, m, v", "nan", 3),
     ("    limit = memory_limit()\n", "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 TiB')", "oom", 4),
     ("    limit = memory_limit()\n", "    raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')", "oom", 4),
     ("    limit = memory_limit()\n", "    1 / 0", "crash", 1),
