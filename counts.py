@@ -2,8 +2,9 @@
 An n-gram model by counting: interpolated Kneser-Ney (Chen and Goodman, 1999, with one discount an order), in NumPy.
 
 What a train file may mix its network with: `Counts.of(tokens, vocab_size, order)` reads millions of tokens in seconds, far more
-than a network on a CPU is trained on in a minute, and `mixed(logits, rows, share)` adds what the counts expect to what the network
-does. The network knows what words are like, the counts know what was said before; together they are better than either.
+than a network on a CPU is trained on in a minute, and `mixed(logits, rows, share)` mixes what the counts expect with what the
+network does; `count` is the first of the two for a run. The network knows what words are like, the counts know what was said
+before; together they are better than either.
 """
 
 from pathlib import Path
@@ -142,9 +143,10 @@ class Counts:
         return out.reshape(*rows.shape, self.vocab_size)
 
     def mixed(self, logits: np.ndarray, rows: np.ndarray, share: float, copied: tuple[float, ...] = ()) -> np.ndarray:
-        """Logits of a mixture for the rows, int [B, T]: `share` of it the counts, the rest a network's logits, float32 [B, T, V].
+        """Logits of a mixture of a network and the counts for the rows, int [B, T], from the network's, float32 [B, T, V].
 
-        Half of the mixture is the sum of both probabilities, half the product of their powers, which says no where either does.
+        Half of it is the sum of both probabilities, the counts' with `share` as weight, the network's with the rest; half is
+        the product of their powers with the same weights, which says no where either does.
         copied: the shares of what followed in the row itself when its last 1, 2, ... tokens stood there before, the longest match.
         """
         out = np.empty_like(logits)

@@ -50,8 +50,9 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (65536, 262144)  # rows of the hashed tables of 2-grams, 3-grams, ...; they cost look-ups, not FLOPs
-NGRAM_OWN = 7  # tokens that tell which of its two rows an n-gram trains; in later passes it sees the other, taught elsewhere
+NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
+                 "cuda": (65536, 131072, 131072)}[TIER]  # rows of the hashed 2-, 3-, 4-gram tables: look-ups, no FLOPs
+NGRAM_OWN = 7  # an n-gram has two rows; the last so many tokens, more than an n-gram's, tell which of them a place trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
@@ -77,7 +78,7 @@ MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 1 over the text, 2, 3, and later ones
+DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 2 over the text, 3, and later ones
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; master weights are fp32. The CPU backend is slow in bf16
@@ -118,10 +119,10 @@ def has_ve(layer, n_layer):
 
 @mx.custom_function
 def exp(x):
-    """e**x for fp32 x between -87 and 87, for the CPU, where mx.exp takes three times as long: 2 to a whole number, which is an
-    exponent's bits, times 2 to the rest, by Taylor's series."""
+    """e**x for fp32 x, held within +-87, for the CPU, where mx.exp takes three times as long: 2**whole * 2**rest, the whole into
+    the exponent's bits, the rest by Taylor's series."""
     x = mx.clip(x, -87, 87) * math.log2(math.e)                                 # of what 2 is raised to
-    whole = (x + 127.5).astype(mx.int32)                                        # rounded, and 127, as fp32 keeps exponents
+    whole = (x + 127.5).astype(mx.int32)                                        # rounded, plus fp32's bias of 127
     rest, out = x - (whole - 127).astype(mx.float32), 0.0                       # rest: -0.5 to 0.5
     for n in range(6, -1, -1):
         out = out * rest + math.log(2) ** n / math.factorial(n)
@@ -137,8 +138,8 @@ def attend(q, k, v, window):
     """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t.
 
     On a GPU a full layer is one call without an array mask, so that Metal's fused backward applies; a windowed layer is a causal
-    part, then bands: queries in chunks against the keys they can see. A CPU has bands only, and no maximum is taken off: queries
-    and keys are normed, so that exp can't overflow.
+    part, then bands: queries in chunks against the keys they can see. On a CPU the softmax is by hand, band by band, and no
+    maximum is taken off: queries and keys are normed, so that exp can't overflow.
     """
     T, scale, parts = q.shape[2], q.shape[3] ** -0.5, []
     starts = [0, *range(window, T, max(1, -(-(T - window) // 3)))] if GPU else range(0, T, 64)
@@ -159,10 +160,10 @@ def attend(q, k, v, window):
 def ngram_rows(tokens, buckets):
     """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int [B, T] -> uint32 [2, n, B, T].
 
-    Each n-gram has two rows: first the one that this occurrence trains, by what stood further back, then the other.
+    Each n-gram has two rows: first the one that this place in the text trains, by what stood further back, then the other.
     """
     def mixed(code):
-        code = code * 2_654_435_761                                             # wraps around at 2^32, as a hash may
+        code = code * 1_640_531_527                                             # wraps around at 2^32, as a hash may
         return code ^ (code >> 15)
 
     code = earlier = tokens.astype(mx.uint32)
@@ -171,7 +172,7 @@ def ngram_rows(tokens, buckets):
         earlier = mx.pad(earlier[:, :-1], [(0, 0), (1, 0)])                     # [B, T]: one token further back
         code = code * 1_000_003 + earlier + 1
         codes.append(code)
-    own = mixed(code) % 2                                                       # [B, T]
+    own = mixed(code) & 1                                                       # [B, T]
     own = mx.stack([own, 1 - own])                                              # [2, B, T]
     for size, code in zip(buckets, codes, strict=False):
         rows.append(offset + mixed(2 * code + own) % size)
@@ -263,18 +264,19 @@ class GPT(nn.Module):
             params.append((name, p))
         self.update(tree_unflatten(params))
 
-    def embed_ngrams(self, tokens, table):
-        """Sums of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C], of the rows that these tokens
-        train and of the others; and the rows that they train, [n, B, T]."""
+    def embed_ngrams(self, tokens, table, again=False):
+        """Sum of the hashed n-gram embeddings, from table [R, C]: int [B, T] -> fp32 [B, T, C]; and the rows to train, [n, B, T].
+
+        again: of text that was read before its own rows know what comes; so the sum is of the others, and None is trained.
+        """
         rows = ngram_rows(tokens, self.config.ngram_buckets)                    # [2, n, B, T]
-        own, other = table[rows].astype(mx.float32).sum(axis=1)
-        return own, other, rows[0]
+        seen = rows[1] if again else rows.reshape(-1, *tokens.shape)            # [n or 2n, B, T]
+        return table[seen].astype(mx.float32).sum(axis=0), None if again else rows[0]
 
     def features(self, tokens, ngrams=None, hidden=None):
-        """What lm_head reads: int [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
+        """What lm_head reads: int [B, T] -> [B, T, C] in DTYPE. A step hands in ngrams [B, T, C] and hidden, dropout's share."""
         if ngrams is None and self.config.ngram_buckets:
-            own, other, _ = self.embed_ngrams(tokens, self.ngrams.weight)
-            ngrams = own + other                                                # [B, T, C]
+            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
         x = x0 = dropout(norm(x.astype(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.astype(x.dtype), self.x0_lambdas.astype(x.dtype)
@@ -474,8 +476,8 @@ def update(params, grads, state, schedule, width, rows=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(progress, step, passes=0):
-    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout after so many passes over the text; as one
+def schedule(progress, step, reading=0):
+    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout where the text was read so often before; as one
     array, fp32 [5]: a number would be traced anew."""
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -488,18 +490,18 @@ def schedule(progress, step, passes=0):
     first, last, steps = MUON_MOMENTUM
     risen = min(step / steps, 1)
     return mx.array([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0,
-                     DROPOUT[min(passes, len(DROPOUT) - 1)]])
+                     (0.0, *DROPOUT)[min(reading, len(DROPOUT))]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: gradients and update as one compiled graph; weights go in and come out, nothing is hidden
+# Step: gradients and update as one compiled graph; weights go in and come out
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_gradients(model, again=False):
     """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T].
 
-    again: of text that was read before. There is dropout, and of the n-grams only what other places taught.
+    again: of text that was read before. There is dropout, and of an n-gram the row is seen that this place didn't train.
     """
     def loss_fn(params, x, y, hidden, ngrams):                                  # ngrams [B, T, C] or None
         cast = {n: p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
@@ -508,12 +510,10 @@ def make_gradients(model, again=False):
 
     def gradients(params, schedule, x, y):
         dense, hidden = {n: p for n, p in params.items() if n != NGRAMS}, schedule[4] if again else None
-        if NGRAMS not in params:
-            return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, None), None
-        own, other, rows = model.embed_ngrams(x, params[NGRAMS])
-        if again:
-            return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, other), None
-        loss, (grads, of_sum) = mx.value_and_grad(loss_fn, (0, 4))(dense, x, y, hidden, own + other)  # the table's is large
+        ngrams, rows = model.embed_ngrams(x, params[NGRAMS], again) if NGRAMS in params else (None, None)
+        if rows is None:
+            return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, ngrams), None
+        loss, (grads, of_sum) = mx.value_and_grad(loss_fn, (0, 4))(dense, x, y, hidden, ngrams)  # a table's would be as large as it
         return loss, grads | {NGRAMS: of_sum}, rows
 
     return gradients

@@ -47,8 +47,9 @@ HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channel
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
 WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = (65536, 262144)  # rows of the hashed tables of 2-grams, 3-grams, ...; they cost look-ups, not FLOPs
-NGRAM_OWN = 7  # tokens that tell which of its two rows an n-gram trains; in later passes it sees the other, taught elsewhere
+NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
+                 "cuda": (65536, 131072, 131072)}[TIER]  # rows of the hashed 2-, 3-, 4-gram tables: look-ups, no FLOPs
+NGRAM_OWN = 7  # an n-gram has two rows; the last so many tokens, more than an n-gram's, tell which of them a place trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
@@ -74,7 +75,7 @@ MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 1 over the text, 2, 3, and later ones
+DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 2 over the text, 3, and later ones
 ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
 
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
@@ -160,10 +161,10 @@ def attend(q, k, v, window):
 def ngram_rows(tokens, buckets):
     """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int64 [B, T] -> int64 [2, n, B, T].
 
-    Each n-gram has two rows: first the one that this occurrence trains, by what stood further back, then the other.
+    Each n-gram has two rows: first the one that this place in the text trains, by what stood further back, then the other.
     """
     def mixed(code):
-        code = code * 2_654_435_761 & 0xFFFFFFFF                                # uint32 in int64: wraps around at 2^32
+        code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2^32
         return code ^ (code >> 15)
 
     code = earlier = tokens
@@ -172,7 +173,7 @@ def ngram_rows(tokens, buckets):
         earlier = F.pad(earlier[:, :-1], (1, 0))                                # [B, T]: one token further back
         code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF
         codes.append(code)
-    own = mixed(code) % 2                                                       # [B, T]
+    own = mixed(code) & 1                                                       # [B, T]
     own = torch.stack([own, 1 - own])                                           # [2, B, T]
     for size, code in zip(buckets, codes, strict=False):
         rows.append(offset + mixed(2 * code + own) % size)
@@ -260,18 +261,19 @@ class GPT(nn.Module):
             elif name != "resid_lambdas":
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
-    def embed_ngrams(self, tokens, table):
-        """Sums of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C], of the rows that these tokens
-        train and of the others; and the rows that they train, [n, B, T]."""
+    def embed_ngrams(self, tokens, table, again=False):
+        """Sum of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C]; and the rows to train, [n, B, T].
+
+        again: of text that was read before its own rows know what comes; so the sum is of the others, and None is trained.
+        """
         rows = ngram_rows(tokens, self.config.ngram_buckets)                    # [2, n, B, T]
-        own, other = (sum(F.embedding(one, table).float() for one in half) for half in rows)
-        return own, other, rows[0]
+        seen = rows[1] if again else rows.reshape(-1, *tokens.shape)            # [n or 2n, B, T]
+        return sum(F.embedding(one, table).float() for one in seen), None if again else rows[0]
 
     def features(self, tokens, ngrams=None, hidden=None):
-        """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. The step hands `ngrams` [B, T, C] in, to have its gradient."""
+        """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. A step hands in ngrams [B, T, C] and hidden, dropout's share."""
         if ngrams is None and self.config.ngram_buckets:
-            own, other, _ = self.embed_ngrams(tokens, self.ngrams.weight)
-            ngrams = own + other                                                # [B, T, C]
+            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
         x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
         x = x0 = dropout(norm(x.to(DTYPE)), hidden)
         resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
@@ -457,8 +459,8 @@ def update(params, grads, state, schedule, width, rows=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(progress, step, passes=0):
-    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout after so many passes over the text; as one
+def schedule(progress, step, reading=0):
+    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout where the text was read so often before; as one
     tensor, fp32 [5]: a number would be compiled anew."""
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -471,7 +473,7 @@ def schedule(progress, step, passes=0):
     first, last, steps = MUON_MOMENTUM
     risen = min(step / steps, 1)
     return torch.tensor([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0,
-                         DROPOUT[min(passes, len(DROPOUT) - 1)]])
+                         (0.0, *DROPOUT)[min(reading, len(DROPOUT))]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +489,7 @@ def to_device(t):
 def make_gradients(model, again=False):
     """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T].
 
-    again: of text that was read before. There is dropout, and of the n-grams only what other places taught.
+    again: of text that was read before. There is dropout, and of an n-gram the row is seen that this place didn't train.
     """
     def loss_fn(params, x, y, hidden, ngrams):                                  # ngrams [B, T, C] or None
         cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
@@ -498,11 +500,11 @@ def make_gradients(model, again=False):
     def gradients(params, schedule, x, y):
         leaves, ngrams, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None, None
         if NGRAMS in params:
-            own, ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach())
-            ngrams, rows = (ngrams, None) if again else ((own + ngrams).requires_grad_(), rows)
-        loss = forward(leaves, x, y, schedule[4] if again else None, ngrams)
+            ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach(), again)
+        inputs = dict(leaves)
         if rows is not None:
-            leaves[NGRAMS] = ngrams  # the gradient is their sum's: the table's would be as large as it
+            leaves[NGRAMS] = ngrams.requires_grad_()  # the gradient is their sum's: the table's would be as large as it
+        loss = forward(inputs, x, y, schedule[4] if again else None, ngrams)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
         return loss.detach(), grads, rows

@@ -19,7 +19,7 @@ from agent.candidate import one_line
 # at a place wins: "weight decay" is regularisation, "decay" alone a schedule.
 WORDS = {
     "optimizer": "optimizer, muon, adamw, adam, lion, sgd, momentum, nesterov, beta, betas, beta1, beta2, learning rate, lr, "
-    "newton schulz, polar express, gradient clipping, grad clip, preconditioner, second moment, adam betas",
+    "newton schulz, polar express, polar, gradient clipping, grad clip, preconditioner, second moment, adam betas",
     "schedule": "schedule, scheduler, warmup, warm up, warmdown, cooldown, cosine, linear decay, decay, annealing, final lr, "
     "lr schedule, learning rate schedule, warmup ratio, warmdown ratio, final lr frac, sqrt decay",
     "batch": "batch, batch size, batch tokens, micro tokens, sequence length, seq len, accumulation, gradient accumulation",

@@ -110,7 +110,7 @@ def _places(file: TrainFile, knob: Knob) -> list[Constant]:
         text = match[1].decode()
         number = re.search(r"[\d.]+", text)
         value: Any = float(number[0]) if number else knob.default
-        if knob.template == "[:{}]" or (number and number[0].isdigit() and "." not in number[0]):
+        if number and number[0].isdigit() and "." not in number[0]:
             value = int(value)
         elif value is not None:
             value = float(value)

@@ -36,6 +36,7 @@ def night(number: int) -> list[Tried]:
         ("raise MATRIX_LR to 0.03", "optimizer"),
         ("cosine schedule in place of linear", "schedule"),
         ("WARMDOWN_RATIO 0.4 -> 0.6", "schedule"),
+        ("POLAR_STEPS 5 -> 4", "optimizer"),
         ("WEIGHT_DECAY 0.15 -> 0.1", "regularisation"),
         ("use SwiGLU in the MLP", "activation"),
         ("two more heads", "attention"),

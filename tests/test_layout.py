@@ -52,7 +52,7 @@ def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 175, "machine.py": 60, "train_mlx.py": 724,
+    limits = {"prepare_mlx.py": 712, "corpus.py": 460, "probes.py": 250, "counts.py": 175, "machine.py": 60, "train_mlx.py": 722,
               "train_torch.py": 740,
               **{str(p.relative_to(ROOT)): 260 for p in AGENT}}
     too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()

@@ -76,7 +76,9 @@ def split(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_schedules_are_equal() -> None:
     for progress in (0.0, 0.3, 0.6, 0.8, 1.0, 1.2):
         for step in (0, 1, 100, 199, 200, 5000):
-            np.testing.assert_allclose(array(schedule(progress, step)), np.array(train_mlx.schedule(progress, step)), rtol=1e-6)
+            for reading in (0, 1, 2, 9):
+                theirs = np.array(train_mlx.schedule(progress, step, reading))
+                np.testing.assert_allclose(array(schedule(progress, step, reading)), theirs, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("fp32")
@@ -99,8 +101,9 @@ def test_logits_are_those_of_mlx(tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("fp32")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_tables_and_losses_are_those_of_mlx_after_several_steps(monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "again"), [(1, False), (2, False), (1, True), (2, True)])
+def test_tables_and_losses_are_those_of_mlx_after_several_steps(
+        monkeypatch: pytest.MonkeyPatch, accumulate: int, again: bool) -> None:
     """From the same weights, on text in which n-grams return: rows are updated again, in one step and in several.
 
     All else stays as it is: Adam's first steps go by a gradient's sign, which rounding decides near 0, and the two would part.
@@ -108,6 +111,7 @@ def test_tables_and_losses_are_those_of_mlx_after_several_steps(monkeypatch: pyt
     for module in (train_mlx, train_torch):
         for name in ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR"):
             monkeypatch.setattr(module, name, 0.0)
+        monkeypatch.setattr(module, "DROPOUT", (0.0,))
     rng = np.random.default_rng(3)
     theirs, ours = train_mlx.GPT(train_mlx.GPTConfig(**SMALL)), build_model(GPTConfig(**SMALL))
     weights = {n: (rng.standard_normal(p.shape) * p.shape[-1] ** -0.5).astype(np.float32) for n, p in ours.named_parameters()}
@@ -117,17 +121,23 @@ def test_tables_and_losses_are_those_of_mlx_after_several_steps(monkeypatch: pyt
         state, found = module.init_optimizer(params), []
         for i, batch in enumerate(text):
             parts = zip(*(np.split(t, accumulate) for t in split(batch)), strict=True)
-            params, state, loss = step(params, state, module.schedule(i / 6, i), parts)
+            params, state, loss = step(params, state, module.schedule(i / 6, i, again), parts)
             found.append(loss.item())
         table, (sums,) = params[module.NGRAMS], state[module.NGRAMS]
         return found, np.array(table.tolist()), np.array(sums.tolist())
 
     expected_losses, expected, expected_sums = losses(
-        train_mlx, {n: mx.array(p) for n, p in weights.items()}, train_mlx.make_step(theirs, 64, accumulate))
+        train_mlx, {n: mx.array(p) for n, p in weights.items()}, train_mlx.make_step(theirs, 64, accumulate, again))
     found_losses, found, found_sums = losses(
-        train_torch, {n: tensor(p) for n, p in weights.items()}, make_step(ours, 64, accumulate))
+        train_torch, {n: tensor(p) for n, p in weights.items()}, make_step(ours, 64, accumulate, again))
     assert found_losses == pytest.approx(expected_losses, rel=1e-5)
     touched = np.abs(expected - weights[train_mlx.NGRAMS]).max(axis=1) > 0
+    if again:
+        assert not touched.any()
+        assert not expected_sums.any()
+        assert not found_sums.any()
+        np.testing.assert_array_equal(found, expected)
+        return
     assert 0.2 < touched.mean() < 0.95
     assert np.array_equal(touched, np.abs(found - weights[train_mlx.NGRAMS]).max(axis=1) > 0)
     assert parity.difference(found, expected) < 1e-5

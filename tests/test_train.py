@@ -44,11 +44,13 @@ def batches(rows: int, seed: int = 5) -> Iterator[tuple[np.ndarray, np.ndarray]]
         yield block[:, :-1], block[:, 1:]
 
 
-def steps(n: int, rows: int = 4, accumulate: int = 1) -> tuple[dict[str, mx.array], list[float]]:
+def steps(n: int, rows: int = 4, accumulate: int = 1, again: bool = False) -> tuple[dict[str, mx.array], list[float]]:
+    """Weights and losses after n steps; again: of the second, third, ... pass over a text, four steps each."""
     model, params = fresh()
-    step, state, source, losses = make_step(model, CONFIG.n_embd, accumulate), init_optimizer(params), batches(rows), []
+    mx.random.seed(1)
+    step, state, source, losses = make_step(model, CONFIG.n_embd, accumulate, again), init_optimizer(params), batches(rows), []
     for i in range(n):
-        params, state, loss = step(params, state, schedule(i / n, i), source)
+        params, state, loss = step(params, state, schedule(i / n, i, again * (1 + i // 4)), source)
         losses.append(loss.item())
     return params, losses
 
@@ -58,20 +60,22 @@ def distance(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
     return max((mx.linalg.norm(a[n] - b[n]) / (mx.linalg.norm(b[n]) + 1e-6)).item() for n in a)
 
 
-def test_compiled_step_equals_eager_step(compiled: None) -> None:
-    with_compile, losses = steps(5)
+@pytest.mark.parametrize("again", [False, True])
+def test_compiled_step_equals_eager_step(compiled: None, again: bool) -> None:
+    with_compile, losses = steps(5, again=again)
     mx.disable_compile()
-    without, eager_losses = steps(5)
+    without, eager_losses = steps(5, again=again)
     assert losses == pytest.approx(eager_losses, rel=1e-5)
     assert distance(with_compile, without) < 1e-4
     assert losses[-1] != losses[0]
 
 
-def test_a_moving_learning_rate_is_not_traced_again(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_moving_schedule_is_not_traced_again(compiled: None, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
     traces = []
     original = train_mlx.cross_entropy
     monkeypatch.setattr(train_mlx, "cross_entropy", lambda *a: (traces.append(1), original(*a))[1])
-    steps(12)
+    steps(12, again=again)
     assert len(traces) == 1
 
 
@@ -87,9 +91,12 @@ def test_accumulation_equals_the_large_batch() -> None:
     assert distance({n: in_parts[n] for n in matrices}, {n: at_once[n] for n in matrices}) < 1e-4
 
 
-@pytest.mark.parametrize("window", [1, 5, 8, 15, 16, 40])
-def test_a_window_equals_a_dense_mask(window: int) -> None:
-    T = 16
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("T", "window"), [
+    (16, 1), (16, 5), (16, 8), (16, 15), (16, 40), (150, 7), (150, 75), (150, 148), (150, 149)])
+def test_a_window_equals_a_dense_mask(monkeypatch: pytest.MonkeyPatch, gpu: bool, T: int, window: int) -> None:
+    """By hand, as on a CPU, and by MLX's own, as on a GPU."""
+    monkeypatch.setattr(train_mlx, "GPU", gpu)
     q, k, v = (mx.random.normal((2, 3, T, 8), key=mx.random.key(i)) for i in range(3))
     t, s = mx.arange(T)[:, None], mx.arange(T)[None, :]
 
@@ -97,7 +104,7 @@ def test_a_window_equals_a_dense_mask(window: int) -> None:
         mask = (s <= t) & (s >= t - window)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
     assert mx.abs(attend(q, k, v, window) - dense(q, k, v)).max().item() < 1e-5
-    weights = mx.random.normal((2, 3, T, 8), key=mx.random.key(9))
+    weights = mx.random.normal(q.shape, key=mx.random.key(9))
     ours, theirs = (mx.grad(lambda *a, f=f: (f(*a) * weights).sum(), argnums=(0, 1, 2))(q, k, v)
                     for f in (lambda q, k, v: attend(q, k, v, window), dense))
     assert max(mx.abs(a - b).max().item() for a, b in zip(ours, theirs, strict=True)) < 1e-5
@@ -110,12 +117,13 @@ def test_warm_up_leaves_the_weights_as_they_were() -> None:
     assert all(np.array_equal(before[n], np.array(p)) for n, p in params.items())
 
 
-def test_active_memory_is_constant_over_steps() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_active_memory_is_constant_over_steps(again: bool) -> None:
     model, params = fresh()
-    step, state, source = make_step(model, CONFIG.n_embd, 1), init_optimizer(params), batches(4)
+    step, state, source = make_step(model, CONFIG.n_embd, 1, again), init_optimizer(params), batches(4)
     sizes = []
     for i in range(12):
-        params, state, loss = step(params, state, schedule(0, i), source)
+        params, state, loss = step(params, state, schedule(0, i, again), source)
         mx.eval(params, state, loss)
         sizes.append(mx.get_active_memory())
     assert max(sizes[2:]) - min(sizes[2:]) < 100_000, sizes
@@ -203,7 +211,7 @@ def test_text_that_was_read_before_sees_what_n_grams_learnt_elsewhere_and_teache
         moved = mx.array(table)
         moved[row] = moved[row] + 5.0
         assert loss(False, moved) != loss(False, table), which
-    # rows that are some token's own and nobody's other one don't matter in a later pass
+    # Rows that are some token's own and nobody's other one don't matter in a later pass, those of the others do
     mine, others = (set(np.array(ngram_rows(x, CONFIG.ngram_buckets)[which]).ravel().tolist()) for which in (0, 1))
     moved = mx.array(table)
     for row in mine - others:
@@ -211,6 +219,10 @@ def test_text_that_was_read_before_sees_what_n_grams_learnt_elsewhere_and_teache
     assert mine - others
     assert loss(True, moved) == loss(True, table)
     assert loss(False, moved) != loss(False, table)
+    moved = mx.array(table)
+    for row in others - mine:
+        moved[row] = moved[row] + 5.0
+    assert loss(True, moved) != loss(True, table)
 
 
 def test_exp_is_exp_and_so_is_its_gradient() -> None:
@@ -366,6 +378,7 @@ def test_the_same_seed_trains_the_same_weights(tmp_path: Path, home: Path) -> No
 def test_text_that_was_read_before_is_trained_on_with_dropout(tmp_path: Path, home: Path) -> None:
     source = changed("    def step(params, state, schedule, batches):\n",
                      "    def step(params, state, schedule, batches):\n        print(f'AGAIN {again} {schedule[4].item():.1f}')\n")
+    assert source.count("// run.train_tokens") == 1
     source = source.replace("// run.train_tokens", "// (3 * 1024)")
     process, _ = run(tmp_path, home, source, AUTORESEARCH_BUDGET="8steps")
     assert process.returncode == 0, process.stderr
