@@ -38,7 +38,7 @@ if not GPU:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     LANES = [mx.new_stream(mx.cpu) for _ in range(min(4, cores))]
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")  # or MLX would hand out one pass whole before the next
-    mx.disable_compile()  # on the CPU it gains no speed and runs a C++ compiler for half a minute
+    mx.disable_compile()  # on the CPU it gains a tenth at best, and needs a C++ compiler for half a minute
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants: edit these first
