@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 PY := .venv/bin/python
-ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE
+ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE -u AUTORESEARCH_TIER
 
 .PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint clean
 

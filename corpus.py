@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_mlx import HarnessError, Preset, Tokenizer, home, sha256, write_atomically
+from prepare_mlx import HarnessError, Preset, home, sha256, write_atomically
 from stories import book
+from tokenizer import Tokenizer
 
 BLOCK_BYTES = 2 << 20           # text handed to one worker at a time; decides, with WORKERS, how much memory is used
 WORKERS = 32                    # at most, of about 40 MB each

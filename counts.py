@@ -3,10 +3,11 @@ An n-gram model by counting: interpolated Kneser-Ney (Chen and Goodman, 1999, wi
 
 What a train file may mix its network with: `Counts.of(tokens, vocab_size, order)` reads millions of tokens in seconds, far more
 than a network on a CPU is trained on in a minute, and `mixed(logits, rows, share)` mixes what the counts expect with what the
-network does; `count` is the first of the two for a run. The network knows what words are like, the counts know what was said
+network does; `count` and `with_counts` are the two for a run. The network knows what words are like, the counts know what was said
 before; together they are better than either.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,7 @@ class Counts:
         return cls(arrays)
 
     def save(self, path: Path) -> None:
-        with open(path, "wb") as file:
-            np.savez(file, **self.arrays)
+        np.savez(path, **self.arrays)
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
@@ -172,3 +172,11 @@ def count(run: Run, order: int, most: int, rate: float) -> None:
     if order:
         limit = min(most, int(rate * run.budget.amount)) if run.budget.unit == "s" else most
         Counts.of(spread(run.tokens(), limit), run.vocab_size, order).save(run.dir / "counts.npz")
+
+
+def with_counts(logits: Callable[[np.ndarray], np.ndarray], run_dir: Path, share: float, copied: tuple[float, ...]) -> Callable:
+    """A network's logits(tokens), mixed with the counts that `count` left in its run directory; the same where it left none."""
+    if not (run_dir / "counts.npz").exists():
+        return logits
+    counts = Counts.load(run_dir / "counts.npz")
+    return lambda tokens: counts.mixed(logits(tokens), tokens, share, copied)

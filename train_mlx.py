@@ -5,8 +5,8 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
 rest, and Adagrad by the row for n-grams. On a CPU it is mixed with n-gram counts. With NGRAM_BUCKETS = (), COUNT_ORDER = 0,
-SOFTCAP = 15, no dropout, POLAR_STEPS = 5 and SEQ_LEN the data's it is upstream's published model, operation by operation.
-docs/recipe.md has what was measured for the constants.
+WINDOW_PATTERN = "SSSL", SOFTCAP = 15, DROPOUT = (0.0,) and POLAR_STEPS = 5 it is upstream's published model and optimizer,
+operation by operation. docs/recipe.md has what was measured for the constants.
 """
 
 import json
@@ -15,11 +15,11 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
-from counts import Counts, count
-from machine import check_memory, passes, peak_flops
+from counts import count, with_counts
+from machine import Meter, check_memory, check_weights, find_tier, peak_flops, readings
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
 load_fast_blas(threads=1)  # has to come before MLX; the cores are for LANES
@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 GPU = mx.default_device() == mx.Device(mx.gpu)
-TIER = detect_preset() if GPU else "cpu"  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
+TIER = find_tier(detect_preset() if GPU else "cpu")  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda; see $AUTORESEARCH_TIER
 # Streams that work at once. On the CPU one thread does all that is no matrix product, so up to four cores have a stream each, with
 # passes of a step and a part of the update of its own; a GPU has one.
 LANES = [mx.default_stream(mx.default_device())]
@@ -52,7 +52,7 @@ WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
                  "cuda": (65536, 131072, 131072)}[TIER]  # rows of the hashed 2-, 3-, 4-gram tables: look-ups, no FLOPs
-NGRAM_OWN = 7  # an n-gram has two rows; the last so many tokens, more than an n-gram's, tell which of them a place trains
+NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
@@ -78,12 +78,13 @@ MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 2 over the text, 3, and later ones
-ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
+DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks at the text's second reading, its third, and later
+ABORT_LOSS = 3.0  # nats of the mean loss above ln(vocabulary), what knowing nothing gives; beyond it a run ends
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; master weights are fp32. The CPU backend is slow in bf16
 EPS = 1.1920929e-07  # of every norm, fp32's epsilon, as upstream has it
 VE_GATE_CHANNELS = 32  # channels that decide how much of a value embedding a head takes
+NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -257,7 +258,7 @@ class GPT(nn.Module):
                 p = 0.001 * mx.random.normal(p.shape, key=sub)
             elif name == "x0_lambdas":
                 p = mx.full(p.shape, 0.1)
-            elif name.startswith("ngrams") or name.endswith(("c_proj.weight", "ve_gate.weight")):
+            elif name == NGRAMS or name.endswith(("c_proj.weight", "ve_gate.weight")):
                 p = mx.zeros(p.shape)
             elif name != "resid_lambdas":
                 p = mx.random.uniform(-s, s, p.shape, key=sub)
@@ -291,8 +292,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, seq_len):
         """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
-        weights = sum(p.size for name, p in tree_flatten(self.parameters()) if p.ndim == 2 and is_matrix(name))
-        weights += self.lm_head.weight.size
+        weights = sum(p.size for name, p in tree_flatten(self.parameters()) if is_matrix(name) or name == "lm_head.weight")
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
@@ -311,7 +311,7 @@ def cross_entropy(logits, targets):
         return mx.fast.cross_entropy(logits, targets)
     # On the CPU exp over the logits is what costs: written out, the gradient takes it from the forward pass
     largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))              # [N, 1]
-    total = exp(logits - largest).sum(axis=-1)                     # [N]
+    total = exp(logits - largest).sum(axis=-1)                                  # [N]
     chosen = mx.take_along_axis(logits - largest, targets[:, None], axis=-1)    # [N, 1]
     return mx.log(total) - chosen[:, 0]
 
@@ -354,9 +354,6 @@ POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XX
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-
-
-NGRAMS = "ngrams.weight"
 
 
 def is_matrix(name):
@@ -427,15 +424,14 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """Names of the matrices that a batched Muon step takes together, by (rows, cols, lane): of equal shape, dealt to the lanes."""
-    shapes, groups = {}, {}
+    """Of every batched Muon step: key of its moments, lane, names of its matrices, which have one shape; dealt to the lanes."""
+    shapes = {}
     for name, p in params.items():
         if is_matrix(name):
             shapes.setdefault(p.shape, []).append(name)
-    for shape, names in shapes.items():
+    for (rows, cols), names in shapes.items():
         for lane in range(min(len(LANES), len(names))):
-            groups[(*shape, lane)] = names[lane :: len(LANES)]
-    return groups
+            yield f"muon.{rows}x{cols}.{lane}", lane, names[lane :: len(LANES)]
 
 
 def init_optimizer(params):
@@ -443,21 +439,20 @@ def init_optimizer(params):
     state = {n: (mx.zeros(p.shape), mx.zeros(p.shape)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
     if NGRAMS in params:
         state[NGRAMS] = (mx.zeros(len(params[NGRAMS])),)
-    for (rows, cols, lane), names in matrix_groups(params).items():
-        n = len(names)
-        state[f"muon.{rows}x{cols}.{lane}"] = (mx.zeros((n, rows, cols)), mx.zeros((n, rows, 1) if rows >= cols else (n, 1, cols)))
+    for key, _, names in matrix_groups(params):
+        n, (rows, cols) = len(names), params[names[0]].shape
+        state[key] = mx.zeros((n, rows, cols)), mx.zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
     return state
 
 
-def update(params, grads, state, schedule, width, rows=None):
-    """One optimizer step over {name: array}. schedule: an array that schedule() made.
+def update(params, grads, state, rates, width, rows=None):
+    """One optimizer step over {name: array}. rates: an array that schedule() made.
 
     The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; without one the tables stay.
     """
-    lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
+    lr, momentum, weight_decay, t = (rates[i] for i in range(4))
     new, moments = dict(params), dict(state)
-    for (height, breadth, lane), names in matrix_groups(params).items():
-        key = f"muon.{height}x{breadth}.{lane}"
+    for key, lane, names in matrix_groups(params):
         with mx.stream(LANES[lane]):
             p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
             p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
@@ -494,12 +489,12 @@ def schedule(progress, step, reading=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: gradients and update as one compiled graph; weights go in and come out
+# Step: gradients and update, compiled on a GPU; weights go in and come out
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_gradients(model, again=False):
-    """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T].
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, rows of n-grams, for int x and y [B, T].
 
     again: of text that was read before. There is dropout, and of an n-gram the row is seen that this place didn't train.
     """
@@ -508,8 +503,8 @@ def make_gradients(model, again=False):
         model.update(tree_unflatten(list(cast.items())))
         return head_loss(model.features(x, ngrams, hidden), cast["lm_head.weight"], y, model.config.softcap)
 
-    def gradients(params, schedule, x, y):
-        dense, hidden = {n: p for n, p in params.items() if n != NGRAMS}, schedule[4] if again else None
+    def gradients(params, rates, x, y):
+        dense, hidden = {n: p for n, p in params.items() if n != NGRAMS}, rates[4] if again else None
         ngrams, rows = model.embed_ngrams(x, params[NGRAMS], again) if NGRAMS in params else (None, None)
         if rows is None:
             return *mx.value_and_grad(loss_fn)(dense, x, y, hidden, ngrams), None
@@ -520,41 +515,41 @@ def make_gradients(model, again=False):
 
 
 def make_step(model, width, accumulate, again=False):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: array} trees in fp32."""
+    """Returns step(params, state, rates, batches) -> params, state, loss for {name: array} trees in fp32."""
     gradients = make_gradients(model, again)
     with_random = partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
 
     @with_random
-    def whole(params, state, schedule, x, y):
-        loss, grads, rows = gradients(params, schedule, x, y)
-        return *update(params, grads, state, schedule, width, rows), loss
+    def whole(params, state, rates, x, y):
+        loss, grads, rows = gradients(params, rates, x, y)
+        return *update(params, grads, state, rates, width, rows), loss
 
     @with_random
-    def micro(params, schedule, total, total_loss, x, y):
-        loss, grads, rows = gradients(params, schedule, x, y)
+    def micro(params, rates, total, total_loss, x, y):
+        loss, grads, rows = gradients(params, rates, x, y)
         grads = {n: g / accumulate for n, g in grads.items()}
         found = [rows, grads.pop(NGRAMS)] if rows is not None else []
         return tree_map(lambda a, b: a + b, total, grads), total_loss + loss / accumulate, found
 
     @mx.compile
-    def apply(params, total, found, state, schedule):
+    def apply(params, total, found, state, rates):
         rows, grads = None, total
         if found[0]:  # the passes' rows side by side, as one large batch has them
             rows = mx.concatenate([one[0] for one in found], axis=1)            # [n, accumulate * B, T]
             grads = total | {NGRAMS: mx.concatenate([one[1] for one in found])}
-        return update(params, grads, state, schedule, width, rows)
+        return update(params, grads, state, rates, width, rows)
 
-    def step(params, state, schedule, batches):
+    def step(params, state, rates, batches):
         if accumulate == 1:
-            return whole(params, state, schedule, *map(mx.array, next(batches)))
+            return whole(params, state, rates, *map(mx.array, next(batches)))
         total, loss, found = {n: mx.zeros(p.shape) for n, p in params.items() if n != NGRAMS}, mx.array(0.0), []
         for i in range(accumulate):
             with mx.stream(LANES[i % len(LANES)]):
-                total, loss, rows_and_grads = micro(params, schedule, total, loss, *map(mx.array, next(batches)))
+                total, loss, rows_and_grads = micro(params, rates, total, loss, *map(mx.array, next(batches)))
             found.append(rows_and_grads)
             if i % len(LANES) == len(LANES) - 1:  # a pass on every lane
                 mx.async_eval(total, loss, found)
-        return *apply(params, total, found, state, schedule), loss
+        return *apply(params, total, found, state, rates), loss
 
     return step
 
@@ -578,45 +573,72 @@ def memory_limit():
         None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
-    """Seconds of a step on dummy data. It works on copies, which it may overwrite as training does; what comes out is dropped."""
+def device_name():
+    info = mx.device_info()
+    return f"{info.get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
+
+
+def keep_within(limit):
+    """Metal's limits: what stays resident, all of it would starve the rest of a 16 GB Mac; and what MLX keeps of freed buffers,
+    which would push it into swap."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(limit // 2)
+        mx.set_cache_limit(limit // 4)
+
+
+def held_bytes(depth, vocab_size):
+    """Bytes of the weights and moments of a model of another depth, as wide in proportion; arrays are lazy, none is made."""
+    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
+    params = dict(tree_flatten(GPT(GPTConfig(vocab_size, SEQ_LEN, depth, width // HEAD_DIM or 1, width)).parameters()))
+    return sum(a.nbytes for _, a in tree_flatten((params, init_optimizer(params))))
+
+
+def dummy_step(params, state, step_fn, rows, seq_len):
+    """Seconds of a step on dummy data, by passes of so many rows. It works on copies, as a step may overwrite what it gets."""
     copies = tree_map(lambda a: a + 0, (params, state))
     mx.eval(copies)
     x = np.zeros((rows, seq_len), np.int32)
     start = time.perf_counter()
-    result = step_fn(*copies, schedule(0, 0), iter([(x, x)] * accumulate))
+    result = step_fn(*copies, schedule(0, 0), repeat((x, x)))
     del copies
     mx.eval(result)
     return time.perf_counter() - start
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len, accumulate=1):
-    """Peak bytes of a step, by its rows: from gradients of an eighth and a quarter of `rows`, and a whole step of one row.
+def expected_memory(model, params, state, step_fn, rows, seq_len, passes):
+    """Peak bytes of a step of so many rows, by the passes it is cut into: from gradients of an eighth and a quarter of a pass,
+    on every lane at once, and a whole step with one row in each.
 
     Measured on the model as it stands, so that it holds for whatever was edited; gradients grow by the row, the update doesn't.
     """
     gradients = mx.compile(lambda params, x: make_gradients(model)(params, None, x, x)[:2])
 
-    def peak(work, *inputs):
+    def gradients_at_once(n):
+        found = []
+        for lane in LANES[:passes]:
+            with mx.stream(lane):
+                found.append(gradients(params, mx.zeros((n, seq_len), mx.int32)))
+        return found
+
+    def peak(work, n):
         mx.clear_cache()
         mx.reset_peak_memory()
-        mx.eval(work(*inputs))
+        mx.eval(work(n))
         return mx.get_peak_memory()
 
-    few, more = max(1, rows // 8), max(2, rows // 4)
-    low, high = (peak(gradients, params, x) for x in (mx.zeros((n, seq_len), mx.int32) for n in (few, more)))
-    floor = peak(dummy_step, params, state, step_fn, 1, seq_len, accumulate)
-    floor -= sum(a.nbytes for _, a in tree_flatten((params, state)))            # held twice here
-    a_row, at_once = (high - low) / (more - few), min(len(LANES), accumulate)
-    kept = kept_a_row = 0
-    if accumulate > 1:  # sums of gradients, and every pass's gradient of n-grams: fp32
-        kept = at_once * sum(p.nbytes for name, p in params.items() if name != NGRAMS)
-        kept_a_row = 4 * accumulate * seq_len * model.config.n_embd * (NGRAMS in params)
-    return lambda n: max(floor, high + a_row * (at_once * n - more) + kept + kept_a_row * n)
+    few, more = max(1, rows // passes // 8), max(2, rows // passes // 4)
+    low, high = (peak(gradients_at_once, n) for n in (few, more))
+    held, of_table = sum(a.nbytes for _, a in tree_flatten((params, state))), params[NGRAMS].nbytes if NGRAMS in params else 0
+    floor = peak(lambda n: dummy_step(params, state, step_fn, n, seq_len), 1) - held  # a dummy step's copies
+    floor = max(floor, held + of_table // 2)                                    # saving makes a bfloat16 table
+    a_row = (high - low) / (more - few)
+    kept = len(LANES[:passes]) * sum(p.nbytes for name, p in params.items() if name != NGRAMS)  # sums of gradients, fp32
+    kept += 4 * rows * seq_len * model.config.n_embd * (NGRAMS in params)                       # every pass's, of n-grams
+    return lambda n: max(floor, high + a_row * (rows // n - more) + (kept if n > 1 else 0))
 
 
 def build(run, accumulate):
-    """A fresh model, its weights and moments as {name: array}, and its steps: of a first pass over the text, of later ones."""
+    """A fresh model, its weights and moments as {name: array}, and its steps: of a first reading of the text, of later ones."""
     model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len))
     model.init_weights(run.seed)
     mx.random.seed(run.seed)
@@ -631,64 +653,53 @@ def build(run, accumulate):
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    all_rows = max(1, BATCH_TOKENS // seq_len)
-    least = max(len(LANES), math.ceil(BATCH_TOKENS / MICRO_TOKENS))
-    accumulate = next((n for n in range(least, all_rows) if all_rows % n == 0), all_rows)  # passes of equal size
-    rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
+    rows = max(1, BATCH_TOKENS // seq_len)
+    least = max(len(LANES), math.ceil(rows * seq_len / MICRO_TOKENS))
+    passes = next((n for n in range(least, rows) if rows % n == 0), rows)  # forward and backward, of a step: of equal size
+    a_pass, batch_tokens = rows // passes, rows * seq_len
     product, product_flops = large_product()
-    peak, gemm = peak_flops(device_name(), product, product_flops)
+    peak_rate, gemm = peak_flops(device_name(), product, product_flops)
     limit = memory_limit()
-    if mx.metal.is_available():
-        mx.set_wired_limit(limit // 2)  # what stays resident; all of it would starve the rest of a 16 GB Mac
-        mx.set_cache_limit(limit // 4)  # freed buffers that MLX keeps; without a limit they push the machine into swap
+    held = partial(held_bytes, vocab_size=run.vocab_size)
+    check_weights(held, DEPTH, limit)
+    keep_within(limit)
 
-    model, params, state, step_fns = build(run, accumulate)
-    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, accumulate)
-    check_memory(expected, rows, seq_len, limit)
-    seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
-    reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
+    model, params, state, step_fns = build(run, passes)
+    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, passes)
+    check_memory(expected, passes, a_pass, seq_len, limit, held, DEPTH)
+    seconds = min(dummy_step(params, state, step_fns[0], a_pass, seq_len) for _ in range(4))  # the first may compile
+    reads = readings(run.budget, seconds, batch_tokens, run.train_tokens)
     if reads > 0.8:
-        dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
+        dummy_step(params, state, step_fns[1], a_pass, seq_len)  # so that it compiles now
     config, num_params = model.config, sum(p.size for p in params.values())
-    flops, expected_mb = model.flops_per_token(seq_len), expected(rows) / 2**20
+    flops, expected_mb = model.flops_per_token(seq_len), expected(passes) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
           f"{config.n_layer}, width {config.n_embd}, n-gram tables {config.ngram_buckets}; {batch_tokens:,} tokens a step in rows "
-          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, {expected_mb:,.0f} MB at "
+          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: to read the text {reads:.2g} times, {expected_mb:,.0f} MB at "
           "the peak", flush=True)
     mx.reset_peak_memory()
 
-    batches = run.batches(rows, seq_len)
-    step, smooth, pending = 0, 0.0, None
+    batches = run.batches(a_pass, seq_len)
+    step, pending = 0, None
     run.budget.start(product)
     count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
-    counted, window = run.budget.progress(0, 0), (0, run.budget.seconds)
+    counted = run.budget.progress(0, 0)
+    meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
-        scale = schedule((progress - counted) / (1 - counted), step, reading)
-        params, state, loss = step_fns[reading > 0](params, state, scale, batches)
+        rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget
+        params, state, loss = step_fns[reading > 0](params, state, rates, batches)
         mx.async_eval(params, state, loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
-            value = pending.item()
-            if not value < ABORT_LOSS:
-                raise HarnessError("nan", f"the loss became {value} at step {step - 1}")
-            smooth = 0.95 * smooth + 0.05 * value
+            meter.take(pending.item())
         pending, step = loss, step + 1
-        seconds = run.budget.seconds
-        if step > 1 and (seconds - window[1] >= 1 or step % 500 == 0):
-            rate = (step - window[0]) * batch_tokens / (seconds - window[1])
-            window = (step, seconds)
-            debiased, mfu, memory = smooth / (1 - 0.95 ** (step - 1)), 100 * rate * flops / peak, mx.get_peak_memory() / 2**20
-            run.log(step=step, tokens=step * batch_tokens, seconds=seconds, loss=debiased, lr=scale[0].item(),
-                    tokens_per_second=rate, mfu_percent=mfu, memory_mb=memory)
-            left = (1 - progress) * seconds / max(progress, 1e-9)
-            print(f"\rstep {step:5d} ({100 * progress:3.0f} %)  loss {debiased:.4f}  lr x{scale[0].item():.2f}  {rate:,.0f} tok/s  "
-                  f"mfu {mfu:.1f} %  {memory:,.0f} MB  {left:.0f} s left   ", end="", flush=True)
+        meter.tell(rates[0].item, mx.get_peak_memory)
     mx.eval(params, state)
     training_seconds = run.budget.seconds
     if pending is None:
         raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
-    if not pending.item() < ABORT_LOSS:
-        raise HarnessError("nan", f"the loss became {pending.item()} at step {step}")
+    meter.take(pending.item())
+    meter.tell(rates[0].item, mx.get_peak_memory)
     print()
     saved = {n: p.astype(mx.bfloat16) if n == NGRAMS else p for n, p in params.items()}  # half of what is most of the file
     mx.save_safetensors(str(run.dir / "weights.safetensors"), saved)
@@ -696,12 +707,7 @@ def train(run):
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": mx.get_peak_memory() / 2**20, "expected_vram_mb": expected_mb,
-            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "gemm_tflops": gemm / 1e12, "device": device_name()}
-
-
-def device_name():
-    info = mx.device_info()
-    return f"{info.get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak_rate, "gemm_tflops": gemm / 1e12, "device": device_name()}
 
 
 def load_model(run_dir):
@@ -711,10 +717,7 @@ def load_model(run_dir):
     weights = mx.load(str(run_dir / "weights.safetensors"))
     model.update(tree_unflatten([(n, p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p) for n, p in weights.items()]))
     forward = mx.compile(model.__call__)
-    if not (run_dir / "counts.npz").exists():
-        return lambda tokens: np.array(forward(mx.array(tokens)))
-    counts = Counts.load(run_dir / "counts.npz")
-    return lambda tokens: counts.mixed(np.array(forward(mx.array(tokens))), tokens, COUNT_SHARE, COPY_SHARES)
+    return with_counts(lambda tokens: np.array(forward(mx.array(tokens))), run_dir, COUNT_SHARE, COPY_SHARES)
 
 
 if __name__ == "__main__":

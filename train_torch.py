@@ -15,6 +15,8 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -23,13 +25,13 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from counts import Counts, count
-from machine import check_memory, passes, peak_flops
+from counts import count, with_counts
+from machine import Meter, check_memory, check_weights, find_tier, peak_flops, readings
 from prepare_mlx import HarnessError, detect_preset, start_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 GPU = DEVICE != "cpu"
-TIER = detect_preset() if DEVICE == "mps" else DEVICE  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
+TIER = find_tier(detect_preset() if DEVICE == "mps" else DEVICE)  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
 
 
 def compiled(function):
@@ -49,8 +51,8 @@ WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
                  "cuda": (65536, 131072, 131072)}[TIER]  # rows of the hashed 2-, 3-, 4-gram tables: look-ups, no FLOPs
-NGRAM_OWN = 7  # an n-gram has two rows; the last so many tokens, more than an n-gram's, tell which of them a place trains
-SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, its tanh is slow there
+NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
 COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
 COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
@@ -75,12 +77,13 @@ MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks: in pass 2 over the text, 3, and later ones
-ABORT_LOSS = 100.0  # nats; a loss beyond it ends the run
+DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks at the text's second reading, its third, and later
+ABORT_LOSS = 3.0  # nats of the mean loss above ln(vocabulary), what knowing nothing gives; beyond it a run ends
 
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
 EPS = 1.1920929e-07  # of every norm, fp32's epsilon, as upstream has it
 VE_GATE_CHANNELS = 32  # channels that decide how much of a value embedding a head takes
+NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -256,7 +259,7 @@ class GPT(nn.Module):
                 p.copy_(0.001 * torch.randn(p.shape, generator=generator))
             elif name == "x0_lambdas":
                 p.fill_(0.1)
-            elif name.startswith("ngrams") or name.endswith(("c_proj.weight", "ve_gate.weight")):
+            elif name == NGRAMS or name.endswith(("c_proj.weight", "ve_gate.weight")):
                 p.zero_()
             elif name != "resid_lambdas":
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
@@ -291,8 +294,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, seq_len):
         """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and is_matrix(name))
-        weights += self.lm_head.weight.numel()
+        weights = sum(p.numel() for name, p in self.named_parameters() if is_matrix(name) or name == "lm_head.weight")
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
@@ -334,9 +336,6 @@ POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XX
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-
-
-NGRAMS = "ngrams.weight"
 
 
 def is_matrix(name):
@@ -412,12 +411,12 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """Names of the matrices that one batched Muon step takes together: those of equal shape."""
+    """Of every batched Muon step: key of its moments, names of its matrices, which have one shape."""
     groups = {}
     for name, p in params.items():
         if is_matrix(name):
-            groups.setdefault(tuple(p.shape), []).append(name)
-    return groups
+            groups.setdefault(f"muon.{p.shape[0]}x{p.shape[1]}", []).append(name)
+    return groups.items()
 
 
 def init_optimizer(params):
@@ -425,23 +424,22 @@ def init_optimizer(params):
     state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
     if NGRAMS in params:
         state[NGRAMS] = (params[NGRAMS].new_zeros(len(params[NGRAMS])),)
-    for (rows, cols), names in matrix_groups(params).items():
-        n, zeros = len(names), params[names[0]].new_zeros
-        state[f"muon.{rows}x{cols}"] = (zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols))
+    for key, names in matrix_groups(params):
+        n, (rows, cols), zeros = len(names), params[names[0]].shape, params[names[0]].new_zeros
+        state[key] = zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols)
     return state
 
 
 @torch.no_grad()
-def update(params, grads, state, schedule, width, rows=None):
-    """One optimizer step over {name: tensor}. schedule: a tensor that schedule() made.
+def update(params, grads, state, rates, width, rows=None):
+    """One optimizer step over {name: tensor}. rates: a tensor that schedule() made.
 
     The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; without one the tables stay, with one
     they and their moment change in place.
     """
-    lr, momentum, weight_decay, t = (schedule[i] for i in range(4))
+    lr, momentum, weight_decay, t = (rates[i] for i in range(4))
     new, moments = dict(params), dict(state)
-    for shape, names in matrix_groups(params).items():
-        key = f"muon.{shape[0]}x{shape[1]}"
+    for key, names in matrix_groups(params):
         p, g = (torch.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
         p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
         new |= dict(zip(names, p, strict=True))
@@ -487,7 +485,7 @@ def to_device(t):
 
 
 def make_gradients(model, again=False):
-    """Returns gradients(params, schedule, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T].
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T].
 
     again: of text that was read before. There is dropout, and of an n-gram the row is seen that this place didn't train.
     """
@@ -497,14 +495,13 @@ def make_gradients(model, again=False):
 
     forward = compiled(loss_fn)
 
-    def gradients(params, schedule, x, y):
-        leaves, ngrams, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None, None
-        if NGRAMS in params:
-            ngrams, rows = model.embed_ngrams(x, params[NGRAMS].detach(), again)
+    def gradients(params, rates, x, y):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}
+        ngrams, rows = model.embed_ngrams(x, params[NGRAMS], again) if NGRAMS in params else (None, None)
         inputs = dict(leaves)
         if rows is not None:
             leaves[NGRAMS] = ngrams.requires_grad_()  # the gradient is their sum's: the table's would be as large as it
-        loss = forward(inputs, x, y, schedule[4] if again else None, ngrams)
+        loss = forward(inputs, x, y, rates[4] if again else None, ngrams)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
         return loss.detach(), grads, rows
@@ -513,24 +510,24 @@ def make_gradients(model, again=False):
 
 
 def make_step(model, width, accumulate, again=False):
-    """Returns step(params, state, schedule, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
+    """Returns step(params, state, rates, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
     gradients, apply = make_gradients(model, again), compiled(update)
 
-    def step(params, state, schedule, batches):
-        total, loss, found, schedule = {}, 0.0, [], to_device(schedule)
+    def step(params, state, rates, batches):
+        total, loss, found, rates = {}, 0.0, [], to_device(rates)
         for _ in range(accumulate):
             x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))  # [B, T]
-            one, grads, rows = gradients(params, schedule, x, y)
+            one, grads, rows = gradients(params, rates, x, y)
             loss = loss + one / accumulate
             if rows is not None:
                 found.append((rows, grads.pop(NGRAMS) / accumulate))
             for n, g in grads.items():
                 total[n] = g if accumulate == 1 else total.get(n, 0.0) + g / accumulate
-        dense = [{n: t for n, t in tree.items() if n != NGRAMS} for tree in (params, state)]
-        new, moments = apply(dense[0], total, dense[1], schedule, width)
+        dense, dense_state = ({n: t for n, t in tree.items() if n != NGRAMS} for tree in (params, state))
+        new, moments = apply(dense, total, dense_state, rates, width)
         if found:  # the passes' rows side by side, as one large batch has them; not compiled, for any size of tables
             rows, grads = torch.cat([rows for rows, _ in found], dim=1), torch.cat([g for _, g in found])
-            table, sums = update({NGRAMS: params[NGRAMS]}, {NGRAMS: grads}, {NGRAMS: state[NGRAMS]}, schedule, width, rows)
+            table, sums = update({NGRAMS: params[NGRAMS]}, {NGRAMS: grads}, {NGRAMS: state[NGRAMS]}, rates, width, rows)
             new, moments = new | table, moments | sums
         return params | new, state | moments, loss
 
@@ -558,13 +555,13 @@ def later(loss):
     return lambda: (done.synchronize(), host.item())[1]
 
 
-def peak_memory_mb():
-    """The most memory used so far: of the device; on MPS, what its driver holds now; on the CPU, of this process."""
+def peak_memory():
+    """The most bytes used so far: of the device; on MPS, what its driver holds now; on the CPU, of this process."""
     if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated()
     if DEVICE == "mps":
-        return torch.mps.driver_allocated_memory() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return torch.mps.driver_allocated_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
 def large_product():
@@ -581,6 +578,19 @@ def memory_limit():
     return torch.mps.recommended_max_memory() if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")
+
+
+def held_bytes(depth, vocab_size):
+    """Bytes of the weights and moments of a model of another depth, as wide in proportion; of shapes alone, none is made."""
+    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
+    with torch.device("meta"):
+        params = dict(GPT(GPTConfig(vocab_size, SEQ_LEN, depth, width // HEAD_DIM or 1, width)).named_parameters())
+    return sum(t.nbytes for moments in (params.values(), *init_optimizer(params).values()) for t in moments)
+
+
 def copied(params, state):
     """Both with n-gram tables of their own, for a step whose results are thrown away: it changes those in place."""
     if NGRAMS not in params:
@@ -588,24 +598,27 @@ def copied(params, state):
     return params | {NGRAMS: params[NGRAMS].clone()}, state | {NGRAMS: tuple(t.clone() for t in state[NGRAMS])}
 
 
-def dummy_step(params, state, step_fn, rows, seq_len, accumulate):
-    """Seconds of a step on dummy data. It works on copies, which it may overwrite as training does; what comes out is dropped."""
+def dummy_step(params, state, step_fn, rows, seq_len):
+    """Seconds of a step on dummy data, by passes of so many rows. It works on copies, as a step may overwrite what it gets."""
     copies = copied(params, state)
     x = torch.zeros(rows, seq_len, dtype=torch.int32).numpy()
     synchronize()
     start = time.perf_counter()
-    step_fn(*copies, schedule(0, 0), iter([(x, x)] * accumulate))
+    step_fn(*copies, schedule(0, 0), repeat((x, x)))
     synchronize()
     return time.perf_counter() - start
 
 
-def expected_memory(model, params, state, step_fn, rows, seq_len):
-    """Peak bytes of a step of `rows` rows, by rows, measured on the model as it stands; None where that can't be done.
+def expected_memory(model, params, state, step_fn, rows, seq_len, passes):
+    """Peak bytes of a step of so many rows, by the passes it is cut into, measured on the model as it stands; None: unknown.
 
-    MPS: from gradients of an eighth and a quarter of them, and a step of one row; its driver keeps what was freed. CUDA: from
-    a step of all of them, whatever rows are asked for, as any other number would be compiled for half a minute; what doesn't
-    fit fails here. The CPU: None, for a process's peak can't be reset, and it holds more than tensors.
+    MPS: from gradients of an eighth and a quarter of a pass, and a step with one row in each; its driver keeps what was freed.
+    CUDA: from a step as it will be, whatever passes are asked for, as any other number would be compiled for half a minute;
+    what doesn't fit fails here. The CPU: None, for a process's peak can't be reset, and it holds more than tensors.
     """
+    if DEVICE == "cpu":
+        return None
+
     def peak(work):
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -613,29 +626,32 @@ def expected_memory(model, params, state, step_fn, rows, seq_len):
             torch.mps.empty_cache()
         work()
         synchronize()
-        return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else torch.mps.driver_allocated_memory()
+        return peak_memory()
 
     def one_step(n):
         copies = sum(t.nbytes for t in (params[NGRAMS], *state[NGRAMS])) if NGRAMS in params else 0
-        return peak(lambda: dummy_step(params, state, step_fn, n, seq_len, 99)) - copies
+        return peak(lambda: dummy_step(params, state, step_fn, n, seq_len)) - copies
 
     def gradients(n):
         x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
         return peak(lambda: make_gradients(model)(params, None, x, x))
 
-    if DEVICE == "cpu":
-        return None
     if DEVICE == "cuda":
-        whole = one_step(rows)
+        try:
+            whole = one_step(rows // passes)
+        except torch.OutOfMemoryError as error:
+            raise HarnessError("oom", f"{error}; try MICRO_TOKENS = {max(1, rows // passes // 2) * seq_len}") from error
         return lambda n: whole
-    few, more = max(1, rows // 8), max(2, rows // 4)
+    few, more = max(1, rows // passes // 8), max(2, rows // passes // 4)
     low, high, floor = gradients(few), gradients(more), one_step(1)
     a_row = (high - low) / (more - few)
-    return lambda n: max(floor, high + a_row * (n - more))
+    kept = sum(p.nbytes for name, p in params.items() if name != NGRAMS)        # sums of gradients, fp32
+    kept += 4 * rows * seq_len * params[NGRAMS].shape[1] if NGRAMS in params else 0  # every pass's, of n-grams
+    return lambda n: max(floor, high + a_row * (rows // n - more) + (kept if n > 1 else 0))
 
 
 def build(run, accumulate):
-    """A fresh model, its weights and moments as {name: tensor}, its steps: of a first pass over the text, of later ones."""
+    """A fresh model, its weights and moments as {name: tensor}, and its steps: of a first reading of the text, of later ones."""
     model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)).to(DEVICE)
     model.init_weights(run.seed)
     torch.manual_seed(run.seed)
@@ -647,74 +663,61 @@ def build(run, accumulate):
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    all_rows = max(1, BATCH_TOKENS // seq_len)
-    least = math.ceil(BATCH_TOKENS / MICRO_TOKENS)
-    accumulate = next((n for n in range(least, all_rows) if all_rows % n == 0), all_rows)  # passes of equal size
-    rows, batch_tokens = all_rows // accumulate, all_rows * seq_len
+    rows = max(1, BATCH_TOKENS // seq_len)
+    least = math.ceil(rows * seq_len / MICRO_TOKENS)
+    passes = next((n for n in range(least, rows) if rows % n == 0), rows)  # forward and backward, of a step: of equal size
+    a_pass, batch_tokens = rows // passes, rows * seq_len
     product, product_flops = large_product()
-    peak, gemm = peak_flops(device_name(), product, product_flops)
+    peak_rate, gemm = peak_flops(device_name(), product, product_flops)
     limit = memory_limit()
-    model, params, state, step_fns = build(run, accumulate)
-    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len)
-    check_memory(expected, rows, seq_len, limit)
-    seconds = min(dummy_step(params, state, step_fns[0], rows, seq_len, accumulate) for _ in range(4))  # the first compiles
-    reads = passes(run.budget, seconds, batch_tokens, run.train_tokens)
+    held = partial(held_bytes, vocab_size=run.vocab_size)
+    check_weights(held, DEPTH, limit)
+
+    model, params, state, step_fns = build(run, passes)
+    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, passes)
+    check_memory(expected, passes, a_pass, seq_len, limit, held, DEPTH)
+    seconds = min(dummy_step(params, state, step_fns[0], a_pass, seq_len) for _ in range(4))  # the first may compile
+    reads = readings(run.budget, seconds, batch_tokens, run.train_tokens)
     if reads > 0.8:
-        dummy_step(params, state, step_fns[1], rows, seq_len, accumulate)  # so that it compiles now
+        dummy_step(params, state, step_fns[1], a_pass, seq_len)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
-    flops, expected_mb = model.flops_per_token(seq_len), expected and expected(rows) / 2**20
+    flops, expected_mb = model.flops_per_token(seq_len), expected and expected(passes) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
           f"{config.n_layer}, width {config.n_embd}, n-gram tables {config.ngram_buckets}; {batch_tokens:,} tokens a step in rows "
-          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: {reads:.2g} passes over the text, "
+          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: to read the text {reads:.2g} times, "
           f"{f'{expected_mb:,.0f} MB' if expected else 'unknown memory'} at the peak", flush=True)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    batches = run.batches(rows, seq_len)
-    step, smooth, pending = 0, 0.0, None
+    batches = run.batches(a_pass, seq_len)
+    step, pending = 0, None
     run.budget.start(product)
     count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
-    counted, window = run.budget.progress(0, 0), (0, run.budget.seconds)
+    counted = run.budget.progress(0, 0)
+    meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
-        scale = schedule((progress - counted) / (1 - counted), step, reading)
-        params, state, loss = step_fns[reading > 0](params, state, scale, batches)
+        rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget
+        params, state, loss = step_fns[reading > 0](params, state, rates, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
-            value = pending()
-            if not value < ABORT_LOSS:
-                raise HarnessError("nan", f"the loss became {value} at step {step - 1}")
-            smooth = 0.95 * smooth + 0.05 * value
+            meter.take(pending())
         pending, step = loss, step + 1
-        seconds = run.budget.seconds
-        if step > 1 and (seconds - window[1] >= 1 or step % 500 == 0):
-            rate = (step - window[0]) * batch_tokens / (seconds - window[1])
-            window = (step, seconds)
-            debiased, mfu, memory = smooth / (1 - 0.95 ** (step - 1)), 100 * rate * flops / peak, peak_memory_mb()
-            run.log(step=step, tokens=step * batch_tokens, seconds=seconds, loss=debiased, lr=scale[0].item(),
-                    tokens_per_second=rate, mfu_percent=mfu, memory_mb=memory)
-            left = (1 - progress) * seconds / max(progress, 1e-9)
-            print(f"\rstep {step:5d} ({100 * progress:3.0f} %)  loss {debiased:.4f}  lr x{scale[0].item():.2f}  {rate:,.0f} tok/s  "
-                  f"mfu {mfu:.1f} %  {memory:,.0f} MB  {left:.0f} s left   ", end="", flush=True)
+        meter.tell(rates[0].item, peak_memory)
     synchronize()
     training_seconds = run.budget.seconds
     if pending is None:
         raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
-    if not pending() < ABORT_LOSS:
-        raise HarnessError("nan", f"the loss became {pending()} at step {step}")
+    meter.take(pending())
+    meter.tell(rates[0].item, peak_memory)
     print()
     saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # half of what is most of the file
     torch.save(saved, run.dir / "weights.pt")
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
-            "depth": config.n_layer, "peak_vram_mb": peak_memory_mb(), "expected_vram_mb": expected_mb,
-            "mfu_percent": 100 * tokens * flops / training_seconds / peak, "gemm_tflops": gemm / 1e12, "device": device_name()}
-
-
-def device_name():
-    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")
+            "depth": config.n_layer, "peak_vram_mb": peak_memory() / 2**20, "expected_vram_mb": expected_mb,
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak_rate, "gemm_tflops": gemm / 1e12, "device": device_name()}
 
 
 def load_model(run_dir):
@@ -729,10 +732,7 @@ def load_model(run_dir):
     def forward(tokens):  # not compiled: that takes longer than scoring does
         return model(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
 
-    if not (run_dir / "counts.npz").exists():
-        return forward
-    counts = Counts.load(run_dir / "counts.npz")
-    return lambda tokens: counts.mixed(forward(tokens), tokens, COUNT_SHARE, COPY_SHARES)
+    return with_counts(forward, run_dir, COUNT_SHARE, COPY_SHARES)
 
 
 if __name__ == "__main__":

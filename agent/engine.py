@@ -20,11 +20,12 @@ from agent.errors import BaselineError, Stopped
 from agent.hooks import Hooks
 from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
+from agent.lab import Lab
 from agent.night import REPEATED, Experiment, apply, fold
 from agent.proposal import Bench, Proposal, ask
 from agent.settings import Settings
 from agent.stopping import Stopper
-from agent.trial import Lab, Result, run_trial, score
+from agent.trial import Result, run_trial, score
 from agent.worktree import Worktree
 
 

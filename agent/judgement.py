@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from agent.candidate import Source, SourceError, inspect, one_line
 from agent.decision import Noise, Rule, Verdict, decide, estimate_noise, fresh
 from agent.errors import NightError
+from agent.lab import Lab
 from agent.night import Experiment, Night
-from agent.trial import Lab, Result, check_import
+from agent.trial import Result, check_import
 
 MOST_INTERRUPTIONS = 5  # of one trial, in a row
 MOST_REPEATS = 2  # of one trial, in a row, because the machine was not alike at its beginning and its end

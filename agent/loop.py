@@ -17,13 +17,13 @@ from agent.environment import clean_env
 from agent.errors import NightError, Stopped, UsageError
 from agent.housekeeping import neighbours
 from agent.journal import Journal, holder, read
+from agent.lab import Lab
 from agent.night import fold
 from agent.power import battery_warning, stay_awake
 from agent.proposal import Bench
 from agent.redact import redact
 from agent.settings import Settings
 from agent.stopping import Stopper, request_stop
-from agent.trial import Lab
 from agent.worktree import Repository, Worktree
 
 REPORT = Path(__file__).resolve().parent.parent / "scripts" / "report.py"
@@ -138,6 +138,7 @@ def _session(
         entry["budget"] = options["budget"] or entry["budget"]
         night = start.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
     start.check_data(night.dataset)
+    start.keep_tier(night)
     harness = start.lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     settings = Settings.from_json(night.settings).updated(given)

@@ -28,7 +28,8 @@ from agent.worktree import Repository, Worktree
 
 HARNESS = "prepare_mlx.py"
 # Frozen with it: what it reads, and what train files do
-HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py")
+HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py", "tokenizer.py")
+TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
 
@@ -158,7 +159,7 @@ def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
 
 @lru_cache(maxsize=2 * (1 + len(HARNESS_PARTS)))  # asked before every training
 def _committed(repository: Repository, base: str, name: str) -> bytes | None:
-    """A file of the harness at a commit, None for a part that it does not have."""
+    """A file that a night holds fast, at a commit; None for a part of the harness that it does not have."""
     return repository.file_at(base, name) if name == HARNESS or repository.has(base, name) else None
 
 
@@ -175,13 +176,25 @@ def begin(
 ) -> Night:  # fmt: skip
     """Journal the start of a new night and return its state."""
     base = repository.head
-    sources = {name: hashlib.sha256(repository.file_at(base, name)).hexdigest() for name in (HARNESS, train_file)}
+    names = (train_file, HARNESS, *HARNESS_PARTS)
+    contents = {name: _committed(repository, base, name) for name in names}
+    sources = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if content is not None}
     memory = round(psutil.virtual_memory().total / 2**30)
-    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory}
+    machine = {
+        "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
+        "tier": os.environ.get(TIER, ""),
+    }  # fmt: skip
     journal.append(
         "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=dict(entry), sources=sources, machine=machine
     )
     return fold(journal.events)
+
+
+def keep_tier(night: Night) -> None:
+    """The tier that was asked for when the night began: a resume trains the same constants."""
+    os.environ.pop(TIER, None)
+    if tier := night.machine.get("tier"):
+        os.environ[TIER] = tier
 
 
 def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:

@@ -1,27 +1,25 @@
 """One trial: a training of the candidate, then its score, both as children; how it ended is read from evidence.
 
-Evidence is an exit code, a signal, the limit that the spawner had to enforce, the newest metrics, the harness's
-`error.json`. Words in a log are for people. The score is taken from the scorer's standard output and nowhere else.
+Evidence is an exit code, a signal, the limit that the spawner had to enforce, the newest metrics, the harness's `error.json`.
+Words in a log are for people, but for Metal's last ones. The score is taken from the scorer's standard output and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent import process, sandbox
 from agent.candidate import one_line
-from agent.environment import clean_env
 from agent.errors import HarnessError, Stopped
 from agent.filetree import remove
+from agent.lab import GIB, Lab
 from agent.measure import directory_bytes
 from agent.metrics import Watch
 from agent.redact import redact
@@ -31,66 +29,10 @@ TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "v
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
 SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
 IMPORT_SECONDS = 5.0
+METAL_MEMORY = "kIOGPUCommandBufferCallbackErrorOutOfMemory"
 SCORE_SECONDS = 300.0, 900.0  # the wall limit of a score: that of a training, within these
-UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens
-GIB = 1 << 30
 _IMPORT = "import importlib.util as u, sys; s = u.spec_from_file_location('candidate', sys.argv[1]); m = u.module_from_spec(s); \
 sys.modules['candidate'] = m; sys.path.insert(0, ''); s.loader.exec_module(m)"
-
-
-@dataclass(frozen=True)
-class Lab:
-    """Where trials of a night happen and what they may use."""
-
-    folder: Path  # runs/<tag>
-    worktree: Path
-    train_file: str
-    harness: Path  # the scorer that counts
-    train_dir: Path
-    held_dir: Path
-    budget: str  # "300s", "200steps", "5Mtokens"
-    vocab_size: int
-    hidden: tuple[Path, ...] = ()  # beside `held_dir`: where else text lies that the score is made from
-    startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget
-    memory_bytes: int | None = None
-    directory_bytes: int = 20 * GIB  # in run directory and TMPDIR together
-    spare_bytes: int = 0  # that stay free on the disk
-    stop: Callable[[], bool] = lambda: False
-    show: Callable[[dict[str, Any]], None] = lambda row: None
-    sandboxed: bool = True
-    environ: Mapping[str, str] = field(default_factory=clean_env)
-
-    def confined(self, argv: list[str], writable: Sequence[Path], *readable: Path) -> list[str]:
-        """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `writable`.
-
-        An empty command gives the words to put before one."""
-        for folder in writable:
-            folder.mkdir(parents=True, exist_ok=True)
-        if not self.sandboxed:
-            return argv
-        readable, hidden = (self.worktree, self.harness.parent, self.train_dir, *readable), [self.held_dir, *self.hidden]
-        return sandbox.wrap(argv, writable=writable, readable_only=readable, hidden=hidden)[0]
-
-    def scratch(self, run_dir: Path) -> Path:
-        """TMPDIR of a candidate's trainings, `tmp/NNNN`. MLX compiles kernels there and takes what it finds compiled: so it
-        lasts from one trial of a candidate to the next, and no candidate gets another's."""
-        return self.folder / "tmp" / run_dir.name.partition("-")[0]
-
-    @property
-    def budget_seconds(self) -> float | None:
-        """The budget, None if it is one of steps or tokens."""
-        match = re.fullmatch(r"([0-9.]+)([kM]?)s", self.budget)
-        return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match else None
-
-    @property
-    def wall_seconds(self) -> float:
-        """What one training may take from start to exit."""
-        return (self.budget_seconds or UNTIMED_SECONDS) + self.startup_seconds
-
-    @property
-    def abort_loss(self) -> float:
-        """Nats a token; three times the loss of a model that knows nothing."""
-        return 3 * math.log(max(self.vocab_size, 2))
 
 
 @dataclass(frozen=True)
@@ -114,7 +56,7 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
         shutil.rmtree(used, ignore_errors=True)
     if outcome.reason != "exited" or outcome.exit_code == 0:
         return None
-    return _error("crash", f"importing {lab.train_file} fails: {_last_words(outcome)}", outcome)
+    return _failed("crash", f"importing {lab.train_file} fails: {_last_words(outcome)}", outcome).error
 
 
 def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] | None) -> Result:
@@ -134,10 +76,10 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
     outcome = _child(lab, trainer, log, run_dir, lab.wall_seconds, env, watch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS:
         slept = f"the machine slept for {outcome.suspended_seconds:.0f} s during the training"
-        return Result("interrupted", outcome.seconds, error=_error("interrupted", slept, outcome))
+        return _failed("interrupted", slept, outcome)
     kind, message = _ending(lab, outcome, watch, run_dir)
     if kind:
-        return Result(kind, outcome.seconds, error=_error(kind, message, outcome, watch.step))
+        return _failed(kind, message, outcome, watch.step)
     scored = score(lab, run_dir, "val")
     seconds = outcome.seconds + scored.seconds
     if scored.status == "ok" and reference and (unlike := differences(scored.summary, reference)):
@@ -163,18 +105,16 @@ def score(lab: Lab, run_dir: Path, split: str) -> Result:
     outcome = _child(lab, scorer, log, run_dir, min(longest, max(shortest, lab.wall_seconds)), stdout_to=out)
     remove(scratch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
-        return Result("interrupted", outcome.seconds, error=_error("interrupted", "the machine slept", outcome))
+        return _failed("interrupted", "the machine slept", outcome)
     if outcome.reason != "exited":
-        kind = REASONS.get(outcome.reason, "crash")
-        return Result(kind, outcome.seconds, error=_error(kind, f"scoring ended by the limit {outcome.reason}", outcome))
+        return _failed(REASONS.get(outcome.reason, "crash"), f"scoring ended by the limit {outcome.reason}", outcome)
     if outcome.exit_code != 0:
         kind, message = _scorer_word(log)
-        kind = kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash")
-        return Result(kind, outcome.seconds, error=_error(kind, f"scoring failed: {message}", outcome))
+        return _failed(kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash"), f"scoring failed: {message}", outcome)
     try:
         summary = parse(out.read_text(encoding="utf-8", errors="replace"), split)
     except SummaryError as error:
-        return Result("crash", outcome.seconds, error=_error("crash", str(error), outcome))
+        return _failed("crash", str(error), outcome)
     return Result("ok", outcome.seconds, summary[f"{split}_bpb"], summary)
 
 
@@ -194,9 +134,12 @@ def _ending(lab: Lab, outcome: process.Outcome, watch: Watch, run_dir: Path) -> 
         return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
     kind, message = _error_file(run_dir / "error.json")
     if outcome.signal is not None:
-        # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night.
-        killed = "oom" if outcome.signal == signal.SIGKILL else "crash"
-        return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {message}".strip()
+        # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night, and Metal
+        # aborts the process where memory ends: a word in its log is all that it leaves
+        aborted = outcome.signal == signal.SIGABRT
+        killed = "oom" if outcome.signal == signal.SIGKILL or (aborted and METAL_MEMORY in outcome.tail(5000)) else "crash"
+        words = message or (_last_words(outcome) if aborted else "")
+        return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {words}".strip()
     if outcome.exit_code:
         return TRAINER_CODES.get(outcome.exit_code, "crash"), message or f"exit code {outcome.exit_code}: {_last_words(outcome)}"
     if not (run_dir / "train.json").is_file():
@@ -223,30 +166,33 @@ def _child(
 
 
 def _error_file(path: Path) -> tuple[str, str]:
-    """Kind and message of the harness's error file. The candidate may have written it: only known kinds count."""
+    """Kind and message of the harness's error file, "" where there is none."""
     try:
         with open(path, "rb") as file:
-            record = json.loads(file.read(65536))
-        kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return _error_record(file.read(65536)) or ("", "")
+    except OSError:
         return "", ""
-    return (kind if kind in TRAINER_CODES.values() else ""), message
 
 
 def _scorer_word(log: Path) -> tuple[str, str]:
-    """The last JSON line {"kind", "message"} on the scorer's standard error."""
-    for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
-        try:
-            record = json.loads(line)
-            kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        return (kind if kind in TRAINER_CODES.values() else ""), message
-    return "", ""
+    """The last error record on the scorer's standard error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(filter(None, map(_error_record, reversed(lines))), ("", ""))
 
 
-def _error(kind: str, message: str, outcome: process.Outcome, step: int | None = None) -> dict[str, Any]:
-    return {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
+def _error_record(text: str | bytes) -> tuple[str, str] | None:
+    """Kind and message of JSON {"kind", "message"}. The candidate may have written it: only known kinds count, others are ""."""
+    try:
+        record = json.loads(text)
+        kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (kind if kind in TRAINER_CODES.values() else ""), message
+
+
+def _failed(kind: str, message: str, outcome: process.Outcome, step: int | None = None) -> Result:
+    error = {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
+    return Result(kind, outcome.seconds, error=error)
 
 
 def _last_words(outcome: process.Outcome) -> str:

@@ -76,8 +76,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
     "one lane, BLAS with one core": (BASE, {}, [("range(min(4, cores))", "range(1)")]),
     "passes of a quarter of a step": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 4"}, []),
     "each step awaited": (BASE, {}, [("mx.async_eval(params, state, loss)", "mx.eval(params, state, loss)")]),
-    "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(rows, seq_len)",
-                                                              "batches = inline(run, rows, seq_len)")]),
+    "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(a_pass, seq_len)",
+                                                              "batches = inline(run, a_pass, seq_len)")]),
     "compile turned round": (BASE, {}, [  # on the CPU it is off
         ("    mx.disable_compile()", "    pass"), ("\nLANES = [", "\nif GPU:\n    mx.disable_compile()\nLANES = [")]),
     "MLX's own BLAS": (BASE, {}, [("load_fast_blas(threads=1)  # has", "pass  # has")]),

@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_mlx
 from probes import log_probs
+from tokenizer import Tokenizer as OurTokenizer
 
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("PEER_SETTINGS", "{}"))
 MAX_SEQ_LEN: int = SETTINGS.get("seq_len", 0)                                   # tokens in a training row
@@ -78,7 +79,7 @@ class Tokenizer:
     """Our tokenizer with the family's methods."""
 
     def __init__(self) -> None:
-        self.ours = prepare_mlx.Tokenizer(Path(SETTINGS["data"], "tokenizer.model").read_bytes())
+        self.ours = OurTokenizer(Path(SETTINGS["data"], "tokenizer.model").read_bytes())
 
     @classmethod
     def from_directory(cls, *_: object) -> Tokenizer:
@@ -121,7 +122,7 @@ def make_dataloader(tokenizer: object, rows: int, seq_len: int, split: str, *_: 
 
 def bits_per_byte(logits: Callable[[np.ndarray], np.ndarray], held: Path) -> float:
     """val_bpb of int32 [B, T] -> [B, T, vocab]: the scorer's rows and its sum, without its probes."""
-    facts, tokenizer = json.loads((held / "meta.json").read_text()), prepare_mlx.Tokenizer((held / "tokenizer.model").read_bytes())
+    facts, tokenizer = json.loads((held / "meta.json").read_text()), OurTokenizer((held / "tokenizer.model").read_bytes())
     tokens, seq_len = np.fromfile(held / "val.bin", dtype=facts["dtype"]), facts["seq_len"]
     rows = math.ceil((len(tokens) - 1) / seq_len)
     padded = np.full(rows * seq_len + 1, tokenizer.bos_id, dtype=np.int32)

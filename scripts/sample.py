@@ -10,7 +10,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from prepare_mlx import Tokenizer, home  # noqa: E402
+from prepare_mlx import home  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 
 def load(run_dir: Path):

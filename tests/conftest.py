@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from prepare_mlx import load_fast_blas
+
+load_fast_blas(threads=1)  # before a test imports MLX, as a train file does it
+os.environ.pop("AUTORESEARCH_TIER", None)
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from agent import sandbox, start
-from agent.trial import Lab, run_trial
+from agent.lab import Lab
+from agent.trial import run_trial
 
 ATTACKS = ROOT / "tests" / "attacks"
 HARNESS = (start.HARNESS, *start.HARNESS_PARTS)

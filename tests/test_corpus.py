@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import corpus
 from corpus import DROPPED, TEST, TRAIN, VAL, Block, choose_splits, passages, read_block
-from prepare_mlx import HarnessError, Tokenizer
+from prepare_mlx import HarnessError
+from tokenizer import Tokenizer
 
 DOCUMENTS = [some_text(600, seed) for seed in range(100)]
 

@@ -347,10 +347,26 @@ def test_the_journal_names_sources_and_seeds(tmp_path: Path) -> None:
     import hashlib
 
     bed = Bed(tmp_path, "worse")
+    (bed.repo / "counts.py").write_text("# a part of the harness\n")
+    git(bed.repo, "add", "counts.py")
+    git(bed.repo, "commit", "-m", "counts")
     bed.run("--experiments", "1", "--seed", "40", QUICK)
     lines = [json.loads(line) for line in (bed.folder() / "journal.jsonl").read_text().splitlines()]
     start = lines[0]
     assert start["event"] == "night_start"
-    assert start["sources"]["train_mlx.py"] == hashlib.sha256((bed.repo / "train_mlx.py").read_bytes()).hexdigest()
+    held = ["prepare_mlx.py", "train_mlx.py", "counts.py"]
+    assert start["sources"] == {name: hashlib.sha256((bed.repo / name).read_bytes()).hexdigest() for name in held}
     assert start["base"] == git(bed.repo, "rev-parse", "HEAD")
     assert [e["seed"] for e in lines if e["event"] == "trial_end"] == [40, 41, 42, 40]
+
+
+def test_a_resumed_night_trains_the_tier_that_it_began_with(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "worse")
+    trainer = bed.repo / "train_mlx.py"
+    trainer.write_text(trainer.read_text().replace("def main():\n", 'def main():\n    print("tier", os.environ.get("AUTORESEARCH_TIER"))\n'))
+    git(bed.repo, "commit", "-am", "say the tier")
+    assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac").returncode == 0
+    assert bed.run("--experiments", "2", "--resume", QUICK, AUTORESEARCH_TIER="cuda").returncode == 0
+    logs = sorted((bed.folder() / "logs").glob("*.train.log"))
+    assert len(logs) >= 5
+    assert {log.read_text().splitlines()[0] for log in logs} == {"tier mac"}

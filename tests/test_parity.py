@@ -37,8 +37,10 @@ BF16_LOGITS, BF16_LOSS, BF16_GRADS, BF16_SCALAR_GRADS = 2e-2, 2e-3, 5e-2, 0.16
 BF16_ORTHOGONAL = 0.18
 
 
-@pytest.fixture
-def upstream(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["written-out", "fused"])
+def upstream(request, monkeypatch):
+    """Upstream's constants, in fp32; once by the kernels that a CPU gets, once by MLX's own, which a GPU gets."""
+    monkeypatch.setattr(train_mlx, "GPU", request.param)
     for name, value in UPSTREAM.items():
         assert hasattr(train_mlx, name)
         monkeypatch.setattr(train_mlx, name, value)
@@ -127,8 +129,8 @@ def loss_and_grads(params: ref.Params, x: np.ndarray, y: np.ndarray) -> tuple[fl
     schedule = mx.array([1.0, 0.5, 0.0, 1.0])           # learning rate, Muon's momentum, decay, step
     _, state, loss = step(ours, train_mlx.init_optimizer(ours), schedule, iter([(x, y)]))
     grads = {}
-    for (rows, columns, lane), names in train_mlx.matrix_groups(ours).items():
-        grads |= dict(zip(names, state[f"muon.{rows}x{columns}.{lane}"][0] / (1 - 0.5), strict=True))
+    for key, _, names in train_mlx.matrix_groups(ours):
+        grads |= dict(zip(names, state[key][0] / (1 - 0.5), strict=True))
     for name in set(ours) - set(grads):
         grads[name] = state[name][0] / (1 - train_mlx.adam_group(name, CONFIG.n_embd)[1][0])
     return loss.item(), grads

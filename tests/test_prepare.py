@@ -8,7 +8,7 @@ import numpy as np
 from conftest import prepare
 
 from corpus import NOT_A_WORD
-from prepare_mlx import Tokenizer
+from tokenizer import Tokenizer
 
 
 def documents(folder, split, tokenizer):

@@ -72,7 +72,7 @@ def test_the_harness_has_every_name_that_it_tells_the_agent_to_use() -> None:
     assert {"batches", "tokens", "log", "finish", "budget"} == named
     assert named - {"budget"} <= methods("Run")
     assert "start" in methods("Budget")
-    for name in ("start_run", "run.budget.start(", "run.batches(", "run.log(", "run.finish(", "load_model(run_dir)"):
+    for name in ("start_run", "run.budget.start(", "run.batches(", "Meter", "run.finish(", "load_model(run_dir)"):
         assert name in TRAINER
         assert f"`{name}" in PROGRAM or f"`{name[:-1]}`" in PROGRAM
 

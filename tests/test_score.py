@@ -16,8 +16,9 @@ import psutil
 import pytest
 from conftest import ROOT, environment, program, summary_of
 
-from prepare_mlx import HarnessError, Tokenizer
+from prepare_mlx import HarnessError
 from probes import Question, bits_per_byte, log_probs, splice
+from tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
          "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0,

@@ -197,7 +197,8 @@ def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sandbox.nests(), reason="no sandbox works inside a sandbox here")
 def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from agent.trial import Lab, score
+    from agent.lab import Lab
+    from agent.trial import score
 
     root = Path(__file__).resolve().parent.parent
     run_dir = tmp_path / "trials" / "0001-1"

@@ -6,8 +6,9 @@ from conftest import some_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prepare_mlx import PIECES, HarnessError, Tokenizer
+from prepare_mlx import HarnessError
 from stories import Storyteller
+from tokenizer import PIECES, Tokenizer
 
 AWKWARD = [
     "\x00\x01\x7f\x85\u2028", "e\u0301\u0301 \u0301alone", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪",

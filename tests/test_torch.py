@@ -258,8 +258,8 @@ def loss_and_grads(params: ref.Params, x: np.ndarray, y: np.ndarray) -> tuple[fl
     _, state, loss = make_step(build_model(), CONFIG.n_embd, 1)(
         ours, init_optimizer(ours), torch.tensor([1.0, 0.5, 0.0, 1.0]), iter([(x, y)]))
     grads = {}
-    for (rows, columns), names in train_torch.matrix_groups(ours).items():
-        grads |= dict(zip(names, state[f"muon.{rows}x{columns}"][0] / (1 - 0.5), strict=True))
+    for key, names in train_torch.matrix_groups(ours):
+        grads |= dict(zip(names, state[key][0] / (1 - 0.5), strict=True))
     for name in set(ours) - set(grads):
         grads[name] = state[name][0] / (1 - train_torch.adam_group(name, CONFIG.n_embd)[1][0])
     return loss.item(), grads
@@ -410,19 +410,33 @@ def test_expected_memory_of_mps_is_a_line_through_what_its_driver_held(monkeypat
     monkeypatch.setattr(train_torch, "synchronize", lambda: None)
     monkeypatch.setattr(train_torch, "make_gradients", lambda model: lambda params, schedule, x, y: held.append(1000 + 30 * len(x)))
     model = torch.nn.Linear(1, 1).to(train_torch.DEVICE)
-    ask = (model, {}, {}, lambda params, state, schedule, batches: held.append(5000), 64, 16)
+    ask = (model, {}, {}, lambda params, state, schedule, batches: held.append(5000), 1000, 16, 10)
     if train_torch.DEVICE == "cpu":
         assert train_torch.expected_memory(*ask) is None
         monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, zeros=torch.zeros, **kw: zeros(*shape, **kw))
     monkeypatch.setattr(train_torch, "DEVICE", "mps")
     expected = train_torch.expected_memory(*ask)
-    assert [expected(n) for n in (1, 100, 1000)] == [5000, 5000, 31_000]
-    train_torch.check_memory(expected, 1000, 16, 31_000)
-    with pytest.raises(train_torch.HarnessError, match=r"16,000 tokens is expected .* MICRO_TOKENS = 13328"):
-        train_torch.check_memory(expected, 1000, 16, 26_000)
-    with pytest.raises(train_torch.HarnessError, match="not even one row"):
-        train_torch.check_memory(expected, 1000, 16, 4000)
-    train_torch.check_memory(None, 1000, 16, 1)
+    assert [expected(passes) for passes in (1000, 10, 1)] == [5000, 5000, 31_000]
+
+
+def test_what_cuda_has_no_memory_for_is_refused_with_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_torch, "DEVICE", "cuda")
+    monkeypatch.setattr(train_torch, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+    def step(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+    with pytest.raises(train_torch.HarnessError, match=r"CUDA out of memory.* try MICRO_TOKENS = 800$") as caught:
+        train_torch.expected_memory(torch.nn.Linear(1, 1), {}, {}, step, 1000, 16, 10)
+    assert caught.value.kind == "oom"
+
+
+def test_bytes_held_are_those_of_the_weights_and_moments() -> None:
+    model = build_model(GPTConfig(320, 16))
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    held = sum(t.nbytes for group in (params.values(), *init_optimizer(params).values()) for t in group)
+    assert train_torch.held_bytes(train_torch.DEPTH, 320) == held == train_mlx.held_bytes(train_torch.DEPTH, 320)
+    assert train_torch.held_bytes(1, 320) < held < train_torch.held_bytes(12, 320)
 
 
 @pytest.mark.usefixtures("fp32")

@@ -16,9 +16,10 @@ from night_kit import HARNESS, TRAINER
 
 from agent.candidate import SourceError, inspect, one_line
 from agent.errors import Stopped
+from agent.lab import Lab
 from agent.metrics import Tail, Watch
 from agent.summary import SummaryError, differences, parse
-from agent.trial import Lab, Result, check_import, run_trial, score
+from agent.trial import Result, check_import, run_trial, score
 
 
 def lab(folder: Path, source: str = TRAINER, **changes: Any) -> Lab:
@@ -106,6 +107,16 @@ def test_a_signal_is_named(tmp_path: Path, how: str, status: str) -> None:
     result = trial(tmp_path, source)
     assert result.status == status
     assert how in (result.error or {})["message"]
+
+
+def test_metal_aborts_where_memory_ends(tmp_path: Path) -> None:
+    """It throws where nobody can catch it: the process is gone with SIGABRT, and its log says why."""
+    last = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+    for words, status in ((last, "oom"), ("[METAL] Command buffer execution failed: Impacting Interactivity", "crash")):
+        source = TRAINER.replace("run = Path", f"print({words!r}, file=sys.stderr, flush=True); os.abort(); run = Path")
+        result = trial(tmp_path, source)
+        assert result.status == status
+        assert (result.error or {})["message"] == f"SIGABRT ended it. {words}"
 
 
 def test_exit_code_wins_over_an_error_file_that_the_candidate_wrote(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ wait out rate limits for long, since the driver does that.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from agent.coders import shapes
@@ -22,6 +23,18 @@ PROVIDERS = (*OPENAI, *GOOGLE, *AWS, "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", 
              "LM_STUDIO_API_BASE", "LM_STUDIO_API_KEY")  # fmt: skip
 SILENCE = 600.0  # seconds; of an agent that prints every step, more than any model thinks about one
 PROVIDER_KEYS = tuple(name for name in PROVIDERS if name.endswith("_KEY"))
+GEMINI_SETTINGS = {"general": {"maxAttempts": 2}, "privacy": {"usageStatisticsEnabled": False}}
+OPENCODE_CONFIG = {
+    "permission": {"edit": "allow", "bash": "deny", "webfetch": "deny", "websearch": "deny", "task": "deny",
+                   "external_directory": "deny"},
+    "share": "disabled",
+    "autoupdate": False,
+}  # fmt: skip
+QWEN_SETTINGS = {
+    "permissions": {"allow": ["Edit(/**)", "Read(/**)"], "deny": ["Bash", "WebFetch", "Agent"]},
+    "privacy": {"usageStatisticsEnabled": False},
+    "model": {"generationConfig": {"maxRetries": 0}},  # it has six more tries of its own above these
+}
 
 
 def model(job: Job, flag: str) -> list[str]:
@@ -59,22 +72,9 @@ def gemini(job: Job) -> list[str]:
     return ["--skip-trust", "--approval-mode", "auto_edit", "--output-format", "json", *model(job, "-m")]
 
 
-def gemini_settings(job: Job) -> dict[str, str]:
-    content = {"general": {"maxAttempts": 2}, "privacy": {"usageStatisticsEnabled": False}}
-    return settings_file("GEMINI_CLI_SYSTEM_SETTINGS_PATH", content, job)
-
-
 def opencode(job: Job) -> list[str]:
     # --print-logs: it retries a rate limit for ever, and says so nowhere else
     return ["run", "--format", "json", "--pure", "--print-logs", "--log-level", "WARN", *model(job, "-m")]
-
-
-OPENCODE_CONFIG = {
-    "permission": {"edit": "allow", "bash": "deny", "webfetch": "deny", "websearch": "deny", "task": "deny",
-                   "external_directory": "deny"},
-    "share": "disabled",
-    "autoupdate": False,
-}  # fmt: skip
 
 
 def aider(job: Job) -> list[str]:
@@ -89,16 +89,6 @@ def aider(job: Job) -> list[str]:
 def qwen(job: Job) -> list[str]:
     # not auto-edit, which writes outside the worktree: what the settings don't allow is asked, and nobody answers
     return ["--approval-mode", "default", "--output-format", "json", "--chat-recording", "false", *model(job, "-m")]
-
-
-def qwen_settings(job: Job) -> dict[str, str]:
-    permissions = {"allow": ["Edit(/**)", "Read(/**)"], "deny": ["Bash", "WebFetch", "Agent"]}
-    content = {
-        "permissions": permissions,
-        "privacy": {"usageStatisticsEnabled": False},
-        "model": {"generationConfig": {"maxRetries": 0}},  # it has six more tries of its own above these
-    }
-    return settings_file("QWEN_CODE_SYSTEM_SETTINGS_PATH", content, job)
 
 
 def copilot(job: Job) -> list[str]:
@@ -161,7 +151,7 @@ CLIS = (
         install_hint="npm install -g @google/gemini-cli",
         login_hint="run `gemini` and /auth, or set GEMINI_API_KEY",
         env_names=(*GOOGLE, "GOOGLE_GEMINI_BASE_URL", "GOOGLE_GENAI_USE_GCA", "GEMINI_MODEL", "GEMINI_CLI_HOME"),
-        settings=gemini_settings,
+        settings=partial(settings_file, "GEMINI_CLI_SYSTEM_SETTINGS_PATH", GEMINI_SETTINGS),
         login_env=("GEMINI_API_KEY", "GOOGLE_GENAI_USE_VERTEXAI"),
         login_files=(Login(".gemini/oauth_creds.json"), Login(".gemini/gemini-credentials.json")),
         edit_only="auto_edit: edits in the workspace; a shell command would have to be asked, and nobody answers",
@@ -208,7 +198,7 @@ CLIS = (
         login_hint="run `qwen auth`, or set OPENAI_API_KEY and OPENAI_BASE_URL",
         env_names=("DASHSCOPE_API_KEY", "BAILIAN_CODING_PLAN_API_KEY", "OPENAI_MODEL", "QWEN_HOME", *OPENAI, *GOOGLE,
                    "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"),
-        settings=qwen_settings,
+        settings=partial(settings_file, "QWEN_CODE_SYSTEM_SETTINGS_PATH", QWEN_SETTINGS),
         login_env=("BAILIAN_CODING_PLAN_API_KEY", "DASHSCOPE_API_KEY"),
         login_files=(Login(".qwen/oauth_creds.json"), Login(".qwen/settings.json", "selectedType")),
         edit_only="permission rules: edit below the worktree; anything else would be asked, and nobody answers",
