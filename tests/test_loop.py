@@ -363,7 +363,8 @@ def test_the_journal_names_sources_and_seeds(tmp_path: Path) -> None:
 def test_a_resumed_night_trains_the_tier_that_it_began_with(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "worse")
     trainer = bed.repo / "train_mlx.py"
-    trainer.write_text(trainer.read_text().replace("def main():\n", 'def main():\n    print("tier", os.environ.get("AUTORESEARCH_TIER"))\n'))
+    say = 'def main():\n    print("tier", os.environ.get("AUTORESEARCH_TIER"))\n'
+    trainer.write_text(trainer.read_text().replace("def main():\n", say))
     git(bed.repo, "commit", "-am", "say the tier")
     assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac").returncode == 0
     assert bed.run("--experiments", "2", "--resume", QUICK, AUTORESEARCH_TIER="cuda").returncode == 0
