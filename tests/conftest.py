@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from prepare_mlx import load_fast_blas
 
 load_fast_blas(threads=1)  # before a test imports MLX, as a train file does it
 os.environ.pop("AUTORESEARCH_TIER", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored, by children too
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120
 
