@@ -263,6 +263,9 @@ def test_probes_differ_from_run_to_run(validation):
 
 BREAKERS = {
     "import os; os._exit(0)": (1, "crash", "the logits server died"),
+    # as Metal ends a process where memory ends
+    "import os, sys; print('(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)', file=sys.stderr, flush=True); os.abort()":
+        (4, "oom", "the logits server died"),
     "import sys; sys.exit(0)": (1, "crash", "SystemExit"),
     "raise MemoryError('no')": (4, "oom", "MemoryError"),
     "import os\n[os.write(fd, b'[1]\\n') for fd in range(3, 20) if open_for_writing(fd)]": (6, "violation", "expected"),
@@ -278,7 +281,7 @@ def open_for_writing(fd):
 """
 
 
-@pytest.mark.parametrize(("line", "expected"), BREAKERS.items(), ids=["exits", "leaves", "no memory", "forges", "floods"])
+@pytest.mark.parametrize(("line", "expected"), BREAKERS.items(), ids=["exits", "aborts", "leaves", "no memory", "forges", "floods"])
 def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, line, expected):
     code, kind, message = refusal(score(candidate(source=HELPER + line + BIGRAM), tiny))
     assert (code, kind) == expected[:2]
