@@ -4,7 +4,7 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
     python prepare_mlx.py && python train_mlx.py
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
-rest, and Adagrad by the row for n-grams. On a CPU it is mixed with n-gram counts. With NGRAM_BUCKETS = (), COUNT_ORDER = 0,
+rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (),
 WINDOW_PATTERN = "SSSL", SOFTCAP = 15, DROPOUT = (0.0,) and POLAR_STEPS = 5 it is upstream's published model and optimizer,
 operation by operation. docs/recipe.md has what was measured for the constants.
 """
@@ -18,11 +18,10 @@ from functools import partial
 from itertools import pairwise, repeat
 from pathlib import Path
 
-from counts import count, with_counts
 from machine import Meter, check_memory, check_weights, find_tier, peak_flops, readings
 from prepare_mlx import HarnessError, detect_preset, load_fast_blas, start_run
 
-load_fast_blas(threads=1)  # has to come before MLX; the cores are for LANES
+load_fast_blas()  # has to come before MLX
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -31,14 +30,6 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 GPU = mx.default_device() == mx.Device(mx.gpu)
 TIER = find_tier(detect_preset() if GPU else "cpu")  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda; see $AUTORESEARCH_TIER
-# Streams that work at once. On the CPU one thread does all that is no matrix product, so up to four cores have a stream each, with
-# passes of a step and a part of the update of its own; a GPU has one.
-LANES = [mx.default_stream(mx.default_device())]
-if not GPU:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    LANES = [mx.new_stream(mx.cpu) for _ in range(min(4, cores))]
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")  # or MLX would hand out one pass whole before the next
-    mx.disable_compile()  # on the CPU it gains a tenth at best, and needs a C++ compiler for half a minute
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants: edit these first
@@ -55,11 +46,6 @@ NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-ma
 NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
-COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
-COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
-COUNT_RATE = 50_000  # and at most so many for each second of the budget
-COUNT_SHARE = 0.45  # of the counts in the model's probabilities; prose wants 0.4, a text that repeats itself 0.6
-COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
@@ -118,43 +104,16 @@ def has_ve(layer, n_layer):
     return layer % 2 == (n_layer - 1) % 2
 
 
-@mx.custom_function
-def exp(x):
-    """e**x for fp32 x, held within +-87, for the CPU, where mx.exp takes three times as long: 2**whole * 2**rest, the whole into
-    the exponent's bits, the rest by Taylor's series."""
-    x = mx.clip(x, -87, 87) * math.log2(math.e)                                 # of what 2 is raised to
-    whole = (x + 127.5).astype(mx.int32)                                        # rounded, plus fp32's bias of 127
-    rest, out = x - (whole - 127).astype(mx.float32), 0.0                       # rest: -0.5 to 0.5
-    for n in range(6, -1, -1):
-        out = out * rest + math.log(2) ** n / math.factorial(n)
-    return out * (whole << 23).view(mx.float32)
-
-
-@exp.vjp
-def exp_vjp(x, cotangent, out):
-    return cotangent * out
-
-
 def attend(q, k, v, window):
-    """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t.
-
-    On a GPU a full layer is one call without an array mask, so that Metal's fused backward applies; a windowed layer is a causal
-    part, then bands: queries in chunks against the keys they can see. On a CPU the softmax is by hand, band by band, and no
-    maximum is taken off: queries and keys are normed, so that exp can't overflow.
-    """
+    """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t. A full layer is one call without an array mask,
+    so that Metal's fused backward applies; a windowed layer is a causal part, then chunks of queries against the keys they see."""
     T, scale, parts = q.shape[2], q.shape[3] ** -0.5, []
-    starts = [0, *range(window, T, max(1, -(-(T - window) // 3)))] if GPU else range(0, T, 64)
-    for start, stop in pairwise([*starts, T]):
+    for start, stop in pairwise([0, *range(window, T, max(1, -(-(T - window) // 3))), T]):
         first = max(0, start - window)
-        queries, keys, values = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
         t, key = mx.arange(start, stop)[:, None], mx.arange(first, stop)
-        seen = (key <= t) & (key >= t - window)                                 # [queries, keys]
-        if GPU:
-            mask = "causal" if stop <= window + 1 else seen
-            parts.append(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask))
-        else:
-            weights = exp((queries * scale @ keys.swapaxes(2, 3)).astype(mx.float32)) * seen  # [B, H, queries, keys]
-            parts.append((weights @ values / weights.sum(axis=-1, keepdims=True)).astype(q.dtype))
+        mask = "causal" if stop <= window + 1 else (key <= t) & (key >= t - window)
+        parts.append(mx.fast.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop],
+                                                          scale=scale, mask=mask))
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
 
@@ -296,24 +255,9 @@ class GPT(nn.Module):
         return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
 
 
-def tanh(x):
-    return mx.tanh(x) if GPU else 1 - 2 / (exp(2 * x) + 1)
-
-
 def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
     logits = (x @ weight.T).astype(mx.float32)
-    return softcap * tanh(logits / softcap) if softcap else logits
-
-
-def cross_entropy(logits, targets):
-    """Nats of every token: logits fp32 [N, V], targets int [N] -> fp32 [N]."""
-    if GPU:
-        return mx.fast.cross_entropy(logits, targets)
-    # On the CPU exp over the logits is what costs: written out, the gradient takes it from the forward pass
-    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))              # [N, 1]
-    total = exp(logits - largest).sum(axis=-1)                                  # [N]
-    chosen = mx.take_along_axis(logits - largest, targets[:, None], axis=-1)    # [N, 1]
-    return mx.log(total) - chosen[:, 0]
+    return softcap * mx.tanh(logits / softcap) if softcap else logits
 
 
 def head_loss(x, weight, targets, softcap):
@@ -322,7 +266,7 @@ def head_loss(x, weight, targets, softcap):
     Beyond LOSS_TOKENS it goes chunk by chunk, one after the other, each with its gradient at once, so that no logits are kept.
     """
     def total(x, weight, targets):
-        return cross_entropy(head(x, weight, softcap), targets).sum()
+        return mx.fast.cross_entropy(head(x, weight, softcap), targets).sum()
 
     @mx.custom_function
     def in_turn(x, weight):
@@ -424,14 +368,12 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """Of every batched Muon step: key of its moments, lane, names of its matrices, which have one shape; dealt to the lanes."""
+    """The matrices of the blocks by shape: key of their moments, names. Each group is one batched Muon step."""
     shapes = {}
     for name, p in params.items():
         if is_matrix(name):
             shapes.setdefault(p.shape, []).append(name)
-    for (rows, cols), names in shapes.items():
-        for lane in range(min(len(LANES), len(names))):
-            yield f"muon.{rows}x{cols}.{lane}", lane, names[lane :: len(LANES)]
+    return [(f"muon.{rows}x{cols}", names) for (rows, cols), names in shapes.items()]
 
 
 def init_optimizer(params):
@@ -439,7 +381,7 @@ def init_optimizer(params):
     state = {n: (mx.zeros(p.shape), mx.zeros(p.shape)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
     if NGRAMS in params:
         state[NGRAMS] = (mx.zeros(len(params[NGRAMS])),)
-    for key, _, names in matrix_groups(params):
+    for key, names in matrix_groups(params):
         n, (rows, cols) = len(names), params[names[0]].shape
         state[key] = mx.zeros((n, rows, cols)), mx.zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
     return state
@@ -452,11 +394,10 @@ def update(params, grads, state, rates, width, rows=None):
     """
     lr, momentum, weight_decay, t = (rates[i] for i in range(4))
     new, moments = dict(params), dict(state)
-    for key, lane, names in matrix_groups(params):
-        with mx.stream(LANES[lane]):
-            p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
-            p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
-            new |= dict(zip(names, p, strict=True))
+    for key, names in matrix_groups(params):
+        p, g = (mx.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
+        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
+        new |= dict(zip(names, p, strict=True))
     if NGRAMS in grads:
         new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
     for name, p in params.items():
@@ -543,12 +484,10 @@ def make_step(model, width, accumulate, again=False):
         if accumulate == 1:
             return whole(params, state, rates, *map(mx.array, next(batches)))
         total, loss, found = {n: mx.zeros(p.shape) for n, p in params.items() if n != NGRAMS}, mx.array(0.0), []
-        for i in range(accumulate):
-            with mx.stream(LANES[i % len(LANES)]):
-                total, loss, rows_and_grads = micro(params, rates, total, loss, *map(mx.array, next(batches)))
+        for _ in range(accumulate):
+            total, loss, rows_and_grads = micro(params, rates, total, loss, *map(mx.array, next(batches)))
             found.append(rows_and_grads)
-            if i % len(LANES) == len(LANES) - 1:  # a pass on every lane
-                mx.async_eval(total, loss, found)
+            mx.async_eval(total, loss, found)
         return *apply(params, total, found, state, rates), loss
 
     return step
@@ -560,17 +499,15 @@ def make_step(model, width, accumulate, again=False):
 
 
 def large_product():
-    """A large matrix product on every lane, as a callable that does it once, and its FLOPs: what MFU and drift are told by."""
+    """A large matrix product, as a callable that does it once, and its FLOPs: what MFU and drift are told by."""
     n = 4096 if GPU else 1024
     a = mx.random.normal((n, n)).astype(DTYPE)
-    return lambda: mx.eval([mx.matmul(a, a, stream=lane) for lane in LANES]), 2 * n**3 * len(LANES)
+    return lambda: mx.eval(a @ a), 2 * n**3
 
 
 def memory_limit():
     """Bytes that arrays may take on this device, None where it doesn't say."""
-    info = mx.device_info()
-    return info.get("max_recommended_working_set_size") or info.get("total_memory") or (
-        None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return mx.device_info().get("max_recommended_working_set_size")
 
 
 def device_name():
@@ -613,13 +550,6 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, passes):
     """
     gradients = mx.compile(lambda params, x: make_gradients(model)(params, None, x, x)[:2])
 
-    def gradients_at_once(n):
-        found = []
-        for lane in LANES[:passes]:
-            with mx.stream(lane):
-                found.append(gradients(params, mx.zeros((n, seq_len), mx.int32)))
-        return found
-
     def peak(work, n):
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -627,12 +557,12 @@ def expected_memory(model, params, state, step_fn, rows, seq_len, passes):
         return mx.get_peak_memory()
 
     few, more = max(1, rows // passes // 8), max(2, rows // passes // 4)
-    low, high = (peak(gradients_at_once, n) for n in (few, more))
+    low, high = (peak(lambda n: gradients(params, mx.zeros((n, seq_len), mx.int32)), n) for n in (few, more))
     held, of_table = sum(a.nbytes for _, a in tree_flatten((params, state))), params[NGRAMS].nbytes if NGRAMS in params else 0
     floor = peak(lambda n: dummy_step(params, state, step_fn, n, seq_len), 1) - held  # a dummy step's copies
     floor = max(floor, held + of_table // 2)                                    # saving makes a bfloat16 table
     a_row = (high - low) / (more - few)
-    kept = len(LANES[:passes]) * sum(p.nbytes for name, p in params.items() if name != NGRAMS)  # sums of gradients, fp32
+    kept = sum(p.nbytes for name, p in params.items() if name != NGRAMS)  # sums of gradients, fp32
     kept += 4 * rows * seq_len * model.config.n_embd * (NGRAMS in params)                       # every pass's, of n-grams
     return lambda n: max(floor, high + a_row * (rows // n - more) + (kept if n > 1 else 0))
 
@@ -654,7 +584,7 @@ def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
     rows = max(1, BATCH_TOKENS // seq_len)
-    least = max(len(LANES), math.ceil(rows * seq_len / MICRO_TOKENS))
+    least = math.ceil(rows * seq_len / MICRO_TOKENS)
     passes = next((n for n in range(least, rows) if rows % n == 0), rows)  # forward and backward, of a step: of equal size
     a_pass, batch_tokens = rows // passes, rows * seq_len
     product, product_flops = large_product()
@@ -682,12 +612,10 @@ def train(run):
     batches = run.batches(a_pass, seq_len)
     step, pending = 0, None
     run.budget.start(product)
-    count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
-    counted = run.budget.progress(0, 0)
     meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
-        rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget
+        rates = schedule(progress, step, reading)
         params, state, loss = step_fns[reading > 0](params, state, rates, batches)
         mx.async_eval(params, state, loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
@@ -696,8 +624,6 @@ def train(run):
         meter.tell(rates[0].item, mx.get_peak_memory)
     mx.eval(params, state)
     training_seconds = run.budget.seconds
-    if pending is None:
-        raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
     meter.take(pending.item())
     meter.tell(rates[0].item, mx.get_peak_memory)
     print()
@@ -717,7 +643,7 @@ def load_model(run_dir):
     weights = mx.load(str(run_dir / "weights.safetensors"))
     model.update(tree_unflatten([(n, p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p) for n, p in weights.items()]))
     forward = mx.compile(model.__call__)
-    return with_counts(lambda tokens: np.array(forward(mx.array(tokens))), run_dir, COUNT_SHARE, COPY_SHARES)
+    return lambda tokens: np.array(forward(mx.array(tokens)))
 
 
 if __name__ == "__main__":
