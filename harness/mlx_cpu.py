@@ -1,0 +1,67 @@
+"""
+Two MLX kernels under one name on every device: `attention` and `cross_entropy`. Only train_mlx.py imports this module.
+
+On a GPU both names are MLX's own fused kernels. On the CPU they are written out, because MLX's CPU backend computes `exp` on
+one thread and slowly (12 ms for a million elements, the version below 3 ms), and both kernels need it for most of their time.
+Import this module before `mlx.core`: on Linux it loads a fast BLAS, which MLX takes only if it is there first.
+"""
+
+import math
+
+from prepare_mlx import load_fast_blas
+
+load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+
+GPU = mx.default_device() == mx.Device(mx.gpu)
+if not GPU:
+    mx.disable_compile()  # on the CPU it needs a C++ compiler for half a minute and saves a tenth of a step at best
+
+
+@mx.custom_function
+def exp(x):
+    """e**x for fp32 x, clipped to +-87. Splits x * log2(e) into a whole part, which becomes the exponent bits, and a rest in
+    [-0.5, 0.5], whose power of two is a Taylor polynomial of degree 6. Relative error below 2e-7."""
+    x = mx.clip(x, -87, 87) * math.log2(math.e)
+    biased = (x + 127.5).astype(mx.int32)                                       # whole part, rounded, plus fp32's bias of 127
+    rest, power = x - (biased - 127).astype(mx.float32), 0.0
+    for n in range(6, -1, -1):
+        power = power * rest + math.log(2) ** n / math.factorial(n)
+    return power * (biased << 23).view(mx.float32)
+
+
+@exp.vjp
+def exp_vjp(x, cotangent, out):
+    return cotangent * out
+
+
+def cpu_attention(q, k, v, *, scale, mask):
+    """Causal attention for q, k, v [B, H, T, D]; same arguments as mx.fast.scaled_dot_product_attention.
+
+    Works in bands of 64 queries, so that half of the keys that a causal mask would hide are never touched.
+    """
+    if mask != "causal" or q.shape != k.shape:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    T, bands = q.shape[2], []
+    for start in range(0, T, 64):
+        stop = min(start + 64, T)
+        scores = ((q[:, :, start:stop] * scale) @ k[:, :, :stop].swapaxes(2, 3)).astype(mx.float32)  # [B, H, queries, keys]
+        scores = scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = exp(scores) * (mx.arange(stop) <= mx.arange(start, stop)[:, None])
+        bands.append((weights @ v[:, :, :stop] / weights.sum(axis=-1, keepdims=True)).astype(q.dtype))
+    return mx.concatenate(bands, axis=2)
+
+
+def cpu_cross_entropy(logits, targets):
+    """Nats of every token: logits fp32 [..., V], targets int [...] -> fp32 [...]; same arguments as mx.fast.cross_entropy.
+
+    The gradient reuses the forward pass's exponentials.
+    """
+    shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))     # [..., V]
+    chosen = mx.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]   # [...]
+    return mx.log(exp(shifted).sum(axis=-1)) - chosen
+
+
+attention = mx.fast.scaled_dot_product_attention if GPU else cpu_attention
+cross_entropy = mx.fast.cross_entropy if GPU else cpu_cross_entropy
