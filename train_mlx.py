@@ -510,10 +510,11 @@ def expected_memory(model, params, moments, step, rows, seq_len):
         return mx.get_peak_memory()
 
     table = params[NGRAMS].nbytes if NGRAMS in params else 0
-    weights = sum(p.nbytes for p in params.values())
     _, update = dummy_step(params, moments, step, 1, seq_len)
-    update = max(update, weights + 1.5 * table)                                 # saving makes a bfloat16 copy of the tables
-    kept = weights - table + 4 * rows * seq_len * model.config.n_embd           # sums of gradients, n-gram gradients of all passes
+    held = sum(a.nbytes for _, a in tree_flatten((params, moments)))
+    update = max(update, held + table // 2)                                     # saving makes a bfloat16 copy of the tables
+    kept = sum(p.nbytes for p in params.values()) - table                       # the sum of the gradients, and of all passes
+    kept += 4 * rows * seq_len * model.config.n_embd * (table > 0)              # the gradients of n-grams
     one_pass = extrapolate(peak_of_pass, rows)
     return lambda passes: max(update, one_pass(rows // passes) + kept * (passes > 1))
 

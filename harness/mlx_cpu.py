@@ -47,8 +47,9 @@ def cpu_attention(q, k, v, *, scale, mask):
     for start in range(0, T, 64):
         stop = min(start + 64, T)
         scores = ((q[:, :, start:stop] * scale) @ k[:, :, :stop].swapaxes(2, 3)).astype(mx.float32)  # [B, H, queries, keys]
-        scores = scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True))
-        weights = exp(scores) * (mx.arange(stop) <= mx.arange(start, stop)[:, None])
+        seen = mx.arange(stop) <= mx.arange(start, stop)[:, None]               # [queries, keys]
+        scores = mx.where(seen, scores, -mx.inf)
+        weights = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True))) * seen
         bands.append((weights @ v[:, :, :stop] / weights.sum(axis=-1, keepdims=True)).astype(q.dtype))
     return mx.concatenate(bands, axis=2)
 

@@ -13,10 +13,11 @@ import pytest
 
 from prepare_mlx import load_fast_blas
 
-load_fast_blas(threads=1)  # before a test imports MLX, as a train file does it
+load_fast_blas()  # before a test imports MLX, as a train file does it
 os.environ.pop("AUTORESEARCH_TIER", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored, by children too
 ROOT = Path(__file__).resolve().parent.parent
+PINNED = ROOT / "tests" / "pinned"  # copies of the train files for tests that know their text: see CONTRIBUTING.md
 SECONDS = 120
 
 
@@ -84,7 +85,7 @@ def tiny(tmp_path_factory) -> Dataset:
 def trained(tiny, tmp_path_factory) -> Path:
     """The run directory of train_mlx.py after 20 steps on `tiny`, not scored."""
     run_dir = tmp_path_factory.mktemp("trained")
-    done = program(ROOT / "train_mlx.py", home=tiny.home, AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_RUN_DIR=str(run_dir),
+    done = program(PINNED / "train_mlx.py", home=tiny.home, AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_RUN_DIR=str(run_dir),
                    AUTORESEARCH_BUDGET="20steps", AUTORESEARCH_SCORE="0")
     assert done.returncode == 0, done.stderr
     return run_dir

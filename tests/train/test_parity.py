@@ -1,8 +1,7 @@
-"""`train_mlx.py`, set to upstream's exact model, against the float64 reference from the same weights.
+"""`train_mlx.py` with upstream's constants and full attention, against the float64 reference from the same weights.
 
-Only constants are set; the code that is compared is the code that trains, the compiled step included. What is not
-covered: fewer key/value heads than query heads, which upstream's class allows, its settings never use and ours leaves
-out; and constants other than upstream's.
+It runs on the copy in tests/pinned. Only constants are set; the code that is compared is the code that trains, the step
+included. Not covered: sliding windows and fewer key heads than query heads, which upstream's class allows and ours leaves out.
 """
 
 import json
@@ -13,15 +12,14 @@ import numpy as np
 import pytest
 import reference as ref
 from mlx.utils import tree_unflatten
+from pinned import train_mlx
 
-import train_mlx
+from harness import mlx_cpu
 
-# Five layers of SSSL: the last would be S and has to be L. 21 tokens give windows of 10, and 11 queries beyond them,
-# which no number of equal chunks covers. A gate reads 32 of 64 channels.
-CONFIG = ref.Config(vocab_size=61, seq_len=21, n_layer=5, n_head=4, n_kv_head=4, n_embd=64)
+CONFIG = ref.Config(vocab_size=61, seq_len=21, n_layer=5, n_head=4, n_kv_head=4, n_embd=64, window_pattern="L")
 UPSTREAM = {
     "EMBEDDING_LR": 0.6, "UNEMBEDDING_LR": 0.004, "MATRIX_LR": 0.04, "SCALAR_LR": 0.5, "WEIGHT_DECAY": 0.2,
-    "ADAM_BETAS": (0.8, 0.95), "MUON_MOMENTUM": (0.85, 0.95, 300), "MUON_BETA2": 0.95, "POLAR_STEPS": 5,
+    "ADAM_BETAS": (0.8, 0.95), "MUON_MOMENTUM": (0.85, 0.95, 300), "MUON_BETA2": 0.95, "NEWTON_SCHULZ_STEPS": 5,
     "WARMUP_RATIO": 0.0, "WARMDOWN_RATIO": 0.5, "FINAL_LR_FRAC": 0.0,
 }  # fmt: skip
 TOLERANCE = 1e-5    # relative to the size of the tensor, in fp32
@@ -32,8 +30,8 @@ TOLERANCE = 1e-5    # relative to the size of the tensor, in fp32
 # gradients of the per-layer scalars are sums over all positions and channels that nearly cancel: 2e-2 to 8e-2.
 # Each bound is twice what is expected or measured.
 BF16_LOGITS, BF16_LOSS, BF16_GRADS, BF16_SCALAR_GRADS = 2e-2, 2e-3, 5e-2, 0.16
-# Where ten steps learn a batch by heart, 10.1 -> 0.11 nats, a loss is off as the gradients that led there are: 2.6e-2 measured.
-BF16_LOSS_AFTER_STEPS = 5e-2
+# Where ten steps learn a batch by heart, 10 -> 0.14 nats, a loss is off as the gradients that led there are: 6.7e-2 measured.
+BF16_LOSS_AFTER_STEPS = 0.13
 # Polar Express multiplies the smallest singular values by up to 990 (the product of its five a), and with them what
 # the rounding of the largest ones left there: 7e-2 to 9e-2 measured on random matrices, a cosine of 0.996.
 BF16_ORTHOGONAL = 0.18
@@ -42,7 +40,9 @@ BF16_ORTHOGONAL = 0.18
 @pytest.fixture(params=[False, True], ids=["written-out", "fused"])
 def upstream(request, monkeypatch):
     """Upstream's constants, in fp32; once by the kernels that a CPU gets, once by MLX's own, which a GPU gets."""
-    monkeypatch.setattr(train_mlx, "GPU", request.param)
+    for name in ("attention", "cross_entropy"):
+        kernel = getattr(mx.fast, "scaled_dot_product_attention" if name == "attention" else name)
+        monkeypatch.setattr(train_mlx, name, kernel if request.param else getattr(mlx_cpu, f"cpu_{name}"))
     for name, value in UPSTREAM.items():
         assert hasattr(train_mlx, name)
         monkeypatch.setattr(train_mlx, name, value)
@@ -52,9 +52,8 @@ def upstream(request, monkeypatch):
 def build_model(config: ref.Config = CONFIG) -> "train_mlx.GPT":
     return train_mlx.GPT(
         train_mlx.GPTConfig(
-            vocab_size=config.vocab_size, seq_len=config.seq_len, n_layer=config.n_layer, n_head=config.n_head,
-            n_embd=config.n_embd, window_pattern=config.window_pattern, softcap=config.softcap,
-            rope_base=config.rope_base, ngram_buckets=(),
+            vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+            softcap=config.softcap, rope_base=config.rope_base, ngram_buckets=(),
         )
     )  # fmt: skip
 
@@ -103,7 +102,7 @@ def test_names_and_shapes(upstream):
     }
 
 
-@pytest.mark.parametrize("tokens", [21, 11, 12, 1])    # all; the last that a window holds; one more; one
+@pytest.mark.parametrize("tokens", [21, 12, 1])
 def test_logits(upstream, tokens):
     params, x = weights(seed=0), batches(1, seed=1)[0, :, :tokens]
     model = build_model()
@@ -124,14 +123,19 @@ def test_logits_of_a_saved_model(upstream, monkeypatch, tmp_path, dtype, toleran
     assert difference(ours, ref.forward(params, CONFIG, x)) < tolerance
 
 
+def rates(lr: float, momentum: float, weight_decay: float, step: int) -> dict[str, mx.array]:
+    """What `schedule` returns, without dropout."""
+    values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "step": step, "dropout": 0, "first_epoch": 1}
+    return {name: mx.array(value, mx.float32) for name, value in values.items()}
+
+
 def loss_and_grads(params: ref.Params, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, mx.array]]:
     """By the compiled step that trains: after the first one, every momentum is its gradient times (1 - beta)."""
     ours = to_ours(params)
-    step = train_mlx.make_step(build_model(), CONFIG.n_embd, 1)
-    schedule = mx.array([1.0, 0.5, 0.0, 1.0])           # learning rate, Muon's momentum, decay, step
-    _, state, loss = step(ours, train_mlx.init_optimizer(ours), schedule, iter([(x, y)]))
+    step = train_mlx.make_step(build_model(), 1)
+    _, state, loss = step(ours, train_mlx.init_optimizer(ours), rates(1.0, 0.5, 0.0, 1), iter([(x, y)]))
     grads = {}
-    for key, _, names in train_mlx.matrix_groups(ours):
+    for key, names in train_mlx.matrix_groups(ours).items():
         grads |= dict(zip(names, state[key][0] / (1 - 0.5), strict=True))
     for name in set(ours) - set(grads):
         grads[name] = state[name][0] / (1 - train_mlx.adam_group(name, CONFIG.n_embd)[1][0])
@@ -177,11 +181,11 @@ def test_ten_training_steps(upstream):
     params, optimizer = weights(seed=42), ref.MuonAdamW(CONFIG)
     ours = to_ours(params)
     state = train_mlx.init_optimizer(ours)
-    step_fn = train_mlx.make_step(build_model(), CONFIG.n_embd, 1)
+    step_fn = train_mlx.make_step(build_model(), 1)
     for step, batch in enumerate(batches(10, seed=43)):
         x, y = batch[:, :-1], batch[:, 1:]
         factor, momentum = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step)
-        ours, state, loss = step_fn(ours, state, mx.array([factor, momentum, 0.0, step + 1.0]), iter([(x, y)]))
+        ours, state, loss = step_fn(ours, state, rates(factor, momentum, 0.0, step + 1), iter([(x, y)]))
         expected_loss, grads = ref.loss_and_grads(params, CONFIG, x, y)
         optimizer.step(params, grads, factor, momentum, 0.0)
         assert loss.item() == pytest.approx(expected_loss, rel=TOLERANCE)
@@ -194,16 +198,16 @@ def test_ten_training_steps_in_bfloat16(upstream, monkeypatch):
     params, optimizer = weights(seed=42), ref.MuonAdamW(CONFIG)
     ours, (batch,) = to_ours(params), batches(1, seed=43)
     x, y = batch[:, :-1], batch[:, 1:]
-    state, step_fn = train_mlx.init_optimizer(ours), train_mlx.make_step(build_model(), CONFIG.n_embd, 1)
+    state, step_fn = train_mlx.init_optimizer(ours), train_mlx.make_step(build_model(), 1)
     losses = []
     for step in range(10):
         factor, momentum = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step)
-        ours, state, loss = step_fn(ours, state, mx.array([factor, momentum, 0.0, step + 1.0]), iter([(x, y)]))
+        ours, state, loss = step_fn(ours, state, rates(factor, momentum, 0.0, step + 1), iter([(x, y)]))
         expected_loss, grads = ref.loss_and_grads(params, CONFIG, x, y)
         optimizer.step(params, grads, factor, momentum, 0.0)
         losses.append((loss.item(), expected_loss))
     assert losses[-1][1] < losses[0][1] - 1
-    assert all(ours == pytest.approx(theirs, rel=BF16_LOSS_AFTER_STEPS) for ours, theirs in losses)
+    assert [ours for ours, _ in losses] == pytest.approx([theirs for _, theirs in losses], rel=BF16_LOSS_AFTER_STEPS)
 
 
 def test_ten_optimizer_steps_with_decay(upstream):
@@ -218,9 +222,8 @@ def test_ten_optimizer_steps_with_decay(upstream):
     for step in range(10):
         grads = weights(seed=100 + step)
         factor, momentum, decay = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step), 0.2 * (1 - step / 10)
-        schedule = mx.array([factor, momentum, decay, step + 1.0])
         before = params
-        ours, state = train_mlx.update(to_ours(params), to_ours(grads), state, schedule, CONFIG.n_embd)
+        ours, state = train_mlx.update(to_ours(params), to_ours(grads), state, rates(factor, momentum, decay, step + 1), CONFIG.n_embd)
         params = dict(params)
         optimizer.step(params, grads, factor, momentum, decay)
         for name, p in params.items():
@@ -259,7 +262,9 @@ def test_schedules(upstream):
     for progress in (0.0, 0.25, 0.5, 0.6, 0.99, 1.0):
         for step in (0, 1, 150, 299, 300, 5000):
             expected = [ref.lr_multiplier(progress), ref.muon_momentum(step), ref.muon_weight_decay(progress), step + 1]
-            np.testing.assert_allclose(np.array(train_mlx.schedule(progress, step))[:4], expected, rtol=1e-6, atol=1e-7)
+            ours = train_mlx.schedule(progress, step)
+            found = [ours[name].item() for name in ("lr", "momentum", "weight_decay", "step")]
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_schedule_rises_and_stops_falling_where_it_is_told(upstream, monkeypatch):
@@ -267,5 +272,5 @@ def test_schedule_rises_and_stops_falling_where_it_is_told(upstream, monkeypatch
     for name, value in shape.items():
         monkeypatch.setattr(train_mlx, name.upper(), value)
     for progress in (0.0, 0.1, 0.2, 0.5, 0.6, 0.8, 1.0):
-        factor = train_mlx.schedule(progress, 0)[0].item()
+        factor = train_mlx.schedule(progress, 0)["lr"].item()
         assert factor == pytest.approx(ref.lr_multiplier(progress, **shape), rel=1e-6)

@@ -1,0 +1,48 @@
+"""The kernels of harness/mlx_cpu.py compute what MLX's own compute."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from harness.mlx_cpu import cpu_attention, cpu_cross_entropy, exp
+
+
+def close(a: list[mx.array], b: list[mx.array], tolerance: float = 1e-5) -> bool:
+    size = max(mx.linalg.norm(y).item() for y in b)
+    return all(mx.linalg.norm(x - y).item() <= tolerance * size for x, y in zip(a, b, strict=True))
+
+
+def test_exp_is_exp_and_so_is_its_gradient() -> None:
+    x = mx.concatenate([mx.linspace(-87, 87, 10001), mx.array([0.0, 1e-8, -1e-8])])
+    assert np.allclose(np.array(exp(x)), np.exp(np.array(x, np.float64)), rtol=1e-5, atol=0)
+    near = mx.linspace(-5, 5, 1001)
+    assert np.allclose(np.array(exp(near)), np.exp(np.array(near, np.float64)), rtol=5e-7, atol=0)
+    assert mx.array_equal(mx.grad(lambda x: exp(x).sum())(x), exp(x))
+    assert 0 < exp(mx.array(-1e4)).item() < 1e-37
+    assert 1e37 < exp(mx.array(1e4)).item() < mx.inf
+    assert mx.isnan(exp(mx.array(mx.nan))).item()
+
+
+@pytest.mark.parametrize("size", [0.1, 30.0])  # 30: scores in the thousands, where exp overflows without the maximum taken off
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_attention_equals_mlx(tokens: int, size: float) -> None:
+    q, k, v, w = (size * mx.random.normal((2, 3, tokens, 8), key=mx.random.key(i)) for i in range(4))
+    ours, theirs = (mx.value_and_grad(lambda *qkv, f=f: (f(*qkv, scale=8**-0.5, mask="causal") * w).sum(), (0, 1, 2))(q, k, v)
+                    for f in (cpu_attention, mx.fast.scaled_dot_product_attention))
+    assert close([ours[0], *ours[1]], [theirs[0], *theirs[1]], 1e-4)
+
+
+def test_attention_hands_other_masks_and_fewer_key_heads_to_mlx() -> None:
+    q, k = mx.random.normal((1, 4, 9, 8)), mx.random.normal((1, 2, 9, 8))
+    mask = mx.arange(9) <= mx.arange(9)[:, None]
+    expected = mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask="causal")
+    assert close([cpu_attention(q, k, k, scale=1.0, mask=mask)], [expected])
+    assert close([cpu_attention(q, k, k, scale=1.0, mask="causal")], [expected])
+
+
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_cross_entropy_equals_mlx(size: float) -> None:
+    logits, targets = size * mx.random.normal((2, 5, 61), key=mx.random.key(1)), mx.random.randint(0, 61, (2, 5))
+    ours, theirs = (mx.value_and_grad(lambda x, f=f: f(x, targets).sum())(logits) for f in (cpu_cross_entropy, mx.fast.cross_entropy))
+    assert close([ours[0], ours[1]], [theirs[0], theirs[1]])
+    assert cpu_cross_entropy(logits, targets).shape == (2, 5)
