@@ -30,7 +30,6 @@ class Knob:
     high: float = float("inf")
     off: bool = False  # 0 switches it off, and is worth a try of its own
     on: tuple[float, ...] = ()  # what it is switched on with
-    needs: str = ""  # a constant that must not be 0: off, as counts are on a GPU, it stays off
     scope: str = ""
     pattern: str = ""
     template: str = ""
@@ -70,7 +69,7 @@ KNOBS = (
     Knob("MUON_MOMENTUM[0]", LOW, "the first steps want another momentum", ladder=(0.7, 0.8, 0.85, 0.9, 0.95)),
     Knob("MUON_MOMENTUM[1]", MEDIUM, "momentum has to fit the number of steps", ladder=(0.85, 0.9, 0.93, 0.95, 0.97, 0.98)),
     Knob("MUON_MOMENTUM[2]", LOW, "momentum may reach its end sooner or later", ladder=(25, 50, 100, 200, 300, 500, 1000)),
-    Knob("POLAR_STEPS", MEDIUM, "fewer iterations orthogonalise less exactly and cost less", ladder=(3, 4, 5)),
+    Knob("NEWTON_SCHULZ_STEPS", MEDIUM, "fewer steps orthogonalize less exactly and cost less", ladder=(3, 4, 5)),
     Knob("MUON_BETA2", LOW, "the rows' mean square may be remembered longer or shorter", ladder=(0.8, 0.9, 0.95, 0.98, 0.99)),
     Knob("SOFTCAP", MEDIUM, "the cap on logits limits confidence and costs a tanh", ladder=(5, 10, 15, 20, 30, 50), off=True,
          on=(15, 30)),
@@ -82,9 +81,6 @@ KNOBS = (
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
     Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions of trigrams against rarer updates; rows cost memory, no time", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
-    Knob("COUNT_SHARE", HIGH, "the counts know what was said: a text that repeats itself wants more of them",
-         ladder=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), needs="COUNT_ORDER"),
-    Knob("COUNT_ORDER", LOW, "longer n-grams are surer and rarer", ladder=(3, 4, 5, 6, 7), needs="COUNT_ORDER"),
     Knob("QK gain", HIGH, "sharper attention from normed queries and keys", ladder=(1, 1.1, 1.2, 1.35, 1.5, 1.75),
          scope="CausalSelfAttention", pattern=r"\(((?:[\d.]+ \* )?)norm\(mx\.fast\.rope", template="{} * ", default=1),
     Knob("init scale", MEDIUM, "smaller first matrices turn faster under equal steps", ladder=(0.4, 0.5, 0.68, 0.8, 1, 1.25),
@@ -99,25 +95,24 @@ KNOBS = (
          scope="MLP", pattern=r"(\d+) \* config\.n_embd"),
     Knob("resid lr", LOW, "residual weights move at a share of the scalars' rate", ladder=(0.001, 0.003, 0.01, 0.03, 0.1),
          scope="adam_group", pattern=r"SCALAR_LR \* ([\d.]+)"),
-    Knob("short window", LOW, "shorter windows save time where attention matters less", ladder=(2, 4, 8),
-         scope="GPT", pattern=r"half = config\.seq_len // (\d+)"),
 )  # fmt: skip
 
 _RELU2 = "mx.square(mx.maximum(self.c_fc(x), 0))"
 _FC = "self.c_fc = nn.Linear(config.n_embd, {0} * config.n_embd, bias=False)"
 _PROJ = "self.c_proj = nn.Linear({0} * config.n_embd, config.n_embd, bias=False)"
-_BLOCK = "x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])"
-_FEATURES = "return dropout(norm({0}), hidden)"
-_EMBED, _OUT = "x = x0 = dropout(norm(x.astype(DTYPE)), hidden)", "self.c_proj = nn.Linear(C, C, bias=False)"
+_BLOCK = "x = block(resid[i] * x + skip[i] * x0, ve)"
+_HEAD = "self.lm_head(dropout(norm({0}), dropout_rate))"
+_EMBED, _OUT = "x = x0 = dropout(norm(x.astype(DTYPE)), dropout_rate)", "self.c_proj = nn.Linear(C, C, bias=False)"
 _VE_GATE = """
         if has_ve(layer, config.n_layer):
             self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)"""
 _GATED = """gate = 2 * mx.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)"""
-_ATTEND = "y = attend(q, k, v, window).transpose(0, 2, 1, 3)"
+_ATTENTION = "y.transpose(0, 2, 1, 3)"
 _BEFORE = "mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)])"
 _MIDDLE = "\n            middle = x if i == (len(self.blocks) - 1) // 2 else middle if i else None"
-_HEAD, _ZLOSS = "head(x, weight, softcap)", " + 1e-4 * mx.square(mx.logsumexp(logits, axis=-1))"
+_LOGITS = "with_weights(model, dense)(x, ngrams, rates[\"dropout\"])"
+_ZLOSS = " + 1e-4 * mx.square(mx.logsumexp(logits, axis=-1))"
 _UNIT_ROWS = "u * mx.rsqrt(mx.mean(mx.square(u), axis=2, keepdims=True) + 1e-20)"
 
 SWITCHES = (
@@ -138,24 +133,25 @@ SWITCHES = (
         "last": ("return layer == n_layer - 1",),
         "none": ("return layer < 0",),
     }, scope="has_ve", remarks={
-        "alternate": "Value embeddings stand on every second layer, the last one included.",
-        "all": "Value embeddings stand on every layer.",
-        "last": "Value embeddings stand on the last layer.",
-        "none": "No value embeddings.",
+        "alternate": "Every second layer has value embeddings, the last one included.",
+        "all": "Every layer has value embeddings.",
+        "last": "The last layer has value embeddings.",
+        "none": "No layer has value embeddings.",
     }, others={"last": LOW, "none": LOW, "alternate": MEDIUM}),
     Switch("value gate", LOW, "a gate less is a matrix less to train", {
         "on": (_OUT + _VE_GATE, _GATED),
         "off": (_OUT, "v = v + ve.reshape(B, T, H, D)"),
     }, scope="CausalSelfAttention"),
     Switch("attention output gate", MEDIUM, "a head that has nothing to say can be silent", {
-        "off": (_OUT, _ATTEND + ".reshape(B, T, C)", "return self.c_proj(y)", '"c_proj.weight", "ve_gate.weight"'),
+        "off": (_OUT, f"return self.c_proj({_ATTENTION}.reshape(B, T, C))", '"c_proj.weight", "ve_gate.weight"'),
         "on": ("self.out_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)\n        " + _OUT,
-               _ATTEND + " * (2 * mx.sigmoid(self.out_gate(x[..., :VE_GATE_CHANNELS])))[..., None]",
-               "return self.c_proj(y.reshape(B, T, C))", '"c_proj.weight", "_gate.weight"'),
+               "gate = 2 * mx.sigmoid(self.out_gate(x[..., :VE_GATE_CHANNELS]))         # [B, T, H]\n"
+               f"        return self.c_proj(({_ATTENTION} * gate[..., None]).reshape(B, T, C))",
+               '"c_proj.weight", "_gate.weight"'),
     }),
     Switch("norm after sublayer", MEDIUM, "a norm after each sublayer keeps the residual stream even", {
-        "off": ("x = x + self.attn(norm(x), ve, window)", "return x + self.mlp(norm(x))"),
-        "on": ("x = x + norm(self.attn(norm(x), ve, window))", "return x + norm(self.mlp(norm(x)))"),
+        "off": ("x = x + self.attn(norm(x), ve)", "return x + self.mlp(norm(x))"),
+        "on": ("x = x + norm(self.attn(norm(x), ve))", "return x + norm(self.mlp(norm(x)))"),
     }, scope="Block"),
     Switch("smeared embedding", MEDIUM, "the token before, mixed into the embedding, gives attention a head start", {
         "off": (_EMBED,),
@@ -163,8 +159,8 @@ SWITCHES = (
         "0.3": (f"x = x + 0.3 * {_BEFORE}\n        " + _EMBED,),
     }, scope="GPT"),
     Switch("middle layer backed out", MEDIUM, "what the middle of the network computed need not reach the head", {
-        "off": (_BLOCK, _FEATURES.format("x")),
-        "0.3": (_BLOCK + _MIDDLE, _FEATURES.format("x - 0.3 * middle")),
+        "off": (_BLOCK, _HEAD.format("x")),
+        "0.3": (_BLOCK + _MIDDLE, _HEAD.format("x - 0.3 * middle")),
     }, scope="GPT"),
     Switch("Muon equal rows", LOW, "rows of equal size before orthogonalising treat rare directions alike", {
         "off": ("u = orthogonalize(g + momentum * (m - g))",),
@@ -174,9 +170,9 @@ SWITCHES = (
         "on": ("(u + weight_decay * p * (u * p >= 0))",), "off": ("(u + weight_decay * p)",),
     }, scope="muon"),
     Switch("z-loss", LOW, "holding the logits' sum near one steadies the head", {
-        "off": (f"return cross_entropy({_HEAD}, targets).sum()",),
-        "1e-4": (f"logits = {_HEAD}\n        return (cross_entropy(logits, targets){_ZLOSS}).sum()",),
-    }, scope="head_loss"),
+        "off": (f"return mx.mean(cross_entropy({_LOGITS}, y))",),
+        "1e-4": (f"logits = {_LOGITS}\n        return mx.mean(cross_entropy(logits, y){_ZLOSS})",),
+    }, scope="make_gradients"),
 )  # fmt: skip
 
 COUPLED = {  # after the first was kept, failures of the others count for less: what they failed against has changed
@@ -189,10 +185,10 @@ COUPLED = {  # after the first was kept, failures of the others count for less: 
     "DEPTH": ("WIDTH", "MATRIX_LR", "BATCH_TOKENS", "value embeddings"),
     "WIDTH": ("DEPTH", "MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
     "depth by width": ("MATRIX_LR", "HEAD_DIM", "BATCH_TOKENS"),
-    "SEQ_LEN": ("BATCH_TOKENS", "ROPE_BASE", "WINDOW_PATTERN"),
+    "SEQ_LEN": ("BATCH_TOKENS", "ROPE_BASE"),
     "WARMDOWN_RATIO": ("FINAL_LR_FRAC", "MATRIX_LR", "EMBEDDING_LR"),
     "activation": ("MATRIX_LR", "MLP ratio"),
     "MLP": ("MATRIX_LR", "MLP ratio"),
     "init scale": ("MATRIX_LR", "QK gain"),
-    "POLAR_STEPS": ("MATRIX_LR", "MUON_BETA2"),
+    "NEWTON_SCHULZ_STEPS": ("MATRIX_LR", "MUON_BETA2"),
 }

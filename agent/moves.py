@@ -48,10 +48,9 @@ class Change:
 
 def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
     """Every change of the catalogue that this file can take. `seq_len` is the data's, None if unknown."""
-    at_work = [knob for knob in KNOBS if not knob.needs or (knob.needs in file.constants and file.constants[knob.needs].value)]
-    found = [change for knob in at_work for change in _knob(file, knob)]
+    found = [change for knob in KNOBS for change in _knob(file, knob)]
     found += [change for switch in SWITCHES for change in _switch(file, switch)]
-    found += [*_window(file), *_tables(file), *_shape(file), *_batch(file, seq_len)]
+    found += [*_tables(file), *_shape(file), *_batch(file, seq_len)]
     return [whole for change in found if (whole := _with_followers(file, change, seq_len))]
 
 
@@ -83,8 +82,6 @@ def _knob(file: TrainFile, knob: Knob) -> Iterator[Change]:
     if not places or len({p.value for p in places}) > 1 or not isinstance(places[0].value, (int, float)):
         return
     value = places[0].value
-    if knob.key == "short window" and "S" not in str(getattr(file.constants.get("WINDOW_PATTERN"), "value", "")):
-        return
     if knob.ladder:
         above = [v for v in knob.ladder if v > value * 1.01 + 1e-9][:2]
         below = [v for v in reversed(knob.ladder) if v < value * 0.99 - 1e-9][:2]
@@ -146,22 +143,6 @@ def _same_layers(file: TrainFile, old: str, new: str) -> bool:
     return [VALUE_LAYERS[old](i, depth.value) for i in range(depth.value)] == [
         VALUE_LAYERS[new](i, depth.value) for i in range(depth.value)
     ]
-
-
-def _window(file: TrainFile) -> Iterator[Change]:
-    pattern, depth = file.constants.get("WINDOW_PATTERN"), file.constants.get("DEPTH")
-    if pattern is None or depth is None:
-        return
-
-    def letters(text: str) -> str:  # of all layers but the last, which always sees everything
-        return "".join(text[i % len(text)] for i in range(depth.value - 1))
-
-    seen = {letters(pattern.value)}
-    for new in ("L", "SL", "SSL", "SSSL"):
-        if letters(new) not in seen:
-            seen.add(letters(new))
-            why = "early layers need little context, and short windows are quicker" if "S" in new else "full context on every layer"
-            yield Change("WINDOW_PATTERN", pattern.value, new, new, MEDIUM, why, (pattern.set(new),))
 
 
 def _tables(file: TrainFile) -> Iterator[Change]:

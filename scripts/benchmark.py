@@ -32,10 +32,9 @@ from scripts.compare_peers import TRAIN_FILE, Failed, adapt, launch, named_path,
 
 LIMIT = 1800                                                                    # seconds that one measurement may take
 ROW, VOCAB = 256, 8192                                                          # the anchor: everybody at one size
-COMMON = {"DEPTH": 4, "HEAD_DIM": 128, "WINDOW_PATTERN": '"SSSL"'}
-PEERS = {**COMMON, "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
-OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "COUNT_ORDER": 0, "SOFTCAP": 15.0, "BATCH_TOKENS": 4096,
-        "POLAR_STEPS": 5}
+COMMON = {"DEPTH": 4, "HEAD_DIM": 128}
+PEERS = {**COMMON, "WINDOW_PATTERN": '"L"', "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
+OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096}
 
 
 def edited(source: str, edits: Edits) -> str:
@@ -50,7 +49,7 @@ def edited(source: str, edits: Edits) -> str:
 def variant(source: str, name: str) -> str:
     """The train file as the ablation `name` has it. Failed where it no longer fits."""
     _, constants, edits = ABLATIONS[name]
-    return edited(with_constants(source, {"COUNT_ORDER": 0, **constants}), edits)  # counting is no part of a step
+    return edited(with_constants(source, constants), edits)
 
 
 def random_text(folder: Path) -> Path:
@@ -154,7 +153,7 @@ def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shi
     console, ours = wide_console(), adapt(TRAIN_FILE.read_text(), OURS)
     with tempfile.TemporaryDirectory() as folder:
         data = random_text(Path(folder))
-        frugal = with_constants(ours, {"MICRO_TOKENS": 1024, "LOSS_TOKENS": 512})
+        frugal = with_constants(ours, {"MICRO_TOKENS": 1024})
         todo = {"ours, Muon and AdamW": lambda: measure_ours(ours, data, steps),
                 "ours, AdamW for all": lambda: measure_ours(edited(ours, ADAMW_FOR_ALL), data, steps),
                 "ours, Muon, small passes": lambda: measure_ours(frugal, data, steps),

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Dataset, environment, prepare
+from conftest import PINNED, ROOT, Dataset, environment, prepare
+from pinned import train_mlx
 
-import train_mlx
 from scripts import benchmark, compare_peers, peer_shim
 from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE
 from scripts.benchmark import OURS, edited, variant
 from scripts.compare_peers import Failed, adapt
 
-SOURCE = (ROOT / "train_mlx.py").read_text()
+SOURCE = (PINNED / "train_mlx.py").read_text()
 PEER = """
 import mlx.core as mx
 from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb
@@ -99,7 +99,7 @@ def test_the_score_is_reached_at_the_shortest_budget_that_beats_it() -> None:
 
 def test_steps_are_timed_and_memory_is_counted(tiny: Dataset) -> None:
     report = benchmark.measure_ours(SOURCE, tiny.train, 8)
-    assert report["tokens"] >= 7 * 512
+    assert report["tokens"] >= 7 * train_mlx.BATCH_TOKENS
     assert report["tokens_per_second"] > 0
     assert 1 < report["framework_mb"] < report["process_mb"]
 

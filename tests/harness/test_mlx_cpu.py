@@ -43,6 +43,7 @@ def test_attention_hands_other_masks_and_fewer_key_heads_to_mlx() -> None:
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 def test_cross_entropy_equals_mlx(size: float) -> None:
     logits, targets = size * mx.random.normal((2, 5, 61), key=mx.random.key(1)), mx.random.randint(0, 61, (2, 5))
-    ours, theirs = (mx.value_and_grad(lambda x, f=f: f(x, targets).sum())(logits) for f in (cpu_cross_entropy, mx.fast.cross_entropy))
+    ours, theirs = (mx.value_and_grad(lambda x, f=f: f(x, targets).sum())(logits)
+                    for f in (cpu_cross_entropy, mx.fast.cross_entropy))
     assert close([ours[0], ours[1]], [theirs[0], theirs[1]])
     assert cpu_cross_entropy(logits, targets).shape == (2, 5)

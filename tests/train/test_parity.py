@@ -223,7 +223,8 @@ def test_ten_optimizer_steps_with_decay(upstream):
         grads = weights(seed=100 + step)
         factor, momentum, decay = ref.lr_multiplier(step / 10), ref.muon_momentum(60 * step), 0.2 * (1 - step / 10)
         before = params
-        ours, state = train_mlx.update(to_ours(params), to_ours(grads), state, rates(factor, momentum, decay, step + 1), CONFIG.n_embd)
+        now = rates(factor, momentum, decay, step + 1)
+        ours, state = train_mlx.update(to_ours(params), to_ours(grads), state, now, CONFIG.n_embd)
         params = dict(params)
         optimizer.step(params, grads, factor, momentum, decay)
         for name, p in params.items():
