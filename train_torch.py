@@ -26,8 +26,17 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from counts import count, with_counts
-from machine import Meter, check_memory, check_weights, find_tier, peak_flops, readings
-from prepare_mlx import HarnessError, detect_preset, start_run
+from prepare_mlx import (
+    HarnessError,
+    Progress,
+    check_memory,
+    check_weights,
+    detect_preset,
+    expected_epochs,
+    find_tier,
+    peak_flops,
+    start_run,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 GPU = DEVICE != "cpu"
@@ -677,7 +686,7 @@ def train(run):
     expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, passes)
     check_memory(expected, passes, a_pass, seq_len, limit, held, DEPTH)
     seconds = min(dummy_step(params, state, step_fns[0], a_pass, seq_len) for _ in range(4))  # the first may compile
-    reads = readings(run.budget, seconds, batch_tokens, run.train_tokens)
+    reads = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     if reads > 0.8:
         dummy_step(params, state, step_fns[1], a_pass, seq_len)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
@@ -694,7 +703,7 @@ def train(run):
     run.budget.start(product)
     count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
     counted = run.budget.progress(0, 0)
-    meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
+    meter = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
         rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget

@@ -347,14 +347,16 @@ def test_the_journal_names_sources_and_seeds(tmp_path: Path) -> None:
     import hashlib
 
     bed = Bed(tmp_path, "worse")
-    (bed.repo / "counts.py").write_text("# a part of the harness\n")
-    git(bed.repo, "add", "counts.py")
-    git(bed.repo, "commit", "-m", "counts")
+    (bed.repo / "harness" / "deep").mkdir(parents=True)
+    for name in ("__init__.py", "deep/part.py"):
+        (bed.repo / "harness" / name).write_text("# a part of the harness\n")
+    git(bed.repo, "add", "harness")
+    git(bed.repo, "commit", "-m", "the folder")
     bed.run("--experiments", "1", "--seed", "40", QUICK)
     lines = [json.loads(line) for line in (bed.folder() / "journal.jsonl").read_text().splitlines()]
     start = lines[0]
     assert start["event"] == "night_start"
-    held = ["prepare_mlx.py", "train_mlx.py", "counts.py"]
+    held = ["prepare_mlx.py", "train_mlx.py", "harness/__init__.py", "harness/deep/part.py"]
     assert start["sources"] == {name: hashlib.sha256((bed.repo / name).read_bytes()).hexdigest() for name in held}
     assert start["base"] == git(bed.repo, "rev-parse", "HEAD")
     assert [e["seed"] for e in lines if e["event"] == "trial_end"] == [40, 41, 42, 40]

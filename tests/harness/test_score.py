@@ -16,9 +16,9 @@ import psutil
 import pytest
 from conftest import ROOT, environment, program, summary_of
 
-from prepare_mlx import HarnessError
-from probes import Question, bits_per_byte, log_probs, splice
-from tokenizer import Tokenizer
+from harness import HarnessError
+from harness.probes import Question, bits_per_byte, log_probs, splice
+from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
          "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0,
@@ -383,9 +383,9 @@ def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
     source = "import os, pathlib\nstat = os.stat(f'/proc/{os.getppid()}/maps')\n" \
              "pathlib.Path(__file__).with_name('owner').write_text(str(stat.st_uid))\n" + BIGRAM
     if os.getuid() == 0:
-        code = "import ctypes, prepare_mlx, pathlib, sys\n" \
-               "try: prepare_mlx.score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
-               "except prepare_mlx.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+        code = "import ctypes, harness, pathlib\nfrom harness.score import score\n" \
+               "try: score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
+               "except harness.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
         assert program("-c", code, home=tiny.home).stdout.strip() == "0"
     else:
         run_dir = candidate(source=source)
@@ -399,14 +399,15 @@ def test_memory_at_a_large_vocabulary(tmp_path):
     code = f"""
 import json, numpy as np, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import prepare_mlx, probes
+from harness.probes import log_probs
+from harness.server import LogitsServer
 run = pathlib.Path({str(tmp_path)!r})
 source = "import numpy as np\\ndef load_model(d):\\n    return lambda t: np.zeros((*t.shape, 8192), np.float32)"
 (run / "train_x.py").write_text(source)
-server = prepare_mlx.LogitsServer(run, [1, 2048, 8192], [], bytearray())
+server = LogitsServer(run, [1, 2048, 8192], [], bytearray())
 for i in range(6):
     server.ask(np.zeros((1, 2048), np.int32))
-    probes.log_probs(server.answer()[0], np.zeros((2048, 3), int))
+    log_probs(server.answer()[0], np.zeros((2048, 3), int))
 server.close()
 import resource
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, program
 
-import prepare_mlx
-from prepare_mlx import Budget, HarnessError, batches, row_starts, speed
+from harness import HarnessError, clock
+from harness.clock import Budget, expected_epochs, speed
+from harness.run import batches, row_starts
 
 IMPORTS = "import sys, time, json\nfrom prepare_mlx import start_run\n"
 
@@ -76,7 +77,7 @@ def test_sleep_is_the_wall_clock_without_the_monotonic_one(monkeypatch):
 def test_a_training_far_beyond_its_budget_is_a_timeout(monkeypatch):
     budget = Budget("0.1s")
     budget.start()
-    monkeypatch.setattr(prepare_mlx, "OVERRUN", (1.25, 0.2))
+    monkeypatch.setattr(clock, "OVERRUN", (1.25, 0.2))
     time.sleep(0.1)
     budget.close()
     time.sleep(0.3)
@@ -99,7 +100,7 @@ def test_the_speed_index_sees_a_machine_that_becomes_slower():
 @pytest.mark.parametrize(("text", "seconds"), [("300s", 1.0), ("30s", 1.0), ("15s", 0.5), ("1s", 0.2), ("200steps", 0.2)])
 def test_the_probe_takes_a_second_where_the_budget_has_thirty(monkeypatch, text, seconds):
     asked = []
-    monkeypatch.setattr(prepare_mlx, "speed", lambda work, seconds: asked.append(seconds) or 4.0 * len(asked))
+    monkeypatch.setattr(clock, "speed", lambda work, seconds: asked.append(seconds) or 4.0 * len(asked))
     budget = Budget(text)
     budget.start()
     facts = budget.close()
@@ -109,6 +110,12 @@ def test_the_probe_takes_a_second_where_the_budget_has_thirty(monkeypatch, text,
 
 def test_the_rate_of_the_probe_is_what_it_is_called():
     assert 10 < speed(lambda: time.sleep(0.05), 0.4) < 20.1
+
+
+def test_expected_epochs_follow_from_the_budget():
+    assert expected_epochs(Budget("60s"), 0.1, 1000, 300_000) == pytest.approx(2)
+    assert expected_epochs(Budget("30steps"), 0.1, 1000, 300_000) == pytest.approx(0.1)
+    assert expected_epochs(Budget("3Mtokens"), 0.1, 1000, 300_000) == pytest.approx(10)
 
 
 @pytest.mark.slow  # its outcome hangs on what else the machine does
@@ -180,7 +187,7 @@ run.finish(training_seconds=1, peak_vram_mb=1, mfu_percent=1, total_tokens=1, nu
     done = program(ROOT / "prepare_mlx.py", "score", tmp_path / "run", home=tiny.home)
     assert done.returncode == 0, done.stderr
     assert 0.3 < float(done.stdout.split("speed_index:")[1].split()[0]) < 0.75
-    assert "over the training: heat, or another program" in done.stdout
+    assert "speed_warning: " in done.stdout
 
 
 def test_rows_leave_no_token_out():
