@@ -70,6 +70,17 @@ def serve(run_dir: Path) -> None:
         os._exit(1)
 
 
+def end_group(process: subprocess.Popen) -> None:
+    """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError:  # macOS: EPERM also for a group that holds only zombies
+        process.kill()  # does nothing to a zombie; a child that may not be killed raises PermissionError again
+    process.wait()
+
+
 class LogitsServer:
     """The scorer's end of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order asked.
 
@@ -150,9 +161,7 @@ class LogitsServer:
 
     def close(self) -> None:
         """Kill the server with all its children and keep the end of its log."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        end_group(self.process)
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - SERVER_LOG_BYTES))
         self._kept += self._log.read()
         self._log.close()

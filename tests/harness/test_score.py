@@ -8,8 +8,10 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -18,6 +20,7 @@ from conftest import ROOT, environment, program, summary_of
 
 from harness import HarnessError
 from harness.probes import Question, bits_per_byte, log_probs, splice
+from harness.server import end_group
 from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
@@ -286,6 +289,47 @@ def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, l
     code, kind, message = refusal(score(candidate(source=HELPER + line + BIGRAM), tiny))
     assert (code, kind) == expected[:2]
     assert expected[2] in message
+
+
+MACOS = """
+import os, psutil, sys
+real = os.killpg
+def killpg(group, number):
+    members = [p for p in psutil.process_iter(["pid", "status"]) if p.info["pid"] and os.getpgid(p.pid) == group]
+    if members and all(p.info["status"] == psutil.STATUS_ZOMBIE for p in members):
+        raise PermissionError(1, "Operation not permitted")
+    real(group, number)
+os.killpg = killpg
+"""
+
+
+def test_a_failure_keeps_its_name_where_a_zombie_may_not_be_killed(tiny, candidate):
+    """On macOS `killpg` answers EPERM for a group that holds only a zombie, as of a server that has said why it ends."""
+    run_dir = candidate(source="raise MemoryError('no')" + BIGRAM)
+    late = "import time\nmacos = os.killpg\ndef killpg(*what):\n    time.sleep(1)\n    macos(*what)\nos.killpg = killpg\n"
+    code = MACOS + late + "import prepare_mlx\nsys.exit(prepare_mlx.main())"
+    code, kind, _ = refusal(program("-c", code, "score", run_dir, home=tiny.home))
+    assert (code, kind) == (4, "oom")
+    assert json.loads((run_dir / "error.json").read_text())["kind"] == "oom"
+
+
+@pytest.mark.parametrize("macos", [False, True])
+@pytest.mark.parametrize("script", ["exit 3", "sleep 60 & echo $!; exit 3", "sleep 60 & echo $!; wait"])
+def test_a_group_is_ended_whoever_is_left_of_it(monkeypatch, macos, script):
+    if macos:
+        monkeypatch.setattr(os, "killpg", os.killpg)  # so that what MACOS does is undone
+        exec(MACOS, {})
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True) as process:
+        child = int(process.stdout.readline()) if "sleep" in script else None
+        deadline = time.monotonic() + 10
+        while "exit" in script and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        end_group(process)
+        assert process.returncode == (3 if "exit" in script else -signal.SIGKILL)
+        while child and psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        end_group(process)  # a second time there is nobody left
 
 
 def test_the_server_is_told_nothing_of_the_held_out_data(tiny, candidate):
