@@ -65,9 +65,12 @@ def serve(run_dir: Path) -> None:
             logits[i] = answer
             print(json.dumps({"done": i}), file=replies)
     except BaseException as error:
-        print(json.dumps({"kind": kind_of(error), "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
+        try:  # the log first: the scorer kills this process once it has the reply
+            sys.stdout.flush()
+            sys.excepthook(*sys.exc_info())
+        finally:
+            print(json.dumps({"kind": kind_of(error), "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
+            os._exit(1)
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -291,6 +291,21 @@ def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, l
     assert expected[2] in message
 
 
+def test_the_log_of_a_failed_server_holds_its_prints_and_its_traceback(tiny, candidate):
+    """However long a traceback takes, nobody ends the server before it is written."""
+    slow = "import sys, time\nhook = sys.excepthook\ndef slow(*error):\n    time.sleep(1)\n    hook(*error)\nsys.excepthook = slow\n"
+    run_dir = candidate(source=slow + "print('printed')\nraise ValueError('the cause')" + BIGRAM)
+    assert refusal(score(run_dir, tiny)) == (1, "crash", "ValueError: the cause")
+    log = (run_dir / "serve.log").read_text()
+    assert log.startswith("printed\nTraceback")
+    assert log.endswith("ValueError: the cause\n")
+
+
+def test_a_failure_whose_traceback_cannot_be_written_keeps_its_name(tiny, candidate):
+    hook = "import sys\nsys.excepthook = None\n"
+    assert refusal(score(candidate(source=hook + "raise MemoryError('no')" + BIGRAM), tiny)) == (4, "oom", "MemoryError: no")
+
+
 MACOS = """
 import os, psutil, sys
 real = os.killpg
