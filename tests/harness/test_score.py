@@ -5,6 +5,7 @@ Most candidates here are bigram tables in NumPy: real train files, served by the
 
 import json
 import math
+import mmap
 import os
 import re
 import resource
@@ -20,7 +21,7 @@ from conftest import ROOT, environment, program, summary_of
 
 from harness import HarnessError
 from harness.probes import Question, bits_per_byte, log_probs, splice
-from harness.server import end_group
+from harness.server import end_group, shared
 from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
@@ -291,9 +292,21 @@ def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, l
     assert expected[2] in message
 
 
+def test_a_shared_file_is_resized_by_its_first_holder_only(monkeypatch, tmp_path):
+    """A sandbox may refuse to resize a file outside the server's folder: `ftruncate` refuses here as it would."""
+    with open(tmp_path / "exchange", "w+b") as file:
+        ours = shared(file.fileno(), np.float32, [2, 3])
+        monkeypatch.setattr(os, "ftruncate", lambda *_: pytest.fail("the file has its size"))
+        theirs = shared(file.fileno(), np.float32, [2, 3])
+        reader = shared(file.fileno(), np.float32, [2, 3], mmap.ACCESS_READ)
+        theirs[1, 2] = 7
+        assert (ours[1, 2], reader[1, 2]) == (7, 7)
+        assert not reader.flags.writeable
+
+
 def test_the_log_of_a_failed_server_holds_its_prints_and_its_traceback(tiny, candidate):
     """However long a traceback takes, nobody ends the server before it is written."""
-    slow = "import sys, time\nhook = sys.excepthook\ndef slow(*error):\n    time.sleep(1)\n    hook(*error)\nsys.excepthook = slow\n"
+    slow = "import sys, time\nhook = sys.excepthook\nsys.excepthook = lambda *error: (time.sleep(1), hook(*error))\n"
     run_dir = candidate(source=slow + "print('printed')\nraise ValueError('the cause')" + BIGRAM)
     assert refusal(score(run_dir, tiny)) == (1, "crash", "ValueError: the cause")
     log = (run_dir / "serve.log").read_text()
