@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -204,7 +205,8 @@ def keep_tier(night: Night) -> None:
 
 def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:
     """UsageError where a new night cannot start; else what the user should know about their checkout."""
-    if budget is not None and not re.fullmatch(r"[0-9.]*[1-9][0-9.]*[kM]?(s|steps|tokens)", budget):
+    number = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)[kM]?(s|steps|tokens)", "1s" if budget is None else budget)
+    if number is None or not 0 < float(number[1]) < math.inf:
         raise UsageError(f"--budget {budget}: expected something like 300s, 200steps or 5Mtokens")
     if Path(train_file).name != train_file:
         raise UsageError(f"--train-file {train_file}: expected a file at the top of the repository")

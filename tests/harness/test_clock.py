@@ -23,7 +23,8 @@ def test_budgets_count_what_they_name(text, steps, tokens, progress):
     assert Budget(text).progress(steps, tokens) == progress
 
 
-@pytest.mark.parametrize("text", ["", "300", "s", "-3s", "0s", "0.0steps", "3 minutes", "1e3s", "1..2s", "nans", "300S"])
+@pytest.mark.parametrize("text", ["", "300", "s", "-3s", "0s", "0.0steps", "3 minutes", "1e3s", "1..2s", "nans", "300S",
+                                  "1.2.3s", ".s", "1_0s", "infs", "9" * 400 + "s", "\u0663s", "3 s", "5Gtokens", "5kMs", "+3s"])
 def test_a_budget_that_is_none_is_refused(text):
     with pytest.raises(HarnessError, match="expected something like 300s, 200steps or 5Mtokens") as caught:
         Budget(text)
@@ -162,6 +163,13 @@ def test_training_data_is_handed_out_only_while_the_clock_runs(tmp_path, tiny, b
     assert done.returncode == 6
     assert files["error"]["kind"] == "violation"
     assert "training data was asked for before run.budget.start(); warm up on dummy data" in files["error"]["message"]
+
+
+@pytest.mark.parametrize("budget", ["1.2.3s", "soon", "9" * 400 + "steps"])
+def test_a_run_with_a_budget_that_is_none_is_a_usage_error_in_one_line(tmp_path, tiny, budget):
+    done, _ = trainer(tmp_path, tiny, "print('trained')", AUTORESEARCH_BUDGET=budget)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_iterators_may_be_made_before_the_clock_runs(tmp_path, tiny):
