@@ -556,6 +556,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     folder = tmp_path_factory.mktemp("bench")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
+    shutil.copytree(ROOT / "harness", folder / "harness")
     env = {**os.environ, "AUTORESEARCH_HOME": str(folder / "home")}
     subprocess.run([sys.executable, "prepare_mlx.py", "--preset", "tiny", "--dataset", "stories", "--json", "entry.json"],
                    cwd=folder, env=env, capture_output=True, check=True, timeout=120)  # fmt: skip
