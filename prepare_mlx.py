@@ -25,10 +25,10 @@ from harness.machine import (
     load_fast_blas,
     peak_flops,
 )
-from harness.run import Progress, Run, start_run
+from harness.run import Progress, start_run
 
 # Re-exported, so that a train file has one place to import from, whichever module of the harness a name lives in.
-__all__ = ["HarnessError", "Progress", "Run", "check_memory", "check_weights", "detect_preset", "expected_epochs", "find_tier",
+__all__ = ["HarnessError", "Progress", "check_memory", "check_weights", "detect_preset", "expected_epochs", "find_tier",
            "load_fast_blas", "peak_flops", "start_run"]
 
 

@@ -4,7 +4,7 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
     python prepare_mlx.py && python train_mlx.py
 
 The model is autoresearch's (nanochat's) GPT with hashed n-gram embeddings; the optimizer is Muon for matrices, AdamW for the
-rest, and Adagrad by the row for n-grams. On a CPU it is mixed with n-gram counts. With NGRAM_BUCKETS = (), COUNT_ORDER = 0,
+rest, and Adagrad by the row for n-grams. With NGRAM_BUCKETS = (),
 WINDOW_PATTERN = "SSSL", SOFTCAP = 15, DROPOUT = (0.0,) and POLAR_STEPS = 5 it is upstream's published model and optimizer,
 operation by operation. docs/recipe.md has what was measured for the constants.
 """
@@ -18,7 +18,6 @@ from functools import partial
 from itertools import pairwise, repeat
 from pathlib import Path
 
-from counts import count, with_counts
 from prepare_mlx import (
     HarnessError,
     Progress,
@@ -65,11 +64,6 @@ NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-ma
 NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
-COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
-COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
-COUNT_RATE = 50_000  # and at most so many for each second of the budget
-COUNT_SHARE = 0.45  # of the counts in the model's probabilities; prose wants 0.4, a text that repeats itself 0.6
-COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
@@ -692,12 +686,10 @@ def train(run):
     batches = run.batches(a_pass, seq_len)
     step, pending = 0, None
     run.budget.start(product)
-    count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
-    counted = run.budget.progress(0, 0)
     meter = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
-        rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget
+        rates = schedule(progress, step, reading)
         params, state, loss = step_fns[reading > 0](params, state, rates, batches)
         mx.async_eval(params, state, loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
@@ -707,7 +699,7 @@ def train(run):
     mx.eval(params, state)
     training_seconds = run.budget.seconds
     if pending is None:
-        raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
+        raise HarnessError("timeout", "the budget was over before the first step; give it more")
     meter.take(pending.item())
     meter.tell(rates[0].item, mx.get_peak_memory)
     print()
@@ -727,7 +719,7 @@ def load_model(run_dir):
     weights = mx.load(str(run_dir / "weights.safetensors"))
     model.update(tree_unflatten([(n, p.astype(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p) for n, p in weights.items()]))
     forward = mx.compile(model.__call__)
-    return with_counts(lambda tokens: np.array(forward(mx.array(tokens))), run_dir, COUNT_SHARE, COPY_SHARES)
+    return lambda tokens: np.array(forward(mx.array(tokens)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LIMIT = 1800                                                                    
 ROW, VOCAB = 256, 8192                                                          # the anchor: everybody at one size
 COMMON = {"DEPTH": 4, "HEAD_DIM": 128, "WINDOW_PATTERN": '"SSSL"'}
 PEERS = {**COMMON, "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
-OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "COUNT_ORDER": 0, "SOFTCAP": 15.0, "BATCH_TOKENS": 4096,
+OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096,
         "POLAR_STEPS": 5}
 
 
@@ -50,7 +50,7 @@ def edited(source: str, edits: Edits) -> str:
 def variant(source: str, name: str) -> str:
     """The train file as the ablation `name` has it. Failed where it no longer fits."""
     _, constants, edits = ABLATIONS[name]
-    return edited(with_constants(source, {"COUNT_ORDER": 0, **constants}), edits)  # counting is no part of a step
+    return edited(with_constants(source, constants), edits)
 
 
 def random_text(folder: Path) -> Path:

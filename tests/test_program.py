@@ -95,7 +95,7 @@ WORDS = {  # how the brief calls what the catalogue thinks most of
     "MATRIX_LR": "matrix\nlearning rate", "EMBEDDING_LR": "embedding learning rate", "WARMDOWN_RATIO": "warmdown",
     "DEPTH": "one layer more or less", "NGRAM_LR": "n-gram tables, their learning rate",
     "NGRAM_BUCKETS[0]": "n-gram tables", "NGRAM_BUCKETS[1]": "n-gram tables",
-    "COUNT_SHARE": "the share of n-gram counts", "QK gain": "normed queries and keys",
+    "QK gain": "normed queries and keys",
     "value embeddings": "value embeddings on every layer",
 }  # fmt: skip
 

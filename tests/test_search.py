@@ -491,8 +491,8 @@ def test_the_drivers_table_starts_it(worktree: Path, tmp_path: Path, model: str 
 
 
 def test_without_a_journal_the_priors_decide(worktree: Path) -> None:
-    words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(4)}
-    assert len(words) == 4
+    words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(8)}
+    assert len(words) >= 4
 
 
 def test_a_damaged_journal_costs_no_experiment(worktree: Path, tmp_path: Path) -> None:
@@ -538,14 +538,14 @@ def test_the_tier_is_told_by_the_night_and_corrected_by_what_was_trained() -> No
 
 
 def train(folder: Path, home: Path, source: bytes, *, score: bool = False) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Four steps on tiny data; the digest of weights, of counts, and of the score where there is one."""
+    """Four steps on tiny data; the digest of weights, and of the score where there is one."""
     (folder / "train_mlx.py").write_bytes(source)
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     env = {**os.environ, "AUTORESEARCH_HOME": str(home), "AUTORESEARCH_BUDGET": "4steps", "AUTORESEARCH_SCORE": str(int(score)),
            "AUTORESEARCH_RUN_DIR": str(run), "AUTORESEARCH_SEED": "1"}  # fmt: skip
     done = subprocess.run([sys.executable, "train_mlx.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    made = [path.read_bytes() for name in ("weights.safetensors", "counts.npz") if (path := run / name).exists()]
+    made = [path.read_bytes() for path in [run / "weights.safetensors"] if path.exists()]
     scored = re.findall(rb"val_bpb:.*", done.stdout.encode())
     return done, hashlib.sha256(b"".join([*made, *scored])).hexdigest() if made else ""
 
@@ -571,7 +571,7 @@ def check_training(bench: tuple[Path, Path, int], picked: list[Change]) -> None:
     assert not any(done.returncode for done, _ in unchanged.values()), unchanged
     wrong = []
     for change in picked:
-        score = change.key in {"COUNT_SHARE", *(switch.key for switch in SWITCHES)}
+        score = change.key in {switch.key for switch in SWITCHES}
         done, digest = train(folder, home, file.apply(change.edits), score=score)
         same = digest == unchanged[score][1]
         if done.returncode or same:

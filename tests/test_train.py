@@ -14,7 +14,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 import train_mlx
-from counts import Counts
 from train_mlx import GPT, GPTConfig, adagrad_rows, attend, head_loss, init_optimizer, make_step, ngram_rows, schedule
 
 ROOT, ON_A_GPU = Path(__file__).parent.parent, train_mlx.GPU
@@ -471,30 +470,8 @@ def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, home: Path) -> None:
     assert logits.dtype == np.float32
 
 
-def test_counts_are_a_share_of_what_the_scorer_is_told(tmp_path: Path, home: Path) -> None:
-    process, out = run(tmp_path, home, (ROOT / "train_mlx.py").read_text(), AUTORESEARCH_BUDGET="3steps")
-    assert process.returncode == 0, process.stderr
-    rows = np.random.default_rng(0).integers(0, 320, (2, 16)).astype(np.int32)
-    both = train_mlx.load_model(out)(rows)
-    counts = Counts.load(out / "counts.npz")
-    (out / "counts.npz").unlink()
-    network = train_mlx.load_model(out)(rows)
-    np.testing.assert_allclose(both, counts.mixed(network, rows, train_mlx.COUNT_SHARE, train_mlx.COPY_SHARES), rtol=1e-5)
-    assert np.abs(both - network).max() > 0.5
-
-
-def test_a_run_without_counts_leaves_none_and_takes_none_over(tmp_path: Path, home: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "counts.npz").write_bytes(b"of an earlier run")
-    source = re.sub(r"^COUNT_ORDER = .*", "COUNT_ORDER = 0", (ROOT / "train_mlx.py").read_text(), flags=re.M)
-    process, out = run(tmp_path, home, source, AUTORESEARCH_BUDGET="1steps")
-    assert process.returncode == 0, process.stderr
-    assert not (out / "counts.npz").exists()
-    assert train_mlx.load_model(out)(np.zeros((1, 4), np.int32)).shape == (1, 4, 320)
-
-
-def test_a_budget_that_counting_used_up_is_told_by_name(tmp_path: Path, home: Path) -> None:
-    process, out = run(tmp_path, home, changed("    counted = ", "    time.sleep(0.3)\n    counted = "),
+def test_a_budget_that_is_over_before_the_first_step_is_told_by_name(tmp_path: Path, home: Path) -> None:
+    process, out = run(tmp_path, home, changed("    meter = Progress(", "    time.sleep(0.3)\n    meter = Progress("),
                        AUTORESEARCH_BUDGET="0.2s")
     assert process.returncode == 5, process.stderr
     assert "before the first step" in json.loads((out / "error.json").read_text())["message"]
