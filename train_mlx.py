@@ -17,8 +17,7 @@ from itertools import repeat
 from pathlib import Path
 
 from harness.mlx_cpu import GPU, attention, cross_entropy  # comes before MLX: on Linux it loads a fast BLAS
-from machine import Meter, check_memory, check_weights, extrapolate, find_tier, peak_flops, readings
-from prepare_mlx import detect_preset, start_run
+from prepare_mlx import Progress, check_memory, check_weights, expected_epochs, extrapolate, find_tier, peak_flops, start_run
 
 # isort: split
 import mlx.core as mx
@@ -28,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 # On a GPU `attention` is mx.fast.scaled_dot_product_attention, and `cross_entropy` is mx.fast.cross_entropy;
 # on a CPU both compute the same, faster than MLX's CPU backend does.
-TIER = find_tier(detect_preset() if GPU else "cpu")  # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
+TIER = find_tier(None if GPU else "cpu")  # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants: edit these first
@@ -55,9 +54,9 @@ MATRIX_LR = 0.02  # Muon, matrices of the blocks
 SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
-MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over this many steps
+MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
 MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row
-NEWTON_SCHULZ_STEPS = 5  # iterations that orthogonalize Muon's update, 5 at most
+NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
@@ -208,7 +207,8 @@ class GPT(nn.Module):
         """Logits: int [B, T] -> fp32 [B, T, V]. A training step passes the summed n-gram embeddings [B, T, C], whose gradient it
         needs, and a dropout rate."""
         if ngrams is None and self.config.ngram_buckets:
-            ngrams = self.ngrams(ngram_rows(tokens, self.config.ngram_buckets)).sum(axis=(0, 1))
+            rows = ngram_rows(tokens, self.config.ngram_buckets)                # [2, n, B, T]
+            ngrams = self.ngrams(rows).astype(mx.float32).sum(axis=(0, 1))      # [B, T, C]; a saved table is bfloat16
         x = self.wte(tokens)                                                    # [B, T, C]; embedding tables are fp32
         x = x if ngrams is None else x + ngrams
         x = x0 = dropout(norm(x.astype(DTYPE)), dropout_rate)
@@ -497,9 +497,9 @@ def dummy_step(params, moments, step, rows, seq_len):
     return time.perf_counter() - start, mx.get_peak_memory() - held
 
 
-def expected_memory(model, params, moments, step, rows, seq_len):
-    """Peak bytes of a step of `rows` rows, as a function of the micro-batches that it is cut into. Measured on small ones, so
-    that it holds for whatever was edited."""
+def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
+    """Peak bytes of a step of `rows` rows, as a function of the number of micro-batches. Measured on small ones, so that it holds
+    for whatever was edited."""
     gradients, rates = make_gradients(model), schedule(0, 0)
 
     def peak_of_pass(n):
@@ -510,13 +510,13 @@ def expected_memory(model, params, moments, step, rows, seq_len):
         return mx.get_peak_memory()
 
     table = params[NGRAMS].nbytes if NGRAMS in params else 0
-    _, update = dummy_step(params, moments, step, 1, seq_len)
+    _, step_peak = dummy_step(params, moments, step, 1, seq_len)
     held = sum(a.nbytes for _, a in tree_flatten((params, moments)))
-    update = max(update, held + table // 2)                                     # saving makes a bfloat16 copy of the tables
+    step_peak = max(step_peak, held + table // 2)                               # saving makes a bfloat16 copy of the tables
     kept = sum(p.nbytes for p in params.values()) - table                       # the sum of the gradients, and of all passes
     kept += 4 * rows * seq_len * model.config.n_embd * (table > 0)              # the gradients of n-grams
-    one_pass = extrapolate(peak_of_pass, rows)
-    return lambda passes: max(update, one_pass(rows // passes) + kept * (passes > 1))
+    one_pass = extrapolate(peak_of_pass, micro_rows)
+    return lambda passes: max(step_peak, one_pass(rows // passes) + kept * (passes > 1))
 
 
 def train(run):
@@ -525,19 +525,19 @@ def train(run):
     batch_rows = max(1, BATCH_TOKENS // seq_len)
     batch_tokens = batch_rows * seq_len
     fewest = math.ceil(batch_tokens / MICRO_TOKENS)
-    accumulation_steps = next(n for n in range(fewest, batch_rows + 1) if batch_rows % n == 0 or n == batch_rows)
+    accumulation_steps = next((n for n in range(fewest, batch_rows) if batch_rows % n == 0), batch_rows)
     micro_rows = batch_rows // accumulation_steps
     probe, probe_flops = matmul_probe()
     peak_rate, matmul_rate = peak_flops(device_name(), probe, probe_flops)
     limit, held = memory_limit(), partial(weight_bytes, vocab_size=run.vocab_size)
     check_weights(held, DEPTH, limit)
 
-    # Warm up on dummy data: how much memory, how long is a step, how often will the budget read the text
+    # Warm up on dummy data: how much memory does a step take, how long is it, and how many epochs is the budget
     model, params, moments, step_fn = build(run, accumulation_steps)
-    expected = expected_memory(model, params, moments, step_fn, batch_rows, seq_len)
+    expected = expected_memory(model, params, moments, step_fn, batch_rows, micro_rows, seq_len)
     check_memory(expected, accumulation_steps, micro_rows, seq_len, limit, held, DEPTH)
     seconds = min(dummy_step(params, moments, step_fn, micro_rows, seq_len)[0] for _ in range(3))  # the first may compile
-    epochs = readings(run.budget, seconds, batch_tokens, run.train_tokens)
+    epochs = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(accumulation_steps) / 2**20
     print(f"{TIER}: {device_name()}, matrix products at {matmul_rate / 1e12:.2f} TFLOP/s\n"
@@ -550,19 +550,19 @@ def train(run):
     batches = run.batches(micro_rows, seq_len)
     step, pending = 0, None
     run.budget.start(probe)
-    meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
+    progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while step == 0 or run.budget.progress(step, step * batch_tokens) < 1:
         rates = schedule(run.budget.progress(step, step * batch_tokens), step, epoch=step * batch_tokens // run.train_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         mx.async_eval(params, moments, loss)
         if pending is not None:  # the loss of the step before: waiting for this one's would idle the device
-            meter.take(pending.item())
+            progress.take(pending.item())
         pending, step = loss, step + 1
-        meter.tell(rates["lr"].item, mx.get_peak_memory)
+        progress.tell(rates["lr"].item, mx.get_peak_memory)
     mx.eval(params, moments)
     training_seconds = run.budget.seconds
-    meter.take(pending.item())
-    meter.tell(rates["lr"].item, mx.get_peak_memory)
+    progress.take(pending.item())
+    progress.tell(rates["lr"].item, mx.get_peak_memory)
     print()
     saved = {n: p.astype(mx.bfloat16) if n == NGRAMS else p for n, p in params.items()}  # the tables are most of the file
     mx.save_safetensors(str(run.dir / "weights.safetensors"), saved)

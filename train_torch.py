@@ -25,9 +25,17 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from counts import count, with_counts
-from machine import Meter, check_memory, check_weights, find_tier, peak_flops, readings
-from prepare_mlx import HarnessError, detect_preset, start_run
+from prepare_mlx import (
+    HarnessError,
+    Progress,
+    check_memory,
+    check_weights,
+    detect_preset,
+    expected_epochs,
+    find_tier,
+    peak_flops,
+    start_run,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 GPU = DEVICE != "cpu"
@@ -54,11 +62,6 @@ NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-ma
 NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
 ROPE_BASE = 10_000  # slowest rotation of the positions
-COUNT_ORDER = {"cpu": 5, "mac": 0, "mac-max": 0, "cuda": 0}[TIER]  # tokens of the longest n-grams that are counted; 0: none
-COUNT_TOKENS = 2**22  # tokens of the text that are counted, at most; 0.8 million take a second
-COUNT_RATE = 50_000  # and at most so many for each second of the budget
-COUNT_SHARE = 0.45  # of the counts in the model's probabilities; prose wants 0.4, a text that repeats itself 0.6
-COPY_SHARES = (0.04, 0.2, 0.4)  # of what followed in the row when its last 1, 2, 3 tokens stood there before; with counts only
 
 # Optimization
 BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
@@ -677,7 +680,7 @@ def train(run):
     expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, passes)
     check_memory(expected, passes, a_pass, seq_len, limit, held, DEPTH)
     seconds = min(dummy_step(params, state, step_fns[0], a_pass, seq_len) for _ in range(4))  # the first may compile
-    reads = readings(run.budget, seconds, batch_tokens, run.train_tokens)
+    reads = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     if reads > 0.8:
         dummy_step(params, state, step_fns[1], a_pass, seq_len)  # so that it compiles now
     config, num_params = model.config, sum(p.numel() for p in params.values())
@@ -692,12 +695,10 @@ def train(run):
     batches = run.batches(a_pass, seq_len)
     step, pending = 0, None
     run.budget.start(product)
-    count(run, COUNT_ORDER, COUNT_TOKENS, COUNT_RATE)
-    counted = run.budget.progress(0, 0)
-    meter = Meter(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
+    meter = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
         reading = step * batch_tokens // run.train_tokens
-        rates = schedule((progress - counted) / (1 - counted), step, reading)  # over what counting left of the budget
+        rates = schedule(progress, step, reading)
         params, state, loss = step_fns[reading > 0](params, state, rates, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: reading this one's would idle the device
@@ -707,7 +708,7 @@ def train(run):
     synchronize()
     training_seconds = run.budget.seconds
     if pending is None:
-        raise HarnessError("timeout", "the budget was over before the first step; give it more, or lower COUNT_TOKENS")
+        raise HarnessError("timeout", "the budget was over before the first step; give it more")
     meter.take(pending())
     meter.tell(rates[0].item, peak_memory)
     print()
@@ -732,7 +733,7 @@ def load_model(run_dir):
     def forward(tokens):  # not compiled: that takes longer than scoring does
         return model(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
 
-    return with_counts(forward, run_dir, COUNT_SHARE, COPY_SHARES)
+    return forward
 
 
 if __name__ == "__main__":

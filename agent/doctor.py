@@ -88,7 +88,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
         return Finding("git", "bad", f"not found on PATH; {mend}")
     import git  # fails to import where there is no git
 
-    from agent.start import HARNESS, HARNESS_PARTS
+    from agent.start import FROZEN
     from agent.worktree import Repository
 
     found = git.cmd.Git().version_info[:2]
@@ -100,7 +100,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
         repository.file_at(repository.head, train_file)
     except NightError as error:
         return Finding("git", "bad", str(error))
-    changed = repository.changed(train_file, HARNESS, *HARNESS_PARTS)
+    changed = repository.changed(train_file, *FROZEN)
     if changed:
         return Finding("git", "note", f"{', '.join(changed)} differs from HEAD; a night starts from what is committed")
     return Finding("git", "ok", f"{words}, {repository.root} at {repository.head[:7]}")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import psutil
@@ -21,14 +23,13 @@ import psutil
 from agent import process
 from agent.environment import clean_env, data_home
 from agent.errors import HarnessError, Stopped, UsageError
-from agent.filetree import remove
+from agent.filetree import remove, walk
 from agent.journal import Journal, holder, read
 from agent.night import Night, fold
 from agent.worktree import Repository, Worktree
 
 HARNESS = "prepare_mlx.py"
-# Frozen with it: what it reads, and what train files do
-HARNESS_PARTS = ("corpus.py", "counts.py", "machine.py", "probes.py", "stories.py", "tokenizer.py")
+FROZEN = (HARNESS, "harness")  # the harness's command line and its folder: a night uses them as its base commit has them
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
@@ -142,25 +143,31 @@ class _LastLine:
 
 
 def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
-    """Write the base commit's harness to the night's folder, or put it back there; the scorer's path."""
-    place = folder / "harness"
-    place.mkdir(parents=True, exist_ok=True)
-    for stranger in place.iterdir():  # beside a program Python also finds modules that nobody committed, and their bytecode
-        if stranger.name not in (HARNESS, *HARNESS_PARTS) or not stranger.is_file() or stranger.is_symlink():
-            remove(stranger)
-    for name in (HARNESS, *HARNESS_PARTS):
-        content = _committed(repository, base, name)
-        if content is None:
-            continue
-        if not (place / name).is_file() or (place / name).read_bytes() != content:
+    """Write the base commit's harness to runs/<tag>/frozen, or restore it there. Returns the path of the scorer's program."""
+    place, contents = folder / "frozen", _frozen(repository, base)
+    if not _holds(place, contents):
+        remove(place)
+        for name, content in contents.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(content)
     return place / HARNESS
 
 
-@lru_cache(maxsize=2 * (1 + len(HARNESS_PARTS)))  # asked before every training
-def _committed(repository: Repository, base: str, name: str) -> bytes | None:
-    """A file that a night holds fast, at a commit; None for a part of the harness that it does not have."""
-    return repository.file_at(base, name) if name == HARNESS or repository.has(base, name) else None
+def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
+    """Whether a folder holds these files and nothing else. Python would also import other modules, and bytecode, from there."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    folders = {str(parent) for name in contents for parent in PurePosixPath(name).parents}
+    found = dict(walk(place, folders, everything=True))
+    return found.keys() == contents.keys() and all(
+        stat.S_ISREG(found[name].st_mode) and (place / name).read_bytes() == content for name, content in contents.items()
+    )
+
+
+@lru_cache(maxsize=2)  # called before every training
+def _frozen(repository: Repository, base: str) -> dict[str, bytes]:
+    """Path and content of every file that a commit's harness consists of. UsageError if the commit has none."""
+    return {name: repository.file_at(base, name) for name in (HARNESS, *repository.files(base, *FROZEN))}
 
 
 def check_data(entry: Mapping[str, Any]) -> None:
@@ -176,9 +183,8 @@ def begin(
 ) -> Night:  # fmt: skip
     """Journal the start of a new night and return its state."""
     base = repository.head
-    names = (train_file, HARNESS, *HARNESS_PARTS)
-    contents = {name: _committed(repository, base, name) for name in names}
-    sources = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if content is not None}
+    contents = {train_file: repository.file_at(base, train_file), **_frozen(repository, base)}
+    sources = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     memory = round(psutil.virtual_memory().total / 2**30)
     machine = {
         "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
@@ -199,12 +205,13 @@ def keep_tier(night: Night) -> None:
 
 def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:
     """UsageError where a new night cannot start; else what the user should know about their checkout."""
-    if budget is not None and not re.fullmatch(r"[0-9.]*[1-9][0-9.]*[kM]?(s|steps|tokens)", budget):
+    number = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)[kM]?(s|steps|tokens)", "1s" if budget is None else budget)
+    if number is None or not 0 < float(number[1]) < math.inf:
         raise UsageError(f"--budget {budget}: expected something like 300s, 200steps or 5Mtokens")
     if Path(train_file).name != train_file:
         raise UsageError(f"--train-file {train_file}: expected a file at the top of the repository")
     for name in (HARNESS, train_file):
         repository.file_at(repository.head, name)
     worktree.check_free()
-    changed = repository.changed(HARNESS, *HARNESS_PARTS, train_file)
+    changed = repository.changed(*FROZEN, train_file)
     return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

@@ -57,9 +57,10 @@ class Repository:
                 f"{path} is not in commit {commit[:7]}; a night trains what is committed: git add {path} && git commit"
             ) from None
 
-    def has(self, commit: str, path: str) -> bool:
-        """Whether a commit holds a file."""
-        return bool(run_git(self.root, "ls-tree", "--name-only", commit, "--", path))
+    def files(self, commit: str, *paths: str) -> list[str]:
+        """The files of a commit at or below these paths."""
+        out = run_git(self.root, "ls-tree", "-r", "-z", "--name-only", commit, "--", *paths)
+        return [name for name in out.split("\0") if name]
 
     def changed(self, *paths: str) -> list[str]:
         """Which of these files differ from HEAD in the user's checkout."""

@@ -8,7 +8,7 @@ Import this module before `mlx.core`: on Linux it loads a fast BLAS, which MLX t
 
 import math
 
-from prepare_mlx import load_fast_blas
+from harness.machine import load_fast_blas
 
 load_fast_blas()
 

@@ -26,7 +26,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from prepare_mlx import home  # noqa: E402
+from harness import home  # noqa: E402
 from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE, Edits  # noqa: E402
 from scripts.compare_peers import TRAIN_FILE, Failed, adapt, launch, named_path, wide_console, with_constants  # noqa: E402
 

@@ -31,7 +31,8 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from prepare_mlx import detect_preset, home  # noqa: E402
+from harness import home  # noqa: E402
+from harness.machine import detect_preset  # noqa: E402
 
 SHIM = Path(__file__).resolve().parent / "peer_shim.py"
 TRAIN_FILE = ROOT / "train_mlx.py"

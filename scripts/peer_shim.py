@@ -25,9 +25,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import prepare_mlx
-from probes import log_probs
-from tokenizer import Tokenizer as OurTokenizer
+from harness.clock import Budget
+from harness.machine import load_fast_blas
+from harness.probes import log_probs
+from harness.run import batches, row_starts
+from harness.score import EVAL_BUFFER_BYTES
+from harness.tokenizer import Tokenizer as OurTokenizer
 
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("PEER_SETTINGS", "{}"))
 MAX_SEQ_LEN: int = SETTINGS.get("seq_len", 0)                                   # tokens in a training row
@@ -112,8 +115,8 @@ def make_dataloader(tokenizer: object, rows: int, seq_len: int, split: str, *_: 
         raise ValueError(f"split {split!r}: expected train; held-out text is for evaluate_bpb alone")
     facts = meta()
     text = np.memmap(Path(SETTINGS["data"], "train.bin"), dtype=facts["dtype"], mode="r")
-    epoch_rows = len(prepare_mlx.row_starts(text, facts["bos_id"], seq_len))
-    for i, (x, y) in enumerate(prepare_mlx.batches(text, facts["bos_id"], rows, seq_len, SETTINGS["seed"])):
+    epoch_rows = len(row_starts(text, facts["bos_id"], seq_len))
+    for i, (x, y) in enumerate(batches(text, facts["bos_id"], rows, seq_len, SETTINGS["seed"])):
         mark(i * rows * seq_len)
         if i == SETTINGS.get("steps"):
             raise SystemExit(0)
@@ -128,7 +131,7 @@ def bits_per_byte(logits: Callable[[np.ndarray], np.ndarray], held: Path) -> flo
     padded = np.full(rows * seq_len + 1, tokenizer.bos_id, dtype=np.int32)
     padded[: len(tokens)] = tokens
     inputs, targets = padded[:-1].reshape(rows, seq_len), padded[1:].reshape(rows, seq_len)
-    batch = max(1, prepare_mlx.EVAL_BUFFER_BYTES // (4 * seq_len * tokenizer.vocab_size))
+    batch = max(1, EVAL_BUFFER_BYTES // (4 * seq_len * tokenizer.vocab_size))
     nats, text_bytes = 0.0, 0
     for a in range(0, rows, batch):
         asked = np.resize(inputs[a : a + batch], (batch, seq_len))              # one shape: a compiler may take seconds for each
@@ -186,15 +189,15 @@ def main() -> None:
     file, source = sys.argv[1], Path(sys.argv[1]).read_text()
     sys.modules["prepare"] = sys.modules["__main__"]
     if "from prepare_mlx import" in source:  # ours: its loop asks for its progress once a step
-        progress = prepare_mlx.Budget.progress
+        progress = Budget.progress
 
-        def timed(budget: prepare_mlx.Budget, steps: int, tokens: int) -> float:
+        def timed(budget: Budget, steps: int, tokens: int) -> float:
             mark(tokens)
             return progress(budget, steps, tokens)
 
-        prepare_mlx.Budget.progress = timed                                     # type: ignore[method-assign]
+        Budget.progress = timed                                     # type: ignore[method-assign]
     elif "import mlx" in source:
-        prepare_mlx.load_fast_blas()  # ours loads it, too
+        load_fast_blas()  # ours loads it, too
     elif "get_kernel" in source:
         without_hopper()
     try:

@@ -10,8 +10,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from prepare_mlx import home  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from harness import home  # noqa: E402
+from harness.tokenizer import Tokenizer  # noqa: E402
 
 
 def load(run_dir: Path):

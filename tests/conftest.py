@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prepare_mlx import load_fast_blas
+from harness.machine import load_fast_blas
 
 load_fast_blas()  # before a test imports MLX, as a train file does it
 os.environ.pop("AUTORESEARCH_TIER", None)

@@ -17,7 +17,7 @@ from agent.lab import Lab
 from agent.trial import run_trial
 
 ATTACKS = ROOT / "tests" / "attacks"
-HARNESS = (start.HARNESS, *start.HARNESS_PARTS)
+FROZEN = [p.relative_to(ROOT) for name in start.FROZEN for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
 GUARD = '\n\nif __name__ == "__main__":\n    main()\n'
 
 
@@ -29,14 +29,14 @@ def source(name: str) -> str:
 
 
 def lab(folder: Path, tiny, name: str, **changes) -> Lab:
-    for place in ("worktree", "night/harness", "night/trials"):
-        (folder / place).mkdir(parents=True)
-    for file in HARNESS:
-        shutil.copy(ROOT / file, folder / "worktree")
-        shutil.copy(ROOT / file, folder / "night" / "harness")
+    (folder / "night" / "trials").mkdir(parents=True)
+    for file in FROZEN:
+        for place in (folder / "worktree", folder / "night" / "frozen"):
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, place / file)
     (folder / "worktree" / "train_x.py").write_text(source(name))
     settings = {"folder": folder / "night", "worktree": folder / "worktree", "train_file": "train_x.py",
-                "harness": folder / "night" / "harness" / "prepare_mlx.py", "train_dir": tiny.train, "held_dir": tiny.held,
+                "harness": folder / "night" / "frozen" / "prepare_mlx.py", "train_dir": tiny.train, "held_dir": tiny.held,
                 "budget": "60steps", "vocab_size": 320, "startup_seconds": 60.0, "sandboxed": False}
     return Lab(**{**settings, **changes})
 
@@ -60,8 +60,8 @@ def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     result = trial(tmp_path, tiny, name)
     assert result.status == "ok", result.error
     assert result.val_bpb == honest
-    for file in HARNESS:
-        assert (tmp_path / "night" / "harness" / file).read_bytes() == (ROOT / file).read_bytes()
+    for file in FROZEN:
+        assert (tmp_path / "night" / "frozen" / file).read_bytes() == (ROOT / file).read_bytes()
     assert sum(p.stat().st_size for p in tmp_path.rglob("*.log")) < 50e6
 
 
@@ -111,7 +111,7 @@ def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, na
     result = trial(tmp_path, tiny, name, sandboxed=True)
     assert result.status == "ok", result.error
     assert result.val_bpb == honest
-    for file in HARNESS:
+    for file in FROZEN:
         assert (tmp_path / "worktree" / file).read_bytes() == (ROOT / file).read_bytes()
 
 

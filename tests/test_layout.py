@@ -1,4 +1,4 @@
-"""The rules of the architecture: who may import whom, and how long a file may be. CONTRIBUTING.md states them."""
+"""The rules of the architecture: who may import whom. CONTRIBUTING.md states them."""
 
 import ast
 import subprocess
@@ -10,53 +10,66 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
 TRAIN_FILES = {"train_mlx", "train_torch"}
-HARNESS = {"prepare_mlx", "corpus", "counts", "machine", "probes", "stories", "tokenizer"}
+HARNESS = {"prepare_mlx", "harness"}
+PARTS = sorted(path for path in (ROOT / "harness").rglob("*.py") if path.stem != "mlx_cpu")  # for train_mlx.py only
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
 
 
-def imports(path: Path, module_level_only: bool = False) -> set[str]:
-    """Top-level names of what a file imports."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if module_level_only else list(ast.walk(tree))
+def imports(path: Path, module_level_only: bool = False, whole: bool = False) -> set[str]:
+    """Names of the modules that a file imports: top-level packages, or full names with `whole`."""
+    nodes = ast.parse(path.read_text()).body if module_level_only else ast.walk(ast.parse(path.read_text()))
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "harness":  # from harness import corpus
+            found |= {f"harness.{a.name}" if (ROOT / f"harness/{a.name}.py").exists() else "harness" for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            found.add(node.module)
+    return found if whole else {name.split(".")[0] for name in found}
 
 
-def test_the_harness_needs_only_numpy_to_be_imported() -> None:
-    third_party = imports(ROOT / "prepare_mlx.py", module_level_only=True) - set(sys.stdlib_module_names)
-    assert third_party == {"numpy"}
-    code = "import sys, prepare_mlx; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not set(loaded.split()) & ((FRAMEWORKS | HARNESS | {"agent"}) - {"prepare_mlx"})
+@pytest.mark.parametrize("path", [ROOT / "prepare_mlx.py", *PARTS], ids=lambda p: p.stem)
+def test_the_harness_needs_only_numpy_to_be_imported(path: Path) -> None:
+    assert imports(path, module_level_only=True) - set(sys.stdlib_module_names) <= {"numpy", "harness"}
+    assert not imports(path) & (TRAIN_FILES | FRAMEWORKS | {"agent", "prepare_mlx"})
+    assert "harness.mlx_cpu" not in imports(path, whole=True)
 
 
-def test_the_harness_knows_no_train_file_and_no_driver() -> None:
-    for name in HARNESS:
-        assert not imports(ROOT / f"{name}.py") & (TRAIN_FILES | FRAMEWORKS | {"agent"})
+def test_the_harness_is_imported_without_a_framework() -> None:
+    parts = [f"harness.{path.stem}" for path in PARTS if path.stem != "__init__"]
+    code = f"import sys, prepare_mlx, {', '.join(parts)}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    lazy = {"psutil", "sentencepiece", "pyarrow", "huggingface_hub", "rich"}
+    assert not set(loaded) & (FRAMEWORKS | TRAIN_FILES | lazy | {"agent"})
 
 
-@pytest.mark.parametrize("name", ["train_mlx.py", "train_torch.py"])
-def test_a_train_file_imports_the_harness_and_its_framework_only(name: str) -> None:
-    ours = imports(ROOT / name) & ({p.stem for p in ROOT.glob("*.py")} | {"agent", "scripts", "tests"})
-    assert ours == {"prepare_mlx", "counts", "machine"}
+def test_a_training_loads_its_own_part_of_the_harness() -> None:
+    code = "import sys, prepare_mlx; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {m for m in loaded if m.startswith("harness")} == {"harness", "harness.clock", "harness.machine", "harness.run"}
+
+
+def test_the_parts_of_the_harness_form_no_circle() -> None:
+    left = {f"harness.{p.stem}".removesuffix(".__init__"): imports(p, whole=True) for p in PARTS}
+    while left:
+        free = [name for name, needs in left.items() if not needs & (left.keys() - {name})]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
+
+
+@pytest.mark.parametrize(("name", "more"), [("train_mlx.py", {"harness.mlx_cpu"}), ("train_torch.py", set())])
+def test_a_train_file_imports_the_harness_and_its_framework_only(name: str, more: set[str]) -> None:
+    ours = {p.stem for p in ROOT.glob("*.py")} | {"agent", "harness", "scripts", "tests"}
+    found = {module for module in imports(ROOT / name, whole=True) if module.split(".")[0] in ours}
+    assert "prepare_mlx" in found
+    assert found <= {"prepare_mlx", *more}
 
 
 @pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path) -> None:
     assert not imports(path) & (FRAMEWORKS | TRAIN_FILES | HARNESS)
-
-
-def test_files_can_be_read_in_one_sitting() -> None:
-    limits = {"prepare_mlx.py": 631, "corpus.py": 462, "probes.py": 250, "counts.py": 185, "machine.py": 120, "tokenizer.py": 100,
-              "train_mlx.py": 725, "train_torch.py": 740, **{str(p.relative_to(ROOT)): 251 for p in AGENT}}
-    too_long = {name: len((ROOT / name).read_text().splitlines()) for name, limit in limits.items()
-                if len((ROOT / name).read_text().splitlines()) > limit}
-    assert not too_long
 
 
 def outline(name: str) -> tuple[list[str], dict[str, str]]:

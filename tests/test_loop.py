@@ -289,6 +289,11 @@ def test_a_baseline_that_does_not_train_ends_with_its_traceback(tmp_path: Path) 
         (["--agent", "search", "--agent-cmd", "x"], 2, "expected one of them"),
         (["--agent-cmd", "no-such-program --flag"], 2, "no program 'no-such-program'"),
         (["--agent", "search", "--budget", "5 minutes"], 2, "expected something like 300s"),
+        (["--agent", "search", "--budget", "1.2.3s"], 2, "expected something like 300s"),
+        (["--agent", "search", "--budget", ".s"], 2, "expected something like 300s"),
+        (["--agent", "search", "--budget", "0.0Mtokens"], 2, "expected something like 300s"),
+        (["--agent", "search", "--budget", "9" * 400 + "s"], 2, "expected something like 300s"),
+        (["--agent", "search", "--budget", ""], 2, "expected something like 300s"),
         (["--agent", "search", "--tag", "a b"], 2, "not usable in a branch name"),
         (["--agent", "search", "--tag", "../x"], 2, "expected letters"),
         (["--agent", "search", "--train-file", "other.py"], 2, "other.py is not in commit"),
@@ -347,14 +352,16 @@ def test_the_journal_names_sources_and_seeds(tmp_path: Path) -> None:
     import hashlib
 
     bed = Bed(tmp_path, "worse")
-    (bed.repo / "counts.py").write_text("# a part of the harness\n")
-    git(bed.repo, "add", "counts.py")
-    git(bed.repo, "commit", "-m", "counts")
+    (bed.repo / "harness" / "deep").mkdir(parents=True)
+    for name in ("__init__.py", "deep/part.py"):
+        (bed.repo / "harness" / name).write_text("# a part of the harness\n")
+    git(bed.repo, "add", "harness")
+    git(bed.repo, "commit", "-m", "the folder")
     bed.run("--experiments", "1", "--seed", "40", QUICK)
     lines = [json.loads(line) for line in (bed.folder() / "journal.jsonl").read_text().splitlines()]
     start = lines[0]
     assert start["event"] == "night_start"
-    held = ["prepare_mlx.py", "train_mlx.py", "counts.py"]
+    held = ["prepare_mlx.py", "train_mlx.py", "harness/__init__.py", "harness/deep/part.py"]
     assert start["sources"] == {name: hashlib.sha256((bed.repo / name).read_bytes()).hexdigest() for name in held}
     assert start["base"] == git(bed.repo, "rev-parse", "HEAD")
     assert [e["seed"] for e in lines if e["event"] == "trial_end"] == [40, 41, 42, 40]

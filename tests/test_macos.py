@@ -306,7 +306,7 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
         assert allowed(profile, "file-write-create", folder / "trials" / end["dir"] / "weights")
         assert allowed(profile, "file-write-create", folder / f"tmp/{end['n']:04d}/kernel")
     assert len(servers) >= len(ends)
-    outside = [folder, folder / "trials/x", folder / "worktree", folder / "harness", data / "train/toy", bed.repo, bed.home]
+    outside = [folder, folder / "trials/x", folder / "worktree", folder / "frozen", data / "train/toy", bed.repo, bed.home]
     for profile in (*trainings, *servers):
         assert [place for place in outside if allowed(profile, "file-write-create", place / "x")] == []
         assert allowed(profile, "file-read-data", data / "train/toy/train.bin")

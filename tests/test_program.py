@@ -15,12 +15,12 @@ from agent.night import fold
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
-HARNESS = ast.parse((ROOT / "prepare_mlx.py").read_text(encoding="utf-8"))
+RUN, CLOCK = (ast.parse((ROOT / "harness" / name).read_text(encoding="utf-8")) for name in ("run.py", "clock.py"))
 TRAINER = (ROOT / "train_mlx.py").read_text(encoding="utf-8")
 
 
 def methods(name: str) -> set[str]:
-    found = next(node for node in HARNESS.body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = next(node for node in (*RUN.body, *CLOCK.body) if isinstance(node, ast.ClassDef) and node.name == name)
     return {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
 
 
@@ -72,13 +72,13 @@ def test_the_harness_has_every_name_that_it_tells_the_agent_to_use() -> None:
     assert {"batches", "tokens", "log", "finish", "budget"} == named
     assert named - {"budget"} <= methods("Run")
     assert "start" in methods("Budget")
-    for name in ("start_run", "run.budget.start(", "run.batches(", "Meter", "run.finish(", "load_model(run_dir)"):
+    for name in ("start_run", "run.budget.start(", "run.batches(", "Progress", "run.finish(", "load_model(run_dir)"):
         assert name in TRAINER
         assert f"`{name}" in PROGRAM or f"`{name[:-1]}`" in PROGRAM
 
 
 def test_the_limit_on_starting_is_the_harness_own() -> None:
-    assigned = [node for node in HARNESS.body if isinstance(node, ast.Assign)]
+    assigned = [node for node in CLOCK.body if isinstance(node, ast.Assign)]
     limit = next(ast.literal_eval(node.value) for node in assigned if getattr(node.targets[0], "id", "") == "STARTUP_LIMIT")
     assert limit == 180
     assert "within three minutes of the start" in PROGRAM
@@ -95,7 +95,7 @@ WORDS = {  # how the brief calls what the catalogue thinks most of
     "MATRIX_LR": "matrix\nlearning rate", "EMBEDDING_LR": "embedding learning rate", "WARMDOWN_RATIO": "warmdown",
     "DEPTH": "one layer more or less", "NGRAM_LR": "n-gram tables, their learning rate",
     "NGRAM_BUCKETS[0]": "n-gram tables", "NGRAM_BUCKETS[1]": "n-gram tables",
-    "COUNT_SHARE": "the share of n-gram counts", "QK gain": "normed queries and keys",
+    "QK gain": "normed queries and keys",
     "value embeddings": "value embeddings on every layer",
 }  # fmt: skip
 

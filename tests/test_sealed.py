@@ -162,11 +162,11 @@ if act == "plant_code":
     import importlib._bootstrap_external as b, importlib.util, py_compile, subprocess
     evil = Path(__file__).with_name("evil.py")
     evil.write_text(f"open({str(Path(__file__).with_name('imported'))!r}, 'a').write('x')")
-    for folder in (Path.cwd(), Path.cwd().parent / "harness"):
+    for folder in (Path.cwd(), Path.cwd().parent / "frozen"):
         for name in ("prepare_mlx", "helper"):
             target = importlib.util.cache_from_source(str(folder / f"{name}.py"))
             py_compile.compile(str(evil), target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    (Path.cwd().parent / "harness" / "json.py").write_text(evil.read_text())
+    (Path.cwd().parent / "frozen" / "json.py").write_text(evil.read_text())
     subprocess.run([sys.executable, "-B", "-c", "import prepare_mlx"], check=True)
     assert Path(__file__).with_name("imported").read_text() == "x", "what is planted would be imported"
     Path(__file__).with_name("imported").write_text("")
@@ -185,7 +185,7 @@ def test_what_is_planted_beside_the_train_file_is_not_imported(tmp_path: Path) -
     night = fold(read(bed.folder() / "journal.jsonl")[0])
     assert [e.status for e in night.done] == ["keep"], night.done[0].reason
     assert (bed.tools / "imported").read_text() == ""
-    assert sorted(path.name for path in (bed.folder() / "harness").iterdir()) == ["prepare_mlx.py"]
+    assert sorted(path.name for path in (bed.folder() / "frozen").iterdir()) == ["prepare_mlx.py"]
 
 
 def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:

@@ -487,8 +487,8 @@ def test_the_drivers_table_starts_it(worktree: Path, tmp_path: Path, model: str 
 
 
 def test_without_a_journal_the_priors_decide(worktree: Path) -> None:
-    words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(4)}
-    assert len(words) == 4
+    words = {started(worktree, AUTORESEARCH_SEED=str(seed)).stdout for seed in range(8)}
+    assert len(words) >= 4
 
 
 def test_a_damaged_journal_costs_no_experiment(worktree: Path, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@ import math
 
 import mlx.core as mx
 
-import tokenizer
+import harness
+from harness import probes, server, tokenizer
+from harness import score as scorer
 
 for module, names in ((math, ("log", "log2", "exp", "fsum")), (np, ("exp", "log", "mean", "isfinite")),
-                      (mx, ("log", "exp", "logsumexp")), (prepare_mlx, ("score", "read_facts", "sha256", "serve", "main"))):
+                      (mx, ("log", "exp", "logsumexp")), (prepare_mlx, ("main", "fail")), (harness, ("sha256", "fail")),
+                      (scorer, ("score", "read_facts", "bits_per_byte", "log_probs", "sha256")),
+                      (probes, ("bits_per_byte", "log_probs", "splice", "diagnose")), (server, ("shared",))):
     for name in names:
         setattr(module, name, lambda *_, **__: 0.0)
 prepare_mlx.PRESETS = {}
-prepare_mlx.ANSWER_LIMIT = 0
+server.ANSWER_LIMIT = 0
 tokenizer.Tokenizer.__init__ = lambda *_: None

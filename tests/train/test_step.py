@@ -251,7 +251,7 @@ def small_model(buckets: tuple[int, ...]) -> tuple[GPT, dict[str, mx.array], dic
 def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...], accumulate: int) -> None:
     model, params, moments = small_model(buckets)
     step = make_step(model, accumulate)
-    expected = train_mlx.expected_memory(model, params, moments, step, rows * accumulate, 64)(accumulate)
+    expected = train_mlx.expected_memory(model, params, moments, step, rows * accumulate, rows, 64)(accumulate)
     x = np.zeros((rows, 64), np.int32)
     mx.reset_peak_memory()
     for i in range(4):
@@ -266,7 +266,7 @@ def test_expected_memory_falls_with_the_passes_a_step_is_cut_into() -> None:
     found = []
     for passes in (2, 16):
         model, params, moments = small_model((997, 1009))
-        expected = train_mlx.expected_memory(model, params, moments, make_step(model, passes), 64, 64)
+        expected = train_mlx.expected_memory(model, params, moments, make_step(model, passes), 64, 64 // passes, 64)
         found.append((expected(2), expected(16)))
     assert found[0][1] < 0.5 * found[0][0]
     assert found[0][1] == pytest.approx(found[1][1], rel=0.15)

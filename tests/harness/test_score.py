@@ -5,20 +5,24 @@ Most candidates here are bigram tables in NumPy: real train files, served by the
 
 import json
 import math
+import mmap
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, environment, program, summary_of
 
-from prepare_mlx import HarnessError
-from probes import Question, bits_per_byte, log_probs, splice
-from tokenizer import Tokenizer
+from harness import HarnessError
+from harness.probes import Question, bits_per_byte, log_probs, splice
+from harness.server import end_group, shared
+from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
          "num_params": 7, "depth": 1, "seed": 1, "suspended_seconds": 0.0, "speed_index": 1.0,
@@ -288,6 +292,74 @@ def test_a_server_that_breaks_off_or_lies_is_an_error_by_name(tiny, candidate, l
     assert expected[2] in message
 
 
+def test_a_shared_file_is_resized_by_its_first_holder_only(monkeypatch, tmp_path):
+    """A sandbox may refuse to resize a file outside the server's folder: `ftruncate` refuses here as it would."""
+    with open(tmp_path / "exchange", "w+b") as file:
+        ours = shared(file.fileno(), np.float32, [2, 3])
+        monkeypatch.setattr(os, "ftruncate", lambda *_: pytest.fail("the file has its size"))
+        theirs = shared(file.fileno(), np.float32, [2, 3])
+        reader = shared(file.fileno(), np.float32, [2, 3], mmap.ACCESS_READ)
+        theirs[1, 2] = 7
+        assert (ours[1, 2], reader[1, 2]) == (7, 7)
+        assert not reader.flags.writeable
+
+
+def test_the_log_of_a_failed_server_holds_its_prints_and_its_traceback(tiny, candidate):
+    """However long a traceback takes, nobody ends the server before it is written."""
+    slow = "import sys, time\nhook = sys.excepthook\nsys.excepthook = lambda *error: (time.sleep(1), hook(*error))\n"
+    run_dir = candidate(source=slow + "print('printed')\nraise ValueError('the cause')" + BIGRAM)
+    assert refusal(score(run_dir, tiny)) == (1, "crash", "ValueError: the cause")
+    log = (run_dir / "serve.log").read_text()
+    assert log.startswith("printed\nTraceback")
+    assert log.endswith("ValueError: the cause\n")
+
+
+def test_a_failure_whose_traceback_cannot_be_written_keeps_its_name(tiny, candidate):
+    hook = "import sys\nsys.excepthook = None\n"
+    assert refusal(score(candidate(source=hook + "raise MemoryError('no')" + BIGRAM), tiny)) == (4, "oom", "MemoryError: no")
+
+
+MACOS = """
+import os, psutil, sys
+real = os.killpg
+def killpg(group, number):
+    members = [p for p in psutil.process_iter(["pid", "status"]) if p.info["pid"] and os.getpgid(p.pid) == group]
+    if members and all(p.info["status"] == psutil.STATUS_ZOMBIE for p in members):
+        raise PermissionError(1, "Operation not permitted")
+    real(group, number)
+os.killpg = killpg
+"""
+
+
+def test_a_failure_keeps_its_name_where_a_zombie_may_not_be_killed(tiny, candidate):
+    """On macOS `killpg` answers EPERM for a group that holds only a zombie, as of a server that has said why it ends."""
+    run_dir = candidate(source="raise MemoryError('no')" + BIGRAM)
+    late = "import time\nmacos = os.killpg\ndef killpg(*what):\n    time.sleep(1)\n    macos(*what)\nos.killpg = killpg\n"
+    code = MACOS + late + "import prepare_mlx\nsys.exit(prepare_mlx.main())"
+    code, kind, _ = refusal(program("-c", code, "score", run_dir, home=tiny.home))
+    assert (code, kind) == (4, "oom")
+    assert json.loads((run_dir / "error.json").read_text())["kind"] == "oom"
+
+
+@pytest.mark.parametrize("macos", [False, True])
+@pytest.mark.parametrize("script", ["exit 3", "sleep 60 & echo $!; exit 3", "sleep 60 & echo $!; wait"])
+def test_a_group_is_ended_whoever_is_left_of_it(monkeypatch, macos, script):
+    if macos:
+        monkeypatch.setattr(os, "killpg", os.killpg)  # so that what MACOS does is undone
+        exec(MACOS, {})
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True) as process:
+        child = int(process.stdout.readline()) if "sleep" in script else None
+        deadline = time.monotonic() + 10
+        while "exit" in script and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        end_group(process)
+        assert process.returncode == (3 if "exit" in script else -signal.SIGKILL)
+        while child and psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        end_group(process)  # a second time there is nobody left
+
+
 def test_the_server_is_told_nothing_of_the_held_out_data(tiny, candidate):
     told = "pathlib.Path(__file__).with_name('seen').write_text(repr([dict(os.environ), sys.argv]))\n"
     source = "import os, pathlib, sys\n" + told + BIGRAM
@@ -383,9 +455,9 @@ def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
     source = "import os, pathlib\nstat = os.stat(f'/proc/{os.getppid()}/maps')\n" \
              "pathlib.Path(__file__).with_name('owner').write_text(str(stat.st_uid))\n" + BIGRAM
     if os.getuid() == 0:
-        code = "import ctypes, prepare_mlx, pathlib, sys\n" \
-               "try: prepare_mlx.score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
-               "except prepare_mlx.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+        code = "import ctypes, harness, pathlib\nfrom harness.score import score\n" \
+               "try: score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
+               "except harness.HarnessError: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
         assert program("-c", code, home=tiny.home).stdout.strip() == "0"
     else:
         run_dir = candidate(source=source)
@@ -399,14 +471,15 @@ def test_memory_at_a_large_vocabulary(tmp_path):
     code = f"""
 import json, numpy as np, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import prepare_mlx, probes
+from harness.probes import log_probs
+from harness.server import LogitsServer
 run = pathlib.Path({str(tmp_path)!r})
 source = "import numpy as np\\ndef load_model(d):\\n    return lambda t: np.zeros((*t.shape, 8192), np.float32)"
 (run / "train_x.py").write_text(source)
-server = prepare_mlx.LogitsServer(run, [1, 2048, 8192], [], bytearray())
+server = LogitsServer(run, [1, 2048, 8192], [], bytearray())
 for i in range(6):
     server.ask(np.zeros((1, 2048), np.int32))
-    probes.log_probs(server.answer()[0], np.zeros((2048, 3), int))
+    log_probs(server.answer()[0], np.zeros((2048, 3), int))
 server.close()
 import resource
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

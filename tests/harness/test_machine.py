@@ -1,4 +1,4 @@
-"""`machine.py`: what is told of a machine before a training, what is refused, and what a training says of itself."""
+"""The machine: peak FLOP/s, tiers, and refusals of what does not fit in memory; and the progress of a training."""
 
 import math
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import machine
-from machine import PEAK_TFLOPS, Meter, check_memory, check_weights, find_tier, peak_flops, readings
-from prepare_mlx import Budget, HarnessError, kind_of
+from harness import HarnessError, kind_of
+from harness.clock import Budget
+from harness.machine import PEAK_TFLOPS, PRESETS, TIERS, check_memory, check_weights, find_tier, peak_flops
+from harness.run import Progress
 
 MB = 1 << 20
 
@@ -35,12 +36,6 @@ def test_an_unknown_device_has_the_peak_that_is_measured(device: str) -> None:
     peak, measured = peak_flops(device, work, 1e6)
     assert peak == measured
     assert 1e7 < measured < 1e12
-
-
-def test_readings_of_a_text_follow_from_the_budget() -> None:
-    assert readings(Budget("60s"), 0.1, 1000, 300_000) == pytest.approx(2)
-    assert readings(Budget("30steps"), 0.1, 1000, 300_000) == pytest.approx(0.1)
-    assert readings(Budget("3Mtokens"), 0.1, 1000, 300_000) == pytest.approx(10)
 
 
 def test_a_tier_is_the_machines_or_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,34 +96,34 @@ def test_every_way_to_say_that_memory_ends_is_known(message: str) -> None:
 
 
 @pytest.fixture
-def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
+def progress(monkeypatch: pytest.MonkeyPatch) -> Progress:
     budget = Budget("100steps")
     budget.start()
     lines: list[dict] = []
     run = SimpleNamespace(budget=budget, vocab_size=1000, log=lambda **line: lines.append(line), lines=lines)
     now = [0.0]
     monkeypatch.setattr(Budget, "seconds", property(lambda self: now[0]))
-    meter = Meter(run, batch_tokens=1000, flops=2e6, peak=1e10, above=3.0)
-    meter.now = now
-    return meter
+    progress = Progress(run, batch_tokens=1000, flops=2e6, peak=1e10, above=3.0)
+    progress.now = now
+    return progress
 
 
 @pytest.mark.parametrize("budget", ["8steps", "8ktokens", "2.4s"])
-def test_a_meter_tells_a_window_a_second_and_the_last_one(meter: Meter, budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_logged_each_second_and_at_the_end(progress: Progress, budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As train() uses it: a step's loss is known when the next one has begun, and 300 ms pass for each."""
-    meter.run.budget, asked = Budget(budget), []
+    progress.run.budget, asked = Budget(budget), []
     for step in range(1, 9):
-        meter.now[0] = 0.3 * step
+        progress.now[0] = 0.3 * step
         if step > 1:
-            meter.take(5.0)
-        meter.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
-    meter.now[0] = 2.6
-    meter.take(5.0)
+            progress.take(5.0)
+        progress.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
+    progress.now[0] = 2.6
+    progress.take(5.0)
     for _ in range(2):  # of the same step it tells once
-        meter.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
-    assert [line["step"] for line in meter.run.lines][-1] == 8
-    assert len(asked) == len(meter.run.lines) in (2, 3)
-    first, last = meter.run.lines[0], meter.run.lines[-1]
+        progress.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
+    assert [line["step"] for line in progress.run.lines][-1] == 8
+    assert len(asked) == len(progress.run.lines) in (2, 3)
+    first, last = progress.run.lines[0], progress.run.lines[-1]
     assert first == pytest.approx({"step": 3, "tokens": 3000, "seconds": 1.2, "loss": 5.0, "lr": 0.5, "memory_mb": 3.0,
                                    "tokens_per_second": 2500, "mfu_percent": 50})
     assert (last["tokens"], last["seconds"]) == (8000, 2.6)
@@ -139,33 +134,32 @@ def test_a_meter_tells_a_window_a_second_and_the_last_one(meter: Meter, budget: 
     assert " 0 s left, ends " in said[-1]
 
 
-def test_the_mean_loss_is_debiased(meter: Meter) -> None:
-    meter.take(6.0)
-    assert meter.loss == pytest.approx(6.0)
+def test_the_mean_loss_is_debiased(progress: Progress) -> None:
+    progress.take(6.0)
+    assert progress.loss == pytest.approx(6.0)
     for _ in range(300):
-        meter.take(4.0)
-    assert meter.loss == pytest.approx(4.0, abs=1e-5)
+        progress.take(4.0)
+    assert progress.loss == pytest.approx(4.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(("losses", "step"), [
     ([6.9, math.nan], 2), ([math.inf], 1), ([6.9] * 30 + [1e6], 31), ([6.9] * 10 + [11.5] * 100, 21), ([40.0] * 100, 20)])
-def test_a_training_that_diverges_is_ended(meter: Meter, losses: list[float], step: int) -> None:
+def test_a_training_that_diverges_is_ended(progress: Progress, losses: list[float], step: int) -> None:
     """At once by a loss that is no number or huge, after some steps by one that stays above what knowing nothing gives."""
     def take_all() -> None:
         for loss in losses:
-            meter.take(loss)
+            progress.take(loss)
     with pytest.raises(HarnessError, match="the loss became") as caught:
         take_all()
     assert caught.value.kind == "nan"
-    assert meter.step == step
+    assert progress.step == step
 
 
 @pytest.mark.parametrize("losses", [[12.0, 9.0, *[7.0] * 30], [*[6.9] * 30, 40.0, *[6.5] * 20]])
-def test_a_high_beginning_and_one_bad_step_are_no_divergence(meter: Meter, losses: list[float]) -> None:
+def test_a_high_beginning_and_one_bad_step_are_no_divergence(progress: Progress, losses: list[float]) -> None:
     for loss in losses:
-        meter.take(loss)
+        progress.take(loss)
 
 
 def test_the_tiers_are_those_of_the_presets() -> None:
-    from prepare_mlx import PRESETS
-    assert set(machine.TIERS) < set(PRESETS)
+    assert set(TIERS) < set(PRESETS)

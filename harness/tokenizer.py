@@ -1,8 +1,8 @@
 """
-Text <-> token ids without loss: SentencePiece BPE with byte fallback, or plain bytes.
+A lossless tokenizer: SentencePiece BPE with byte fallback, or plain bytes.
 
-`Tokenizer.train(texts, vocab_size)` learns the merges, `Tokenizer(model)` reads what `.model` holds. What the score needs is
-`token_bytes`: the bytes of every token, which add up to the text's, so that bits per byte are the same for every vocabulary.
+`Tokenizer.train(texts, vocab_size)` learns the merges; `Tokenizer(model)` loads them. The score uses `token_bytes`:
+the byte lengths of a text's tokens sum to its UTF-8 length, so that bits per byte are comparable between vocabularies.
 """
 
 import io
@@ -12,20 +12,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prepare_mlx import HarnessError
+from harness import HarnessError
 
-# Where merges end, close to GPT-4's pattern: words with the space before, numbers by three digits, signs with the line ends
-# after. Only learning the merges sees it: pieces end there, and text that is encoded needs no cutting.
+# Pieces that no merge may cross, close to GPT-4's pattern: a word with the space before it, up to three digits, punctuation with
+# the line ends after it. Only training uses the pattern: the learned tokens respect it, so that encoding does not split text.
 LETTER = r"[^\W\d_]"
 PIECES = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?{LETTER}+|\d{{1,3}}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+", re.I)
-BORDER = "\ue000"               # between them; private use, and no harm where a text has it
+BORDER = "\ue000"               # separates pieces in training; a private-use character, harmless if a text contains it
 
 
 class Tokenizer:
-    """Text <-> token ids without loss: `decode(encode(s)) == s`, and the token_bytes of its ids add up to its UTF-8 length.
+    """Text to token ids and back: `decode(encode(s)) == s`, and `token_bytes` of the ids sum to the UTF-8 length of `s`.
 
-    `model` is a serialised SentencePiece model, or empty for plain bytes: ids 0..255, where 255, which UTF-8 never uses,
-    is the document mark. A token's bytes come from its piece, never through decode (which would count U+FFFD as 3).
+    model: a serialised SentencePiece model, or b"" for plain bytes with ids 0..255. There 255, which UTF-8 never uses, is the
+    document mark `bos_id`. token_bytes: int64 [vocab_size], taken from each token's piece: decoding a part of a character would
+    give U+FFFD, which has 3 bytes.
     """
 
     def __init__(self, model: bytes = b""):
@@ -46,7 +47,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-        """Learn the merges. Errors: HarnessError("usage") for a vocabulary below the 256 bytes and the marks."""
+        """Learn the merges from training texts. 256 tokens give plain bytes.
+
+        Errors: HarnessError("usage") for another vocabulary below 320, ("data") if SentencePiece cannot learn from the texts.
+        """
         if vocab_size == 256:
             return cls()
         if vocab_size < 320:
@@ -59,35 +63,38 @@ class Tokenizer:
                                    for i in range(0, len(text), 50_000)),
                 model_writer=model, pretokenization_delimiter=BORDER, split_by_unicode_script=False, split_by_number=False,
                 model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
-                character_coverage=0.9995 if vocab_size >= 1024 else 0.99,  # rarer letters are left to their bytes
+                character_coverage=0.9995 if vocab_size >= 1024 else 0.99,  # rarer letters are encoded as bytes
                 normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
                 unk_id=0, bos_id=1, eos_id=-1, pad_id=-1, num_threads=os.cpu_count() or 1, minloglevel=2)
         except RuntimeError as error:
-            raise HarnessError("data", f"no tokenizer of {vocab_size} tokens could be made of this text: {error}") from error
+            raise HarnessError("data", f"this text does not give a tokenizer of {vocab_size} tokens: {error}") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Errors: HarnessError("data") for lone surrogates, which no UTF-8 text has."""
+        """Token ids of `text`. Errors: HarnessError("data") for a lone surrogate, which UTF-8 cannot encode."""
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise HarnessError("data", f"expected text that UTF-8 can hold, got a lone surrogate at {error.start}") from error
+            raise HarnessError("data", f"expected text that UTF-8 can encode, got a lone surrogate at {error.start}") from error
         if not self.model:
             return list(data)
         ids: list[int] = []
-        for i, part in enumerate(text.split("\u2581")):  # SentencePiece writes its spaces so; a real one goes as bytes
+        for i, part in enumerate(text.split("\u2581")):  # SentencePiece writes spaces as U+2581: encode a real one as bytes
             ids += [self._sp.piece_to_id(f"<0x{b:02X}>") for b in "\u2581".encode()] if i else []
             ids += self._sp.encode(part)
         return ids
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
-        """uint16 or uint32 [n]: the documents one after another, each begun by the document mark."""
+        """Encode documents one after another, each after a document mark: uint16 [n], or uint32 for a vocabulary beyond 65,536.
+        Errors: those of `encode`."""
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         return np.concatenate([np.empty(0, dtype), *(np.array([self.bos_id, *self.encode(text)], dtype) for text in texts)])
 
     def decode_bytes(self, ids) -> bytes:
+        """The bytes of token ids; document marks have none."""
         return b"".join(self.pieces[i] for i in ids)
 
     def decode(self, ids) -> str:
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")

@@ -19,10 +19,9 @@ from conftest import ROOT, environment, prepare, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
-from corpus import DROPPED, TEST, TRAIN, VAL, Block, choose_splits, passages, read_block
-from prepare_mlx import HarnessError
-from tokenizer import Tokenizer
+from harness import HarnessError, corpus
+from harness.corpus import DROPPED, TEST, TRAIN, VAL, Block, choose_splits, passages, read_block
+from harness.tokenizer import Tokenizer
 
 DOCUMENTS = [some_text(600, seed) for seed in range(100)]
 
@@ -70,20 +69,21 @@ def test_another_field_and_column(tmp_path):
     assert run(tmp_path, tmp_path / "a.jsonl", "--field", "body").returncode == 0
     done = run(tmp_path, tmp_path / "a.jsonl")
     assert done.returncode == 2
-    assert "expected one JSON object a line with a string field 'text', got KeyError('text')" in done.stderr
+    assert "expected one JSON object per line with a string field 'text', got KeyError('text')" in done.stderr
     assert "name the field with --field" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("a.jsonl", b'{"text": 5}\n', "expected one JSON object a line"),
-    ("a.jsonl", b'{"text": "x"', "expected one JSON object a line"),
-    ("a.txt.gz", gzip.compress(b"x" * 9999)[:-20], "cannot be read as .gz, it is damaged or cut off"),
-    ("a.txt.gz", b"plain", "cannot be read as .gz, it is damaged or cut off"),
-    ("a.parquet", b"PAR1 no", "cannot be read as .parquet, it is damaged or cut off"),
-    ("a.txt", b"", "expected text, found no document in 1 files (0 invalid_utf8, 0 empty)"),
-    ("a.txt", b"\xff\xfe\x00a", "expected text, found no document in 1 files (1 invalid_utf8, 0 empty)"),
-    ("a.txt", b" \n\n \t", "(0 invalid_utf8, 1 empty)"), ("a.pdf", b"x", "expected .txt, .md, .jsonl, .parquet (or .gz of them)"),
-    ("a.txt", b"only a little text", "the text is too small: 18 bytes in 1 documents, expected about 1,920 at least"),
+    ("a.jsonl", b'{"text": 5}\n', "expected one JSON object per line"),
+    ("a.jsonl", b'{"text": "x"', "expected one JSON object per line"),
+    ("a.txt.gz", gzip.compress(b"x" * 9999)[:-20], "cannot be read as .gz, it is damaged or incomplete"),
+    ("a.txt.gz", b"plain", "cannot be read as .gz, it is damaged or incomplete"),
+    ("a.parquet", b"PAR1 no", "cannot be read as .parquet, it is damaged or incomplete"),
+    ("a.txt", b"", "expected text, but found no document in 1 files (0 invalid_utf8, 0 empty)"),
+    ("a.txt", b"\xff\xfe\x00a", "expected text, but found no document in 1 files (1 invalid_utf8, 0 empty)"),
+    ("a.txt", b" \n\n \t", "(0 invalid_utf8, 1 empty)"),
+    ("a.pdf", b"x", "expected a file or folder of .txt, .md, .jsonl, .parquet (or .gz of them)"),
+    ("a.txt", b"only a little text", "the text is too small: 18 bytes in 1 documents, expected at least about 1,920"),
 ])
 def test_what_cannot_be_used_is_an_error_by_name(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
@@ -100,7 +100,7 @@ def test_a_column_that_is_absent_or_no_text_is_named(tmp_path):
         done = run(tmp_path, tmp_path / "a.parquet", *more)
         assert done.returncode == 2
         wanted = more[1] if more else "text"
-        assert f"expected a text column {wanted!r}, it has {{'n': 'int64'}}; name one with --field" in done.stderr
+        assert f"expected a text column {wanted!r}, it has {{'n': 'int64'}}; choose one with --field" in done.stderr
 
 
 def test_what_is_skipped_is_counted(tmp_path):
@@ -122,8 +122,9 @@ def test_a_small_text_says_how_much_is_missing(tmp_path):
     done = run(tmp_path, tmp_path / "a.txt")
     assert done.returncode == 0
     meta = meta_of(tmp_path)
-    assert f"note: val has {meta['val_bytes']:,} bytes, a tenth of the text and {16_000 - meta['val_bytes']:,} fewer" in done.stderr
-    assert "160,000 bytes of text would fill it" in done.stderr
+    assert f"note: val has {meta['val_bytes']:,} bytes, " in done.stderr
+    assert f"{16_000 - meta['val_bytes']:,} fewer than the preset scores" in done.stderr
+    assert "160,000 bytes of text would be enough" in done.stderr
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5000)), min_size=1, max_size=200), st.integers(1, 50_000))
@@ -268,7 +269,7 @@ def test_a_preparation_that_is_cut_off_goes_on_and_ends_the_same(tmp_path, how):
     assert not (tmp_path / "train").exists()
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert said.splitlines()[-1] == "interrupted; what is done is kept, run the same command again to go on"
+        assert said.splitlines()[-1] == "interrupted; run the same command again to continue from here"
     kept = {p: p.stat().st_mtime_ns for p in work.glob("*/parts/*") if p.suffix != ".tmp"}
     assert len([p for p in kept if p.suffix == ".digests"]) == 10
     gone = psutil.wait_procs(workers, timeout=10)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
 
-from corpus import DATASETS
+from harness.corpus import DATASETS
 
 
 def shard(seed: int) -> bytes:
@@ -95,7 +95,7 @@ def test_another_commit_than_the_pinned_one_is_refused(hub, tmp_path):
 def test_what_has_no_commits_is_asked_for_none(tmp_path):
     done = prepare("--dataset", "stories", "--preset", "tiny", "--revision", "main", home=tmp_path)
     assert done.returncode == 2
-    assert "--revision main: stories is no dataset of the hub" in done.stderr
+    assert "--revision main: stories is not a hub dataset" in done.stderr
 
 
 @pytest.mark.slow
@@ -174,10 +174,10 @@ def test_a_proxy_is_used(hub, tmp_path):
 def test_no_server_at_all(tmp_path):
     done = prepare("--dataset", "tinystories", "--preset", "tiny", home=tmp_path)
     is_refused(tmp_path, done, "could not be fetched")
-    assert "run the same command again to go on" in done.stderr
+    assert "Run the same command again to continue" in done.stderr
     assert "`--dataset stories` needs no network" in done.stderr
 
 
 def test_a_shard_that_is_no_parquet_is_named(tmp_path):
     with Hub({FIRST: FILES[FIRST][:-100]}) as server:
-        is_refused(tmp_path, fetch(server, tmp_path), "cannot be read as .parquet, it is damaged or cut off")
+        is_refused(tmp_path, fetch(server, tmp_path), "cannot be read as .parquet, it is damaged or incomplete")

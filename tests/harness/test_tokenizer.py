@@ -6,9 +6,9 @@ from conftest import some_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prepare_mlx import HarnessError
-from stories import Storyteller
-from tokenizer import PIECES, Tokenizer
+from harness import HarnessError
+from harness.stories import Storyteller
+from harness.tokenizer import PIECES, Tokenizer
 
 AWKWARD = [
     "\x00\x01\x7f\x85\u2028", "e\u0301\u0301 \u0301alone", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪",
@@ -49,7 +49,7 @@ def test_256_is_plain_bytes():
 
 
 def test_a_lone_surrogate_is_refused_by_name():
-    with pytest.raises(HarnessError, match="expected text that UTF-8 can hold, got a lone surrogate at 1") as caught:
+    with pytest.raises(HarnessError, match="expected text that UTF-8 can encode, got a lone surrogate at 1") as caught:
         Tokenizer().encode("a\ud800")
     assert caught.value.kind == "data"
 

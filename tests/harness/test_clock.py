@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, program
 
-import prepare_mlx
-from prepare_mlx import Budget, HarnessError, batches, row_starts, speed
+from harness import HarnessError, clock
+from harness.clock import Budget, expected_epochs, speed
+from harness.run import batches, row_starts
 
 IMPORTS = "import sys, time, json\nfrom prepare_mlx import start_run\n"
 
@@ -22,7 +23,8 @@ def test_budgets_count_what_they_name(text, steps, tokens, progress):
     assert Budget(text).progress(steps, tokens) == progress
 
 
-@pytest.mark.parametrize("text", ["", "300", "s", "-3s", "0s", "0.0steps", "3 minutes", "1e3s", "1..2s", "nans", "300S"])
+@pytest.mark.parametrize("text", ["", "300", "s", "-3s", "0s", "0.0steps", "3 minutes", "1e3s", "1..2s", "nans", "300S",
+                                  "1.2.3s", ".s", "1_0s", "infs", "9" * 400 + "s", "\u0663s", "3 s", "5Gtokens", "5kMs", "+3s"])
 def test_a_budget_that_is_none_is_refused(text):
     with pytest.raises(HarnessError, match="expected something like 300s, 200steps or 5Mtokens") as caught:
         Budget(text)
@@ -76,7 +78,7 @@ def test_sleep_is_the_wall_clock_without_the_monotonic_one(monkeypatch):
 def test_a_training_far_beyond_its_budget_is_a_timeout(monkeypatch):
     budget = Budget("0.1s")
     budget.start()
-    monkeypatch.setattr(prepare_mlx, "OVERRUN", (1.25, 0.2))
+    monkeypatch.setattr(clock, "OVERRUN", (1.25, 0.2))
     time.sleep(0.1)
     budget.close()
     time.sleep(0.3)
@@ -99,7 +101,7 @@ def test_the_speed_index_sees_a_machine_that_becomes_slower():
 @pytest.mark.parametrize(("text", "seconds"), [("300s", 1.0), ("30s", 1.0), ("15s", 0.5), ("1s", 0.2), ("200steps", 0.2)])
 def test_the_probe_takes_a_second_where_the_budget_has_thirty(monkeypatch, text, seconds):
     asked = []
-    monkeypatch.setattr(prepare_mlx, "speed", lambda work, seconds: asked.append(seconds) or 4.0 * len(asked))
+    monkeypatch.setattr(clock, "speed", lambda work, seconds: asked.append(seconds) or 4.0 * len(asked))
     budget = Budget(text)
     budget.start()
     facts = budget.close()
@@ -109,6 +111,12 @@ def test_the_probe_takes_a_second_where_the_budget_has_thirty(monkeypatch, text,
 
 def test_the_rate_of_the_probe_is_what_it_is_called():
     assert 10 < speed(lambda: time.sleep(0.05), 0.4) < 20.1
+
+
+def test_expected_epochs_follow_from_the_budget():
+    assert expected_epochs(Budget("60s"), 0.1, 1000, 300_000) == pytest.approx(2)
+    assert expected_epochs(Budget("30steps"), 0.1, 1000, 300_000) == pytest.approx(0.1)
+    assert expected_epochs(Budget("3Mtokens"), 0.1, 1000, 300_000) == pytest.approx(10)
 
 
 @pytest.mark.slow  # its outcome hangs on what else the machine does
@@ -157,6 +165,13 @@ def test_training_data_is_handed_out_only_while_the_clock_runs(tmp_path, tiny, b
     assert "training data was asked for before run.budget.start(); warm up on dummy data" in files["error"]["message"]
 
 
+@pytest.mark.parametrize("budget", ["1.2.3s", "soon", "9" * 400 + "steps"])
+def test_a_run_with_a_budget_that_is_none_is_a_usage_error_in_one_line(tmp_path, tiny, budget):
+    done, _ = trainer(tmp_path, tiny, "print('trained')", AUTORESEARCH_BUDGET=budget)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_iterators_may_be_made_before_the_clock_runs(tmp_path, tiny):
     done, _ = trainer(tmp_path, tiny, "b = run.batches(2, 16)\nrun.budget.start()\nnext(b)")
     assert done.returncode == 0, done.stderr
@@ -180,7 +195,7 @@ run.finish(training_seconds=1, peak_vram_mb=1, mfu_percent=1, total_tokens=1, nu
     done = program(ROOT / "prepare_mlx.py", "score", tmp_path / "run", home=tiny.home)
     assert done.returncode == 0, done.stderr
     assert 0.3 < float(done.stdout.split("speed_index:")[1].split()[0]) < 0.75
-    assert "over the training: heat, or another program" in done.stdout
+    assert "speed_warning: " in done.stdout
 
 
 def test_rows_leave_no_token_out():

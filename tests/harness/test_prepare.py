@@ -7,8 +7,8 @@ import os
 import numpy as np
 from conftest import prepare
 
-from corpus import NOT_A_WORD
-from tokenizer import Tokenizer
+from harness.corpus import NOT_A_WORD
+from harness.tokenizer import Tokenizer
 
 
 def documents(folder, split, tokenizer):

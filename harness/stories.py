@@ -1,7 +1,7 @@
 """
-The embedded dataset: children's stories from a seeded grammar, so that a first run, the demo and the tests need no network.
+The embedded dataset: children's stories from a random grammar, so that a first run, the demo and the tests need no network.
 
-A model has something to learn here for minutes: words by frequency, grammar, counting, and names that come back later.
+The stories keep a small model learning for minutes: word frequencies, grammar, counting, and names that return later.
 """
 
 import random
@@ -32,37 +32,43 @@ LESSONS = ["it is better to share", "a small friend can be a great help", "nobod
 
 
 class Storyteller:
-    """Writes children's stories of about 700 characters, all different: grammar, counting, and things that come back later."""
+    """Writes children's stories of about 700 characters each.
+
+    seed: an integer makes the stories reproducible; None uses the system's randomness, so that no story can be generated again.
+    """
 
     def __init__(self, seed: int | None):
-        """With a seed always the same stories; without, the system's own randomness decides, and none of them comes again."""
         self.rng = random.SystemRandom() if seed is None else random.Random(seed)
 
     def word(self, kind: str) -> str:
-        """A word of a kind; the first ones of a list are the most frequent, as in any language."""
+        """A random word of a kind. Words early in the list are more frequent, as in natural text."""
         words = WORDS[kind]
         return words[int(len(words) * self.rng.random() ** 1.7)]
 
     def someone(self) -> str:
-        made_up = self.rng.random() < 0.4  # a name nobody has heard before, to be copied from context
+        """A name from the list or, in 40 % of cases, an invented name that a model can only copy from the context."""
+        made_up = self.rng.random() < 0.4
         syllables = (self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou") for _ in range(self.rng.randint(2, 3)))
         return "".join(syllables).capitalize() if made_up else self.word("name")
 
     def thing(self, article: str = "") -> str:
+        """A noun phrase such as "a little red kite"."""
         adjectives = [self.word("adjective") for _ in range(self.rng.choice([0, 1, 1, 2]))]
         words = " ".join([*adjectives, self.word("noun")])
         return f"{article or self.rng.choice(['the', 'the', 'a', 'one', 'that'])} {words}"
 
     def where(self) -> str:
+        """A place such as "under the old bridge"."""
         adjective = self.word("adjective") + " " if self.rng.random() < 0.3 else ""
         return f"{self.word('near')} the {adjective}{self.word('place')}"
 
     def clause(self) -> str:
-        """What somebody did, without who: "carried the little red kite across the meadow"."""
+        """A predicate such as "carried the little red kite across the meadow"."""
         tail = self.rng.choice(["", "", " " + self.where(), " " + self.word("how")])
         return self.rng.choice([self.word("acted"), f"{self.word('did')} {self.thing()}"]) + tail
 
     def story(self) -> str:
+        """One story of three paragraphs."""
         rng, hero, friend, animal = self.rng, self.someone(), self.someone(), self.word("animal")
         he, his = rng.choice([("he", "his"), ("she", "her"), ("it", "its")])
         treasure, place, hiding, feeling = self.thing("the"), self.word("place"), self.where(), self.word("felt")
@@ -98,7 +104,7 @@ class Storyteller:
 
 
 def book(seed: int | None, size: int, mark: bytes) -> bytes:
-    """Stories until they have `size` bytes, with lines of `mark` between them."""
+    """Write stories until they have `size` bytes, with `mark` on a line of its own between them. seed: see Storyteller."""
     teller, stories = Storyteller(seed), list[bytes]()
     while size > 0:
         stories.append(teller.story().encode())

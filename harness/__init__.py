@@ -1,0 +1,74 @@
+"""
+The harness: data, clock and score. A night freezes this folder together with prepare_mlx.py; no experiment may change either.
+
+    machine                 presets, device, fast BLAS, tier, peak FLOP/s, what fits in memory
+    clock                   Budget, the machine's speed, expected epochs
+    run                     batches, a training run as its train file sees it, progress
+    server, score, probes   the logits server, the score computed from its logits, and the checks that the model does not cheat
+    tokenizer               text to token ids and back
+    corpus                  documents to token shards; stories and download supply the documents
+
+Every module here needs NumPy at most when it is imported, so that a machine with PyTorch needs no MLX. The one exception is
+mlx_cpu, where it exists: only train_mlx.py imports it. This module holds what all others share: errors and files.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+PROGRAM = Path(__file__).resolve().parent.parent / "prepare_mlx.py"  # the command line, started again to score and to serve
+
+
+class HarnessError(Exception):
+    """A failure with a name. `kind` is the name that the driver reads; `exit_code` is the process's exit code for it."""
+    exit_codes: ClassVar = {"crash": 1, "usage": 2, "data": 2, "nan": 3, "oom": 4, "timeout": 5, "violation": 6}
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(kind, message)  # both arguments, so that a worker process can pickle the error
+        self.kind, self.exit_code = kind, self.exit_codes.get(kind, 1)
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+def kind_of(error: BaseException) -> str:
+    """Name a failure: a HarnessError's own kind, "oom" if the message of a framework says that memory ran out, or "crash".
+    A file beyond the process's size limit is a "violation"."""
+    if isinstance(error, HarnessError):
+        return error.kind
+    if getattr(error, "errno", None) == errno.EFBIG:  # beyond server.SERVER_FILE_BYTES
+        return "violation"
+    words = r"out of memory|OutOfMemory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer"
+    return "oom" if isinstance(error, MemoryError) or re.search(words, str(error)) else "crash"
+
+
+def fail(kind: str, message: str, run_dir: Path, step: int | None = None) -> int:
+    """Record a failure in error.json and as a JSON line on standard error. Returns the exit code."""
+    record = json.dumps({"kind": kind, "message": message[:2000], "step": step})
+    with contextlib.suppress(OSError):
+        write_atomically(run_dir / "error.json", record.encode())
+    print(record, file=sys.stderr)
+    return HarnessError(kind, message).exit_code
+
+
+def home() -> Path:
+    """The folder of all prepared data: $AUTORESEARCH_HOME or ~/.cache/autoresearch-mlx."""
+    return Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 digest of `data` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()

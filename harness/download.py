@@ -1,0 +1,130 @@
+"""Downloads from the Hugging Face hub that resume and are checked by SHA-256, and the progress bar for them and for preparation."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from harness import HarnessError, home, write_atomically
+
+DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each, with 0.5, 1, 2 and 4 seconds between them
+
+
+@contextmanager
+def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[..., None]]:
+    """Show a progress bar on a terminal, elsewhere a line every ten seconds. Yields `advance(n=1)`. Unit "bytes" adds a rate."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ("{task.completed}/{task.total} " + unit,)
+    began = printed = time.monotonic()
+    with Progress("{task.description}", BarColumn(), *columns, TimeRemainingColumn(), transient=True) as shown:
+        task = shown.add_task(what, total=total)
+
+        def advance(n: float = 1) -> None:
+            nonlocal printed
+            shown.advance(task, n)
+            if not shown.console.is_terminal and time.monotonic() - printed > 10:
+                printed, done = time.monotonic(), shown.tasks[task].completed
+                print(f"{what}: {done:,.0f} of {total:,.0f} {unit}, {done / (printed - began):,.1f} per second", file=sys.stderr)
+        yield advance
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 digest of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def identity(path: Path) -> dict:
+    """Name, size in bytes and SHA-256 of a file, as meta.json records them."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[Path], dict]:
+    """Fetch the first `shards` files of a hub dataset whose names match `pattern`. Returns their paths, and a dict with the commit
+    and each file's name, size and SHA-256.
+
+    revision: a commit, branch or tag. A branch is resolved once and kept in listing.json, so that later files belong to the same
+    commit; files that are already here need no network. huggingface_hub handles HF_ENDPOINT, HF_TOKEN and proxies.
+    Errors: HarnessError("data") if the files cannot be fetched or do not match.
+    """
+    from huggingface_hub import HfApi
+    place = home() / "downloads" / f"{source}@{revision}".replace("/", "--")
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "listing.json").exists():
+        info = patiently(f"the list of {source} at {revision}",
+                         lambda: HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=30))
+        if re.fullmatch("[0-9a-f]{40}", revision) and info.sha != revision:
+            raise HarnessError("data", f"{source}: expected commit {revision}, got {info.sha}")
+        files = [{"name": s.rfilename, "bytes": s.size, "sha256": s.lfs and s.lfs.sha256} for s in info.siblings or []]
+        write_atomically(place / "listing.json", json.dumps({"revision": info.sha, "files": files}, indent=1).encode())
+    listing = json.loads((place / "listing.json").read_text())
+    chosen = sorted((f for f in listing["files"] if fnmatch(f["name"], pattern)), key=lambda f: f["name"])[:shards]
+    if not chosen:
+        raise HarnessError("data", f"{source}: no file matches {pattern}")
+    with bar(f"fetching {source}", sum(f["bytes"] or 0 for f in chosen), "bytes") as advance, \
+            concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
+        for job in [pool.submit(fetch_file, source, listing["revision"], f, place, advance) for f in chosen]:
+            job.result()
+    paths = [place / f["name"] for f in chosen]
+    return paths, {"revision": listing["revision"], "files": [identity(p) for p in paths]}
+
+
+def fetch_file(source: str, revision: str, file: dict, place: Path, advance: Callable[..., None]) -> None:
+    """Fetch one file into `place`. A partial download resumes; the file gets its name only when it is complete.
+
+    file: {"name", "bytes", "sha256"}. advance: called with the number of bytes that arrived.
+    Errors: HarnessError("data") after TRIES attempts.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get  # hf_hub_download would start from zero after every interruption
+    from huggingface_hub.utils import build_hf_headers, tqdm
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # an interruption loses one chunk at most; the default is 10 MB
+    url, path = hf_hub_url(source, file["name"], repo_type="dataset", revision=revision), place / file["name"]
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | {"disable": True})
+            advance(options.get("initial") or 0)
+
+        def update(self, n=1):
+            advance(n)
+
+    def once() -> None:
+        with open(f"{path}.part", "ab") as out:
+            http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file["bytes"], tqdm_class=Bar)
+        got = sha256_of(Path(f"{path}.part"))
+        if got != (file["sha256"] or got):
+            os.unlink(f"{path}.part")
+            raise OSError(f"expected SHA-256 {file['sha256']}, got {got}; the partial file was deleted")
+        os.replace(f"{path}.part", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        patiently(file["name"], once)
+
+
+def patiently(what: str, once: Callable):
+    """Call `once` up to TRIES times and return its result. Errors that a retry cannot mend (not found, forbidden, disk full) are
+    raised at once. Errors: HarnessError("data") that names `what`."""
+    for attempt in range(TRIES):
+        try:
+            return once()
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if attempt == TRIES - 1 or (400 <= status < 500 and status not in (408, 429)) or getattr(error, "errno", 0) == 28:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise HarnessError("data", f"{what} could not be fetched: {reason}. "
+                                   "Run the same command again to continue; what arrived is kept. Check HF_ENDPOINT, "
+                                   "HTTPS_PROXY and HF_TOKEN; --revision chooses another commit; `--dataset stories` needs no "
+                                   "network") from error
+            time.sleep(2**attempt / 2)
+    return None

@@ -1,0 +1,139 @@
+"""
+Hardware helpers: presets by machine size, a fast BLAS, the tier, peak FLOP/s, and checks that a model fits in memory.
+
+Python only. The train file brings what depends on its framework: a matrix product to time, and the memory it measured.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import HarnessError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that every experiment of a night shares, chosen by the size of the machine."""
+    vocab_size: int             # tokens; 256 is a plain byte tokenizer
+    seq_len: int                # tokens of context at evaluation
+    eval_bytes: int             # bytes of validation text to score, at most
+    budget: str                 # budget of one training: 300s, 200steps or 5Mtokens
+
+
+PRESETS = {
+    "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="8s"),           # make demo, 2 CPU cores
+    "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
+    "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
+    "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
+    "cuda": Preset(vocab_size=8192, seq_len=2048, eval_bytes=8_000_000, budget="300s"),     # upstream's shape
+}
+TIERS = ("cpu", "mac", "mac-max", "cuda")
+STEP_FACTOR = 6  # peak memory of an update, relative to weights and moments: 4.4 to 5.7 measured on a CPU, where nothing is fused
+PEAK_TFLOPS = {  # from vendors or core counts, bf16 on tensor units; of several names in a device's name the longest counts
+    "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
+    "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 14.2, "M3 Ultra": 28, "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
+    "M5": 16, "M5 Pro": 35, "M5 Max": 70, "A100": 312, "RTX 4090": 165, "H100": 989, "H200": 989,
+}  # fmt: skip
+
+
+def detect_preset() -> str:
+    """Choose this machine's preset from what the operating system reports. No framework is imported."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return "mac-max" if memory >= 34 << 30 else "mac"
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") else "cpu"
+
+
+def load_fast_blas(threads: int | None = None) -> str | None:
+    """Load OpenBLAS or MKL, on Linux only. Call it before `import mlx.core`, which otherwise binds its own, 50 times slower BLAS.
+
+    threads: limit for one matrix product; None leaves the choice to the library.
+    Returns the library's name, or None. If no library is found, it prints a hint.
+    """
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads else ():
+        os.environ.setdefault(name, str(threads))
+    if sys.platform != "linux":
+        return None
+    in_environment = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))  # the `mkl` wheel puts it there
+    for name in ["libopenblas.so.0", "libopenblas.so", *map(str, in_environment), "libmkl_rt.so.2", "libmkl_rt.so"]:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL).cblas_sgemm  # noqa: B018  (fails where a library lacks the function)
+            return Path(name).name
+    print("hint: no fast BLAS found, so matrix products on this CPU run about 50 times slower than they could; install one: "
+          "`pip install mkl` (x86-64) or `apt-get install libopenblas0-pthread`", file=sys.stderr)
+    return None
+
+
+def find_tier(own: str | None) -> str:
+    """Return the tier whose constants a train file uses: $AUTORESEARCH_TIER if it is set, else `own`, else this machine's.
+    SystemExit if unknown."""
+    tier = os.environ.get("AUTORESEARCH_TIER") or own or detect_preset()
+    if tier not in TIERS:
+        raise SystemExit(f"error: AUTORESEARCH_TIER={tier}: expected one of {', '.join(TIERS)}")
+    return tier
+
+
+def peak_flops(device: str, product: Callable[[], object], flops: float) -> tuple[float, float]:
+    """Return (peak, measured) in FLOP/s. `peak`, the reference for MFU, comes from PEAK_TFLOPS; for an unknown device it is
+    `measured`, the fastest of four matrix products.
+
+    product: runs one large matrix product of `flops` FLOPs and waits for the result.
+    """
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    measured = flops / min(times)
+    return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
+
+
+def extrapolate(peak: Callable[[int], float], rows: int) -> Callable[[int], float]:
+    """Return the peak bytes of a pass as a function of its rows: a line through measurements at an eighth and a quarter of `rows`.
+
+    peak: runs a pass of so many rows and returns its peak bytes.
+    """
+    few, more = max(1, rows // 8), max(2, rows // 4)
+    low, high = peak(few), peak(more)
+    return lambda n: high + (high - low) / (more - few) * (n - more)
+
+
+def check_weights(held: Callable[[int], int], depth: int, limit: float | None) -> None:
+    """Raise HarnessError("oom") if weights and optimizer moments exceed the device's memory. The message names the largest
+    depth that fits.
+
+    held: depth -> bytes of weights and moments. limit: bytes of device memory, None if unknown.
+    """
+    if limit and held(depth) > limit:
+        fits = next((n for n in range(depth - 1, 0, -1) if STEP_FACTOR * held(n) <= limit), 0)
+        raise HarnessError("oom", f"weights and moments of depth {depth} take {held(depth) / 2**30:.2f} GiB, this device has "
+                           f"{limit / 2**30:.2f}; " + (f"the largest that fits: DEPTH = {fits}, with the width that goes with it"
+                                                       if fits else "lower WIDTH or NGRAM_BUCKETS"))
+
+
+def check_memory(expected: Callable[[int], float] | None, passes: int, rows: int, seq_len: int, limit: float | None,
+                 held: Callable[[int], int], depth: int) -> None:
+    """Raise HarnessError("oom") if a step of `passes` passes of `rows` rows each is expected to exceed the device's memory.
+    The message names the largest pass that fits.
+
+    expected: number of passes -> peak bytes of a step of the same batch size; None if unknown. limit, held: see check_weights.
+    """
+    if not expected or not limit or expected(passes) <= limit:
+        return
+    every, has = passes * rows, f"GiB, this device has {limit / 2**30:.2f}"
+    if fits := next((n for n in range(passes + 1, every + 1) if every % n == 0 and expected(n) <= limit), 0):
+        raise HarnessError("oom", f"passes of {rows * seq_len:,} tokens are expected to take {expected(passes) / 2**30:.2f} {has}; "
+                           f"the largest that fits: MICRO_TOKENS = {every // fits * seq_len}")
+    fits = next((n for n in range(depth - 1, 0, -1) if expected(every) * held(n) <= limit * held(depth)), 0)
+    raise HarnessError("oom", f"even passes of one row are expected to take {expected(every) / 2**30:.2f} {has}; lower BATCH_TOKENS"
+                       + (f", or DEPTH to {fits}" if fits else ", WIDTH or NGRAM_BUCKETS"))

@@ -1,0 +1,140 @@
+"""
+Bits per byte from log probabilities, and the probes that detect a cheating model: pure NumPy, no files, no processes.
+
+`score` passes in a function that asks the model. This module decides which rows to ask for and judges the answers.
+
+A model may use earlier tokens of the same row and nothing else: no later tokens, no other rows of the batch, no earlier requests.
+Two processes of the model run one after the other. Each scores half of the rows and is probed on the other half. The first process
+must leave no message to the second: each has its own TMPDIR and a nameless log, and the sandbox denies every other write.
+
+Not covered: files written where there is no sandbox; Metal's kernel cache on macOS; a process that outlives the first one, in a
+container where bubblewrap has no process namespace.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness import HarnessError
+
+# The answers to a row and to its probe may differ by rounding only: bfloat16 may round differently at another place of the batch.
+PROBE_ROWS = 24                 # number of probes, plus one for every 8 rows
+PROBE_TOLERANCE = 0.15          # nats, limit for the change of one log probability: two steps of a bfloat16 logit near 15
+PROBE_NOISE = 0.01              # nats, limit for the root mean square of all changes
+PROBE_LEAK = 0.002              # nats, limit for the mean gain from seeing the true next token, on top of 4 standard errors
+
+
+def log_probs(logits: np.ndarray, ids: np.ndarray, threads: Executor | None = None) -> np.ndarray:
+    """Log softmax at `ids`, in nats: float32 [N, V], int [N, K] -> float64 [N, K].
+
+    The logits are copied piece by piece, as float64, before anything is computed. The server can change the shared buffer at any
+    time, but the probabilities computed from one copy always sum to 1. `threads` computes pieces in parallel.
+    Errors: HarnessError("violation") for a logit that is not finite.
+    """
+    piece = max(1, (1 << 18) // logits.shape[-1])  # 2 MB, which stays in the cache
+
+    def one(a: int) -> np.ndarray:
+        x = logits[a : a + piece].astype(np.float64)                            # [piece, V]
+        with np.errstate(invalid="ignore"):
+            if not np.isfinite(x.sum()):
+                raise HarnessError("violation", "non_finite: a logit is NaN or infinite")
+        x -= x.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(x, ids[a : a + piece], axis=-1)             # [piece, K]
+        np.exp(x, out=x)
+        return chosen - np.log(x.sum(axis=-1, keepdims=True))
+
+    return np.concatenate(list((threads.map if threads else map)(one, range(0, len(logits), piece))))
+
+
+@dataclass
+class Question:
+    """A row to ask the model for: the first `cut` tokens are those of row `row`, the rest comes from elsewhere in the text."""
+    row: int
+    cut: int
+    tokens: np.ndarray                                                          # int32 [T]
+
+
+def splice(inputs: np.ndarray, row: int, rng: np.random.Generator) -> Question:
+    """Make a probe: a row that continues, from a random position, with other text.
+
+    The other text follows the same two tokens (else one, else none), so that the splice looks natural but the next token differs.
+    A model that looks ahead then gives other probabilities before the splice. inputs: int32 [rows, T].
+    """
+    flat, seq_len = inputs.reshape(-1), inputs.shape[1]
+    cut = int(rng.integers(1, seq_len))
+    at = row * seq_len + cut                                                    # the first token that differs
+    for same in (2, 1, 0):
+        fits = flat[2:] != flat[at]
+        for back in range(1, same + 1):
+            fits &= flat[2 - back : -back] == flat[at - back]
+        if fits.any():
+            place = int(rng.choice(np.flatnonzero(fits))) + 2
+            rest = np.take(flat, range(place, place + seq_len - cut), mode="wrap")
+            return Question(row, cut, np.concatenate([inputs[row, :cut], rest]))
+    return Question(row, seq_len, inputs[row])
+
+
+def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, total_bytes: int) -> float:
+    """Probe the model and return its score: -log2 p summed over all scored tokens, divided by `total_bytes`.
+
+    inputs, targets: int32 [rows, T]. scored: bool [rows, T], the targets that count.
+    ask(questions, ids): starts a new process of the model and returns log probabilities, float64 [questions, T, K] in nats, at
+    `ids`, int32 [rows, T, K].
+    One process scores half of the rows, another the other half; each row is probed in the process that does not score it, and the
+    order is random. No process sees the beginning of a row twice, so that none can recognise a probe or answer it from memory.
+    Errors: HarnessError("violation") if a probe fails; the message begins with non_causal, cross_row or stateful. And `ask`'s.
+    """
+    rows, seq_len = inputs.shape
+    rng = np.random.default_rng()  # unseeded: different probes every time
+    half = rng.permutation(rows) % 2                                            # [rows]: the process that scores the row
+    ids = np.stack([targets, *rng.integers(0, int(inputs.max()) + 1, (2, rows, seq_len))], axis=-1).astype(np.int32)
+    probes = {int(row): splice(inputs, row, rng) for row in rng.permutation(rows)[: PROBE_ROWS + rows // 8]}
+    for i, (row, probe) in enumerate(probes.items()):
+        if i % 4 == 0 or probe.cut == seq_len:  # the unchanged row, among other rows
+            probe.cut, probe.tokens = seq_len, inputs[row]
+        else:  # a model that looks ahead would also raise the probe's next token
+            ids[row, probe.cut - 1, 1] = probe.tokens[probe.cut]
+
+    nats, answers = np.zeros(rows), ({}, {})                                    # {row: answer} while scoring, while probing
+    for which in (0, 1):
+        questions = [Question(row, seq_len, inputs[row]) for row in np.flatnonzero(half == which)]
+        questions += [probe for row, probe in probes.items() if half[row] != which]
+        rng.shuffle(questions)
+        for question, values in zip(questions, ask(questions, ids), strict=True):
+            row = question.row
+            if half[row] == which:
+                nats[row] = -math.fsum(values[scored[row], 0])
+            if row in probes:
+                answers[int(half[row] != which)][row] = values
+
+    moved = {row: answers[0][row][: p.cut] - answers[1][row][: p.cut] for row, p in probes.items()}  # [cut, K] each
+    ahead = np.array([moved[row][-1, 0] for row, p in probes.items() if p.cut < seq_len] or [0.0])
+    noise = math.sqrt(np.mean(np.concatenate([m[:-1] for m in moved.values()]) ** 2))
+    worst = max(probes, key=lambda row: np.abs(moved[row]).max())
+    if noise > PROBE_NOISE or np.abs(moved[worst]).max() > PROBE_TOLERANCE:
+        raise HarnessError("violation", diagnose(ask, probes[worst], inputs, ids))
+    if ahead.mean() > PROBE_LEAK + 4 * noise / math.sqrt(len(ahead)):
+        raise HarnessError("violation", f"non_causal: the true next token gains {ahead.mean():.4f} nats where the input contains "
+                           f"it, expected at most {PROBE_LEAK}")
+    return math.fsum(nats) / math.log(2) / total_bytes
+
+
+def diagnose(ask: Callable, probe: Question, inputs: np.ndarray, ids: np.ndarray) -> str:
+    """Name the cause of a failed probe. Each comparison asks a new process, which has no memory of earlier requests."""
+    def once(*rows: np.ndarray) -> np.ndarray:
+        return ask([Question(probe.row, probe.cut, tokens) for tokens in rows], ids)[-1]  # [T, K] of the last row
+
+    def differ(a: np.ndarray, b: np.ndarray) -> bool:
+        return np.abs(a - b).max() > PROBE_TOLERANCE or math.sqrt(np.mean((a - b) ** 2)) > PROBE_NOISE
+    row, cut = inputs[probe.row], probe.cut
+    alone = once(row)
+    if differ(alone, once(row)):
+        return "stateful: two new processes gave different probabilities for the same tokens"
+    if differ(alone, once(*np.roll(inputs, -probe.row, axis=0)[1:16], row)):
+        return "cross_row: the probabilities of a row depend on the other rows of its batch"
+    if differ(alone[:cut], once(probe.tokens)[:cut]):
+        return f"non_causal: probabilities before position {cut} depend on the tokens from there on"
+    return "stateful: the probabilities depend on earlier requests"

@@ -1,0 +1,193 @@
+"""A training run as its train file sees it: batches from the token shard, the run directory, the result, progress."""
+
+import json
+import math
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from harness import PROGRAM, HarnessError, fail, home, kind_of, write_atomically
+from harness.clock import Budget
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: slices of the token shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+def row_starts(tokens: np.ndarray, bos_id: int, seq_len: int) -> np.ndarray:
+    """Choose where the training rows of one epoch start: int64 [rows]. A row is tokens[start : start + seq_len + 1].
+
+    The rows cover every token. A row starts at a document's start if that repeats at most a quarter of a row. The last row ends
+    with the text.
+    """
+    piece = 1 << 24  # tokens compared at once
+    marks = [a + m for a in range(0, len(tokens), piece) for m in np.flatnonzero(tokens[a : a + piece] == bos_id).tolist()]
+    starts, position, last, document = [], 0, len(tokens) - seq_len - 1, 0
+    while position < last:
+        starts.append(position)
+        position += seq_len
+        while document < len(marks) and marks[document] <= position:
+            document += 1
+        if document and position - seq_len // 4 <= marks[document - 1]:
+            position = marks[document - 1]
+    return np.array([*starts, last] if last >= 0 else [], dtype=np.int64)
+
+
+def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (inputs, targets) without end, int32 [batch_size, seq_len] each. Every row comes once an epoch, in an order that
+    `seed` decides. A thread prepares a few batches ahead.
+
+    Errors: HarnessError("data") if the shard has fewer rows than a batch.
+    """
+    starts = row_starts(tokens, bos_id, seq_len)
+    if len(starts) < batch_size:
+        raise HarnessError("data", f"a batch of {batch_size} rows of {seq_len} tokens was asked for, the training text has only "
+                           f"{len(starts)} such rows; use a smaller batch or more text")
+    ready: queue.Queue = queue.Queue(maxsize=4)
+    offsets = np.arange(seq_len + 1)
+
+    def produce() -> None:
+        rng = np.random.default_rng(seed)
+        order = np.empty(0, dtype=np.int64)
+        while True:
+            while len(order) < batch_size:
+                order = np.concatenate([order, rng.permutation(starts)])
+            rows, order = order[:batch_size], order[batch_size:]
+            block = tokens[rows[:, None] + offsets].astype(np.int32)           # [B, T + 1]
+            ready.put((block[:, :-1], block[:, 1:]))
+
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        yield ready.get()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """One training: its data, its budget, its run directory. Use it as `with start_run(__file__) as run:`. An exception inside
+    becomes error.json, a traceback, and an exit code that names the kind of failure."""
+
+    def __init__(self, train_file: str):
+        import psutil
+        self.born = time.monotonic()
+        place = os.environ.get("AUTORESEARCH_DATA")
+        if not place:
+            try:
+                place = json.loads((home() / "current.json").read_text())["train_dir"]
+            except FileNotFoundError:
+                raise HarnessError("data", "no data is prepared: run `python prepare_mlx.py --dataset stories` first") from None
+        self.data = Path(place)
+        self.meta = json.loads((self.data / "meta.json").read_text())
+        text, age = os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], time.time() - psutil.Process().create_time()
+        self.budget = Budget(text, age)
+        self.seed = int(os.environ.get("AUTORESEARCH_SEED") or 1)
+        self.vocab_size, self.seq_len = self.meta["vocab_size"], self.meta["seq_len"]
+        self.train_tokens = (self.data / "train.bin").stat().st_size // np.dtype(self.meta["dtype"]).itemsize
+        self.step = 0
+        self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(train_file, self.dir / Path(train_file).name)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        if not isinstance(error, HarnessError):
+            sys.excepthook(kind, error, trace)
+        sys.exit(fail(kind_of(error), str(error) or kind.__name__, self.dir, self.step))
+
+    def tokens(self) -> np.ndarray:
+        """The training shard, memory-mapped: uint16 or uint32 [n].
+
+        Errors: HarnessError("violation") before the clock has started, because warm-up must use dummy data.
+        """
+        if not self.budget.started:
+            raise HarnessError("violation", "training data was asked for before run.budget.start(); warm up on dummy data")
+        return np.memmap(self.data / "train.bin", dtype=self.meta["dtype"], mode="r")
+
+    def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (inputs, targets) without end, int32 [batch_size, seq_len] each. Take the first batch after run.budget.start().
+        Errors: those of `tokens` and of `harness.run.batches`."""
+        yield from batches(self.tokens(), self.meta["bos_id"], batch_size, seq_len, self.seed)
+
+    def log(self, **window) -> None:
+        """Append a line to metrics.jsonl: step, tokens, seconds, loss (nats), lr, tokens_per_second, mfu_percent, memory_mb.
+        Errors: HarnessError("nan") if the loss is not finite."""
+        self.step = window.get("step", self.step)
+        with open(self.dir / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in window.items()}) + "\n")
+        if not math.isfinite(window.get("loss", 0.0)):
+            raise HarnessError("nan", f"the loss became {window['loss']} at step {self.step}")
+
+    def finish(self, **facts) -> None:
+        """Write train.json, then replace this process by the scorer, which prints the summary. With AUTORESEARCH_SCORE=0 the
+        score is left to the caller. Errors: those of `Budget.close`."""
+        facts |= self.budget.close()
+        facts |= {"total_seconds": time.monotonic() - self.born, "budget": self.budget.text, "seed": self.seed,
+                  "data": self.data.name}
+        write_atomically(self.dir / "train.json", json.dumps(facts, indent=1).encode())
+        if os.environ.get("AUTORESEARCH_SCORE") != "0":
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, str(PROGRAM), "score", str(self.dir)])  # frees the trainer's memory
+
+
+def start_run(train_file: str) -> Run:
+    """Begin a run as the AUTORESEARCH_* variables say (CONTRIBUTING.md lists them), by default on the data prepared last.
+    SystemExit with code 2 if the run cannot begin."""
+    try:
+        return Run(train_file)
+    except (HarnessError, OSError, ValueError) as error:
+        print(f"error: {error}; check AUTORESEARCH_DATA, _BUDGET, _SEED and _RUN_DIR", file=sys.stderr)
+        sys.exit(HarnessError.exit_codes["usage"])
+
+
+class Progress:
+    """Progress of a training: smoothed loss, lines of metrics.jsonl, the line on the terminal, and the end of one that diverges.
+
+    batch_tokens: tokens of one step. flops: FLOPs per token. peak: FLOP/s of the device. above: nats by which the smoothed loss
+    may exceed ln(vocabulary), the loss of uniform probabilities. `step` counts the steps whose loss is known.
+    """
+
+    def __init__(self, run: Run, batch_tokens: int, flops: float, peak: float, above: float):
+        self.run, self.batch_tokens, self.flops, self.peak = run, batch_tokens, flops, peak
+        self.limit, self.step, self.smooth, self.window = math.log(run.vocab_size) + above, 0, 0.0, (0, run.budget.seconds)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats over about 20 steps, corrected for the average's start at zero."""
+        return self.smooth / (1 - 0.95**self.step)
+
+    def take(self, loss: float) -> None:
+        """Record the loss of the next step, in nats. Errors: HarnessError("nan") if it is not finite or the training diverged."""
+        self.step, self.smooth = self.step + 1, 0.95 * self.smooth + 0.05 * loss
+        if not math.isfinite(loss) or (self.step >= 20 and self.loss > self.limit):  # early steps may start high
+            raise HarnessError("nan", f"the loss became {loss:.4g} at step {self.step}, {self.loss:.4g} in the mean; uniform "
+                               f"probabilities have {math.log(self.run.vocab_size):.4g}")
+
+    def tell(self, lr: Callable[[], float], memory: Callable[[], float]) -> None:
+        """Log and print the state once a second, every 500 steps and at the end.
+
+        lr: the schedule's factor on the learning rates. memory: peak bytes. Both are called only when a line is due, because
+        reading them may wait for the device.
+        """
+        step, tokens, seconds = self.step, self.step * self.batch_tokens, self.run.budget.seconds
+        progress = min(self.run.budget.progress(step, tokens), 1.0)
+        if step == self.window[0] or not (seconds - self.window[1] >= 1 or step % 500 == 0 or progress == 1):
+            return
+        rate, factor, memory_mb = (step - self.window[0]) * self.batch_tokens / (seconds - self.window[1]), lr(), memory() / 2**20
+        self.window, mfu, left = (step, seconds), 100 * rate * self.flops / self.peak, (1 - progress) * seconds / progress
+        self.run.log(step=step, tokens=tokens, seconds=seconds, loss=self.loss, lr=factor, tokens_per_second=rate, mfu_percent=mfu,
+                     memory_mb=memory_mb)
+        ends = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+        print(f"\rstep {step:5d} ({100 * progress:3.0f} %)  loss {self.loss:.4f}  lr x{factor:.2f}  {rate:,.0f} tok/s  "
+              f"mfu {mfu:.1f} %  {memory_mb:,.0f} MB  {left:.0f} s left, ends {ends}   ", end="", flush=True)

@@ -1,0 +1,175 @@
+"""
+The logits server: a process that imports the candidate and answers the scorer's batches, and the scorer's end of it.
+
+Requests and replies are JSON lines through pipes. Tokens and logits travel through shared memory.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import mmap
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from harness import PROGRAM, HarnessError, kind_of
+
+ANSWER_LIMIT = 300              # seconds the server may take for one batch
+SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
+SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
+
+
+def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.ACCESS_WRITE) -> np.ndarray:
+    """Map a file that two processes hold as an array. The file has no name, so no third process can find it and nothing is left
+    behind."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if os.fstat(descriptor).st_size != size:  # only the scorer resizes: a sandbox may refuse it to the server
+        os.ftruncate(descriptor, size)
+    return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
+
+
+def serve(run_dir: Path) -> None:
+    """Run the logits server on standard input and output. Only this process imports the candidate.
+
+    The first line in names `shape` [rows, seq_len, vocab] and two descriptors: `tokens`, int32 [2, rows, seq_len], and `logits`,
+    float32 [2, rows, seq_len, vocab]. The reply {"done": null} follows once the model is loaded. After that each line
+    {"buffer": 0 or 1} is answered by {"done": the same}. A failure is answered by {"kind", "message"} and ends the process.
+    """
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # the candidate's prints go to the log, whose size is limited
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
+    first = json.loads(sys.stdin.readline())
+    tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
+    logits = shared(first["logits"], np.float32, [2, *first["shape"]])
+    try:
+        spec = importlib.util.spec_from_file_location("candidate", sorted(run_dir.glob("train_*.py"))[0])
+        module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.load_model(run_dir)
+        print(json.dumps({"done": None}), file=replies)
+        for line in sys.stdin:
+            i = json.loads(line)["buffer"]
+            answer = np.asarray(model(np.array(tokens[i])))                     # [rows, seq_len, vocab]
+            if answer.shape != logits[i].shape or answer.dtype.kind != "f":
+                raise HarnessError("violation", f"bad_shape: expected floating-point logits {logits[i].shape}, got {answer.dtype} "
+                                   f"{answer.shape} from load_model(run_dir)(tokens)")
+            logits[i] = answer
+            print(json.dumps({"done": i}), file=replies)
+    except BaseException as error:
+        try:  # the log first: the scorer kills this process once it has the reply
+            sys.stdout.flush()
+            sys.excepthook(*sys.exc_info())
+        finally:
+            print(json.dumps({"kind": kind_of(error), "message": f"{type(error).__name__}: {error}"[:2000]}), file=replies)
+            os._exit(1)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError:  # macOS: EPERM also for a group that holds only zombies
+        process.kill()  # does nothing to a zombie; a child that may not be killed raises PermissionError again
+    process.wait()
+
+
+class LogitsServer:
+    """The scorer's end of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order asked.
+
+    run_dir: holds the candidate. shape: [rows, seq_len, vocab] of a batch. wrap: command to start the server under, a sandbox.
+    log: receives the end of the server's log on `close`. scratch: the server's TMPDIR, emptied first; default: a new folder.
+
+    The scratch folder and the log's nameless file are new for each server: under `wrap`, no server finds what another left.
+    """
+
+    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None):
+        self.asked, self.answered, self._unread, self._kept = 0, 0, b"", log
+        self._log, self._scratch = tempfile.TemporaryFile(), scratch or Path(tempfile.mkdtemp())  # noqa: SIM115
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(mode=0o700)
+        with contextlib.ExitStack() as stack:
+            files = [os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
+                     else tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+            token_file, logit_file = (stack.enter_context(file).fileno() for file in files)
+            self.tokens = shared(token_file, np.int32, [2, *shape[:2]])
+            self.logits = shared(logit_file, np.float32, [2, *shape])
+            self.process = subprocess.Popen(
+                [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
+                    **{k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"},  # it would lead to held-out data
+                    "TMPDIR": str(self._scratch)})
+        self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
+
+    def _send(self, message: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a dead server has left its reason in its last reply
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def _receive(self, expected: int | None) -> None:
+        deadline, descriptor = time.monotonic() + ANSWER_LIMIT, self.process.stdout.fileno()
+        while b"\n" not in self._unread:
+            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise HarnessError("timeout", f"the model gave no logits within {ANSWER_LIMIT} s")
+            chunk = os.read(descriptor, 65536)
+            if not chunk:
+                words = os.pread(self._log.fileno(), 4096, max(0, os.fstat(self._log.fileno()).st_size - 4096))
+                kind = "oom" if b"OutOfMemory" in words else "crash"  # Metal aborts the process, its message is the only sign
+                raise HarnessError(kind, f"the logits server died (exit code {self.process.wait()}); see serve.log")
+            self._unread += chunk
+            if len(self._unread) > 1 << 16:
+                break
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            reply = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            raise HarnessError("violation", f"expected a reply of the logits server, got {line[:80]!r}") from None
+        if "kind" in reply:
+            kind = reply["kind"] if reply["kind"] in ("violation", "oom") else "crash"
+            raise HarnessError(kind, str(reply.get("message")))
+        if reply != {"done": expected}:
+            raise HarnessError("violation", f"expected the logits server's reply to batch {expected}, got {line[:80]!r}")
+
+    def ask(self, batch: np.ndarray) -> None:
+        """Send a batch, int32 [at most rows, seq_len]. A smaller batch is filled up with copies of its first row, so that the
+        model always sees the same shape. Errors: those of `answer`, if the model could not be loaded."""
+        if not self.asked:
+            self._receive(None)  # the reply that the model is loaded
+        i = self.asked % 2
+        self.tokens[i][: len(batch)] = batch
+        self.tokens[i][len(batch):] = batch[0]
+        self._send({"buffer": i})
+        self.asked += 1
+
+    def answer(self) -> np.ndarray:
+        """Wait for the logits of the oldest batch without an answer: float32 [rows, seq_len, vocab], a shared buffer that the
+        next `ask` but one overwrites.
+
+        Errors: HarnessError("crash", "oom", "violation") as the server failed, ("timeout") after ANSWER_LIMIT seconds.
+        """
+        i = self.answered % 2
+        self._receive(i)
+        self.answered += 1
+        return self.logits[i]
+
+    def close(self) -> None:
+        """Kill the server with all its children and keep the end of its log."""
+        end_group(self.process)
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - SERVER_LOG_BYTES))
+        self._kept += self._log.read()
+        self._log.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
