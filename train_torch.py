@@ -3,8 +3,9 @@ A small GPT, trained on one device for a fixed budget, on PyTorch. This is the f
 
     python prepare_mlx.py && python train_torch.py
 
-The same experiment as train_mlx.py for CUDA, MPS and plain CPUs: the same names in the same order, so that a diff of the
-two files reads as a translation. Weights have the same names and shapes too.
+It translates train_mlx.py for CUDA, MPS and CPUs: the same names in the same order. Weights have the same names and shapes, too.
+The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings. Muon trains the matrices of the blocks,
+row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen and what it gives.
 """
 
 import json
@@ -14,24 +15,25 @@ import platform
 import resource
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from prepare_mlx import (
     HarnessError,
     Progress,
     check_memory,
     check_weights,
-    detect_preset,
     expected_epochs,
+    extrapolate,
     find_tier,
     peak_flops,
     start_run,
@@ -39,11 +41,12 @@ from prepare_mlx import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 GPU = DEVICE != "cpu"
-TIER = find_tier(detect_preset() if DEVICE == "mps" else DEVICE)  # cpu, mac (8-24 GB), mac-max (36 GB and up), cuda
+# cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
+TIER = find_tier(None if DEVICE == "mps" else DEVICE)
 
 
 def compiled(function):
-    """torch.compile on CUDA only: on the CPU it gains little and runs a C++ compiler for a minute, on MPS it is young."""
+    """torch.compile on CUDA only: on a CPU it saves little and runs a C++ compiler for a minute, on MPS it is a prototype."""
     return torch.compile(function, dynamic=False) if DEVICE == "cuda" else function
 
 
@@ -51,41 +54,39 @@ def compiled(function):
 # Constants: edit these first
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Model: DEPTH is the one dial, width, heads and batch follow; each of them can be set by itself, too
+# Model. DEPTH is the one dial: width, heads and batch follow it, and each can be set by itself, too.
 DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layers
-HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; 64 and 128 are fused
-WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 a layer, in whole heads
-WINDOW_PATTERN = "L"  # a letter a layer, repeated: L sees all tokens, S half of them; the last layer is always L
+HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; GPUs fuse 64 and 128
+WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 per layer, in whole heads
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = {"cpu": (65536, 262144), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
-                 "cuda": (65536, 131072, 131072)}[TIER]  # rows of the hashed 2-, 3-, 4-gram tables: look-ups, no FLOPs
-NGRAM_OWN = 7  # tokens, more than an n-gram's, whose hash says which of an n-gram's two rows a place in the text trains
-SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits within +-SOFTCAP; 0: off, it costs time on a CPU
-ROPE_BASE = 10_000  # slowest rotation of the positions
+NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
+                 "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
+NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows a position trains; more than an n-gram has
+SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
+ROPE_BASE = 10_000  # base of the rotary position embedding
 
 # Optimization
-BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens an optimizer step
-MICRO_TOKENS = 2**16  # tokens a forward and backward pass, at most: memory's limit, and what keeps a large GPU busy
-LOSS_TOKENS = 2**13  # tokens whose logits exist at once, at most: more are worked off in chunks, logits made twice
-EMBEDDING_LR = 0.4  # token and value embeddings (AdamW), at width 768; scaled by (width / 768) ** -0.5
-NGRAM_LR = 1.5  # n-gram tables (Adagrad by the row): a row's first step, where a token embedding's channels are about 1
-UNEMBEDDING_LR = 0.004  # lm_head (AdamW), scaled in the same way
-MATRIX_LR = 0.02  # matrices of the blocks (Muon)
-SCALAR_LR = 0.3  # x0_lambdas (AdamW); resid_lambdas get a hundredth
-WEIGHT_DECAY = 0.15  # of the matrices where the update agrees (cautious), falls to 0 over the run
+BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
+MICRO_TOKENS = {"cpu": 2**14, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
+EMBEDDING_LR = 0.4  # AdamW, token and value embeddings, at width 768; scaled by (width / 768) ** -0.5
+UNEMBEDDING_LR = 0.004  # AdamW, lm_head, scaled in the same way
+NGRAM_LR = 1.5  # Adagrad, n-gram tables: the size of a row's first step
+MATRIX_LR = 0.02  # Muon, matrices of the blocks
+SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
+WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
-MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps
-POLAR_STEPS = {"cpu": 4, "mac": 5, "mac-max": 5, "cuda": 5}[TIER]  # iterations of its orthogonalization, 5 at most
-MUON_BETA2 = 0.95  # decay of the rows' mean square (NorMuon)
+MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
+MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row
+NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
-FINAL_LR_FRAC = 0.05  # of the initial rate, at the end
-DROPOUT = (0.1, 0.2, 0.3)  # share of channels hidden at both ends of the blocks at the text's second reading, its third, and later
-ABORT_LOSS = 3.0  # nats of the mean loss above ln(vocabulary), what knowing nothing gives; beyond it a run ends
+FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate at both ends of the blocks in epoch 1, 2, 3, and later
+ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; master weights are fp32
-EPS = 1.1920929e-07  # of every norm, fp32's epsilon, as upstream has it
-VE_GATE_CHANNELS = 32  # channels that decide how much of a value embedding a head takes
+DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; weights and optimizer state are fp32. Most CPUs are slow in bf16
+EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
+GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,11 +97,9 @@ NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
 @dataclass
 class GPTConfig:
     vocab_size: int
-    seq_len: int
     n_layer: int = DEPTH
     n_head: int = max(1, WIDTH // HEAD_DIM)
     n_embd: int = WIDTH
-    window_pattern: str = WINDOW_PATTERN
     ngram_buckets: tuple = NGRAM_BUCKETS
     softcap: float = SOFTCAP
     rope_base: float = ROPE_BASE
@@ -110,18 +109,19 @@ def norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def dropout(x, share):
-    """x with that share of its elements 0 and the others as much larger; None: x."""
-    return x if share is None else x * ((torch.rand(x.shape, device=x.device) >= share) / (1 - share)).to(x.dtype)
+def dropout(x, rate):
+    """Inverted dropout: zero each element with probability `rate`, scale the rest by 1 / (1 - rate). A rate of None returns x
+    unchanged."""
+    return x if rate is None else x * ((torch.rand(x.shape, device=x.device) >= rate) / (1 - rate)).to(x.dtype)
 
 
 def has_ve(layer, n_layer):
-    """Value embeddings stand on every second layer, the last one included."""
+    """Every second layer has value embeddings, the last one included."""
     return layer % 2 == (n_layer - 1) % 2
 
 
 def rope(x, base):
-    """Rotary positions: channels c and c + D/2 of x [B, H, T, D] turn by -position, as upstream has it; in fp32."""
+    """Rotary position embedding in fp32: rotate channels c and c + D/2 of x [B, H, T, D] by -position, as upstream."""
     T, half = x.shape[2], x.shape[3] // 2
     speed = base ** (torch.arange(half, device=x.device) / -half)               # [D/2]
     angle = torch.arange(T, device=x.device)[:, None] * speed                   # [T, D/2]
@@ -130,59 +130,34 @@ def rope(x, base):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
 
-def masked_attention(q, k, v, mask=None):
-    """Attention where mask [Tq, Tk] says so, causal without one.
-
-    MPS always gets a mask that is added: before torch 2.14 its is_causal let bf16 queries see up to three tokens ahead
-    (pytorch#195910), and not all of its kernels were right with a Boolean mask.
-    """
-    if DEVICE == "mps":
-        t = torch.arange(q.shape[2], device=q.device)
-        mask = torch.where(t <= t[:, None] if mask is None else mask, 0.0, float("-inf")).to(q.dtype)  # [Tq, Tk]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
-def attend(q, k, v, window):
-    """Causal attention: q, k, v [B, H, T, D]; token t sees the tokens t-window..t.
-
-    No array mask on a full layer, so that flash attention applies. A windowed layer is a causal part, then bands:
-    queries in chunks against the keys they can see, all chunks with one small mask.
-    """
-    T = q.shape[2]
-    if window >= T - 1:
-        return masked_attention(q, k, v)
-    first = slice(0, window)
-    parts = [masked_attention(q[:, :, first], k[:, :, first], v[:, :, first])]
-    chunk = max(1, -(-(T - window) // 3))
-    row, column = torch.arange(chunk, device=q.device)[:, None], torch.arange(window + chunk, device=q.device)[None, :]
-    mask = (column >= row) & (column <= row + window)                           # [chunk, window + chunk]
-    for start in range(window, T, chunk):
-        stop = min(start + chunk, T)
-        keys = slice(start - window, stop)
-        parts.append(masked_attention(
-            q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask[: stop - start, : stop - start + window]))
-    return torch.cat(parts, dim=2)
+def attention(q, k, v):
+    """Causal attention for q, k, v [B, H, T, D]. MPS gets a mask that is added to the scores: before torch 2.14 its is_causal let
+    bf16 queries see up to three tokens ahead (pytorch#195910), and a Boolean mask was wrong in some of its kernels."""
+    if DEVICE != "mps":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    t = torch.arange(q.shape[2], device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(t <= t[:, None], 0.0, float("-inf")).to(q.dtype))
 
 
 def ngram_rows(tokens, buckets):
-    """Rows of the 2-gram, 3-gram, ... tables, which lie one below the other, by a hash: int64 [B, T] -> int64 [2, n, B, T].
+    """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int64 [B, T] -> int64 [2, n, B, T].
 
-    Each n-gram has two rows: first the one that this place in the text trains, by what stood further back, then the other.
+    Each n-gram has two rows. NGRAM_CONTEXT tokens decide which one this position trains in the first epoch: it comes first.
+    The tables lie one below the other in one array.
     """
     def mixed(code):
-        code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2^32
+        code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2**32
         return code ^ (code >> 15)
 
-    code = earlier = tokens
-    codes, rows, offset = [], [], 0
-    for _ in range(max(NGRAM_OWN - 1, len(buckets))):
-        earlier = F.pad(earlier[:, :-1], (1, 0))                                # [B, T]: one token further back
-        code = (code * 1_000_003 + earlier + 1) & 0xFFFFFFFF
-        codes.append(code)
-    own = mixed(code) & 1                                                       # [B, T]
-    own = torch.stack([own, 1 - own])                                           # [2, B, T]
-    for size, code in zip(buckets, codes, strict=False):
-        rows.append(offset + mixed(2 * code + own) % size)
+    previous = tokens                                                           # [B, T]
+    codes = [previous]
+    for _ in range(max(NGRAM_CONTEXT - 1, len(buckets))):
+        previous = F.pad(previous[:, :-1], (1, 0))                              # one token further back, 0 before the row
+        codes.append((codes[-1] * 1_000_003 + previous + 1) & 0xFFFFFFFF)       # of one more token
+    own = mixed(codes[-1]) & 1                                                  # [B, T]
+    which, rows, offset = torch.stack([own, 1 - own]), [], 0                    # [2, B, T]
+    for size, code in zip(buckets, codes[1:], strict=False):
+        rows.append(offset + mixed(2 * code + which) % size)
         offset += size
     return torch.stack(rows, dim=1)
 
@@ -195,21 +170,23 @@ class CausalSelfAttention(nn.Module):
         self.c_k = nn.Linear(C, C, bias=False)
         self.c_v = nn.Linear(C, C, bias=False)
         self.c_proj = nn.Linear(C, C, bias=False)
+        self.out_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)
         if has_ve(layer, config.n_layer):
-            self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)
+            self.ve_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)
         self._rope_base = config.rope_base
 
-    def forward(self, x, ve, window):                                           # x [B, T, C], ve [B, T, C] or None
+    def forward(self, x, ve):                                                   # x [B, T, C], ve [B, T, C] or None
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = (c(x).reshape(B, T, H, D) for c in (self.c_q, self.c_k, self.c_v))
         if ve is not None:  # value residual (ResFormer), gated per head by the first channels
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))   # [B, T, H]
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))      # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # [B, H, T, D]
         q, k = (norm(rope(t, self._rope_base)) for t in (q, k))
-        y = attend(q, k, v, window).transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y)
+        y = attention(q, k, v)
+        gate = 2 * torch.sigmoid(self.out_gate(x[..., :GATE_CHANNELS]))         # [B, T, H]: a head can be silent
+        return self.c_proj((y.transpose(1, 2) * gate[..., None]).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -228,8 +205,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, window):
-        x = x + self.attn(norm(x), ve, window)
+    def forward(self, x, ve):
+        x = x + self.attn(norm(x), ve)
         return x + self.mlp(norm(x))
 
 
@@ -240,20 +217,17 @@ class GPT(nn.Module):
         V, C, L = config.vocab_size, config.n_embd, config.n_layer
         self.wte = nn.Embedding(V, C)
         if config.ngram_buckets:
-            self.ngrams = nn.Embedding(sum(config.ngram_buckets), C)  # the tables one below the other
+            self.ngrams = nn.Embedding(sum(config.ngram_buckets), C)
         self.value_embeds = nn.ModuleList(nn.Embedding(V, C) for i in range(L) if has_ve(i, L))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.lm_head = nn.Linear(C, V, bias=False)
-        self.resid_lambdas = nn.Parameter(torch.ones(L))
-        self.x0_lambdas = nn.Parameter(torch.zeros(L))
-        half = config.seq_len // 2
-        letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(L - 1)] + ["L"]
-        self._windows = [config.seq_len if letter == "L" else half for letter in letters]
+        self.resid_lambdas = nn.Paraprogress(torch.ones(L))
+        self.x0_lambdas = nn.Paraprogress(torch.zeros(L))
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Upstream's: matrices uniform with the spread of 1/sqrt(width), output projections and gates 0, n-grams 0."""
-        generator = torch.Generator().manual_seed(seed)  # the CPU's, so that a seed means the same on every device
+        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-grams 0."""
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
         s = 3**0.5 * self.config.n_embd**-0.5
         for name, p in self.named_parameters():
             if name == "wte.weight":
@@ -262,77 +236,54 @@ class GPT(nn.Module):
                 p.copy_(0.001 * torch.randn(p.shape, generator=generator))
             elif name == "x0_lambdas":
                 p.fill_(0.1)
-            elif name == NGRAMS or name.endswith(("c_proj.weight", "ve_gate.weight")):
+            elif name == NGRAMS or name.endswith(("c_proj.weight", "_gate.weight")):
                 p.zero_()
             elif name != "resid_lambdas":
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
-    def embed_ngrams(self, tokens, table, again=False):
-        """Sum of the hashed n-gram embeddings, from table [R, C]: int64 [B, T] -> fp32 [B, T, C]; and the rows to train, [n, B, T].
-
-        again: of text that was read before its own rows know what comes; so the sum is of the others, and None is trained.
-        """
-        rows = ngram_rows(tokens, self.config.ngram_buckets)                    # [2, n, B, T]
-        seen = rows[1] if again else rows.reshape(-1, *tokens.shape)            # [n or 2n, B, T]
-        return sum(F.embedding(one, table).float() for one in seen), None if again else rows[0]
-
-    def features(self, tokens, ngrams=None, hidden=None):
-        """What lm_head reads: int64 [B, T] -> [B, T, C] in DTYPE. A step hands in ngrams [B, T, C] and hidden, dropout's share."""
+    def forward(self, tokens, ngrams=None, dropout_rate=None):
+        """Logits: int64 [B, T] -> fp32 [B, T, V]. A training step passes the summed n-gram embeddings [B, T, C], whose gradient it
+        needs, and a dropout rate."""
         if ngrams is None and self.config.ngram_buckets:
-            ngrams, _ = self.embed_ngrams(tokens, self.ngrams.weight)           # [B, T, C]
-        x = self.wte(tokens) if ngrams is None else self.wte(tokens) + ngrams   # [B, T, C]; tables are fp32
-        x = x0 = dropout(norm(x.to(DTYPE)), hidden)
+            ngrams = self.ngrams(ngram_rows(tokens, self.config.ngram_buckets)).sum(dim=(0, 1))
+        x = self.wte(tokens)                                                    # [B, T, C]; embedding tables are fp32
+        x = x if ngrams is None else x + ngrams
+        x = x0 = dropout(norm(x.to(DTYPE)), dropout_rate)
         resid, skip = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).to(x.dtype) if has_ve(i, len(self.blocks)) else None
-            x = block(resid[i] * x + skip[i] * x0, ve, self._windows[i])
-        return dropout(norm(x), hidden)
-
-    def forward(self, tokens, targets=None, ngrams=None, hidden=None):          # int64 [B, T] -> fp32 logits [B, T, V]
-        x, cap = self.features(tokens, ngrams, hidden), self.config.softcap
-        if targets is None:
-            return head(x, self.lm_head.weight, cap)
-        return head_loss(x, self.lm_head.weight, targets, cap)  # the loss: functional_call reaches nothing but forward
+            x = block(resid[i] * x + skip[i] * x0, ve)
+        logits = self.lm_head(dropout(norm(x), dropout_rate)).float()           # [B, T, V]
+        return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """Forward and backward: 6 a matrix weight, 12 a channel and visible token of attention (upstream's count)."""
-        weights = sum(p.numel() for name, p in self.named_parameters() if is_matrix(name) or name == "lm_head.weight")
-        return 6 * weights + sum(12 * self.config.n_embd * min(w, seq_len) for w in self._windows)
+        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and visible token of attention (upstream's
+        count)."""
+        weights = sum(p.numel() for name, p in self.named_parameters() if computes_in_dtype(name))
+        return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
 
 
-def head(x, weight, softcap):                                                   # x [..., C], weight [V, C] -> fp32 [..., V]
-    logits = (x @ weight.T).float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+def is_matrix(name):
+    return name.startswith("blocks.")
 
 
-def cross_entropy(logits, targets):
-    """Nats of every token: logits fp32 [N, V], targets int64 [N] -> fp32 [N]."""
-    return F.cross_entropy(logits, targets, reduction="none")
+def computes_in_dtype(name):
+    """Weights of matrix products are cast to DTYPE; embedding tables stay fp32 and are cast after the look-up."""
+    return is_matrix(name) or name == "lm_head.weight"
 
 
-def head_loss(x, weight, targets, softcap):
-    """Mean cross entropy in nats. x [B, T, C], lm_head's weight [V, C], targets int64 [B, T].
-
-    Beyond LOSS_TOKENS it goes chunk by chunk, each with its logits made again for their gradient, so that none are kept.
-    """
-    def total(x, weight, targets):
-        return cross_entropy(head(x, weight, softcap), targets).sum()
-
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)                # [N, C], [N]
-    if len(targets) <= LOSS_TOKENS:
-        return total(x, weight, targets) / len(targets)
-    loss = 0.0
-    for chunk, goals in zip(x.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True):
-        loss = loss + checkpoint(total, chunk, weight, goals, use_reentrant=False, preserve_rng_state=False)
-    return loss / len(targets)
+def with_weights(model, params):
+    """The model as a function with the weights {name: tensor}, cast to the dtypes that it computes in."""
+    cast = {n: p.to(DTYPE) if computes_in_dtype(n) else p for n, p in params.items()}
+    return lambda *inputs: functional_call(model, cast, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
-POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
+POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -341,19 +292,15 @@ POLAR_EXPRESS = (  # (a, b, c) of five iterations X <- aX + (bA + cA²)X, A = XX
 )
 
 
-def is_matrix(name):
-    return name.startswith("blocks.")
-
-
 def orthogonalize(g):
-    """Nearest semi-orthogonal matrices, [n, rows, cols], by Polar Express; the norm is taken in fp32."""
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. Its norm is in fp32."""
     x = g.to(DTYPE)
     x = x / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6).to(DTYPE)
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT
-    for a, b, c in POLAR_EXPRESS[:POLAR_STEPS]:
-        A = x @ x.mT                                                            # [n, short, short]
+    for a, b, c in POLAR_EXPRESS[:NEWTON_SCHULZ_STEPS]:
+        A = x @ x.mT                                            # [n, short, short]
         x = a * x + (b * A + c * (A @ A)) @ x
     return (x.mT if tall else x).float()
 
@@ -361,24 +308,24 @@ def orthogonalize(g):
 def muon(p, g, m, v, lr, momentum, weight_decay):
     """One Muon step on stacked matrices p, g, m [n, rows, cols]; v [n, rows, 1] or [n, 1, cols]. Returns p, m, v.
 
-    Nesterov momentum, orthogonalisation, NorMuon's variance reduction (arXiv 2510.05491), cautious weight decay.
+    Nesterov momentum, orthogonalization, NorMuon's variance reduction (arXiv 2510.05491), cautious weight decay.
     """
     m = m + (1 - momentum) * (g - m)
     u = orthogonalize(g + momentum * (m - g))
     axis = 2 if p.shape[1] >= p.shape[2] else 1
     size = p.shape[axis]
-    mean_square = torch.mean(torch.square(u), dim=axis, keepdim=True)
+    mean_square = torch.mean(torch.square(u), dim=axis, keepdim=True)               # [n, rows, 1] or [n, 1, cols]
     norm_before = torch.sqrt(torch.sum(mean_square, dim=(1, 2), keepdim=True) * size)
     v = v + (1 - MUON_BETA2) * (mean_square - v)
-    scale = torch.rsqrt(torch.clamp(v, min=1e-10))
+    scale = torch.rsqrt(v.clamp(min=1e-10))
     norm_after = torch.sqrt(torch.sum(mean_square * size * torch.square(scale), dim=(1, 2), keepdim=True))
-    u = u * scale * (norm_before / torch.clamp(norm_after, min=1e-10))
+    u = u * scale * (norm_before / norm_after.clamp(min=1e-10))
     lr = lr * max(1.0, p.shape[1] / p.shape[2]) ** 0.5
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
 def adamw(p, g, m, v, lr, betas, t):
-    """One AdamW step without decay; t is the step's number, from 1. Returns p, m, v."""
+    """One AdamW step without decay; t counts steps from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (torch.square(g) - v)
     update = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
@@ -386,18 +333,17 @@ def adamw(p, g, m, v, lr, betas, t):
 
 
 def adagrad_rows(table, v, rows, g, lr):
-    """One Adagrad step, in place, of the rows that a batch looked up; no other row is touched or costs time. Returns table, v.
+    """One Adagrad step, in place, of the rows that a batch looked up; other rows are not touched, cost no time. Returns table, v.
 
-    table [R, C]; v [R], the sum of a row's mean squared gradients (Duchi et al., 2011; one number a row as in Gupta et al.,
-    arXiv 1705.06066); rows [n, ...]; g [..., C], the gradient of the sum of n rows, the same for each of them.
+    table [R, C]; v [R], per row the sum of mean squared gradients (Duchi et al., 2011; one number per row as in Gupta et al.,
+    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows, which is that of each row.
     """
-    rows, g = rows.reshape(len(rows), -1), g.reshape(-1, g.shape[-1])           # [n, N], [N, C]
-    mean_square = torch.mean(torch.square(g), dim=-1)                           # [N]
+    rows, g = rows.flatten(1), g.flatten(0, -2)                                 # [n, B * T], [B * T, C]
+    mean_square = torch.mean(torch.square(g), dim=-1)                           # [B * T]
     for one in rows:
         v.index_add_(0, one, mean_square)
-    for one in rows:
-        scale = lr * torch.rsqrt(v[one] + 1e-20)                                # [N]
-        table.index_add_(0, one, -scale[:, None] * g)
+    for one in rows:  # one after the other, so that one product with g is in memory
+        table.index_add_(0, one, -lr * torch.rsqrt(v[one] + 1e-20)[:, None] * g)
     return table, v
 
 
@@ -414,45 +360,43 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """Of every batched Muon step: key of its moments, names of its matrices, which have one shape."""
+    """The matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
     groups = {}
     for name, p in params.items():
         if is_matrix(name):
             groups.setdefault(f"muon.{p.shape[0]}x{p.shape[1]}", []).append(name)
-    return groups.items()
+    return groups
 
 
 def init_optimizer(params):
-    """Moments for {name: tensor}: a pair a shape for Muon, a number a row for Adagrad, a pair a parameter for AdamW."""
-    state = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
+    """Zero moments for {name: tensor}: a pair per group for Muon, a number per row for Adagrad, a pair per parameter for AdamW."""
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items() if not is_matrix(n) and n != NGRAMS}
     if NGRAMS in params:
-        state[NGRAMS] = (params[NGRAMS].new_zeros(len(params[NGRAMS])),)
-    for key, names in matrix_groups(params):
+        moments[NGRAMS] = (params[NGRAMS].new_zeros(len(params[NGRAMS])),)
+    for key, names in matrix_groups(params).items():
         n, (rows, cols), zeros = len(names), params[names[0]].shape, params[names[0]].new_zeros
-        state[key] = zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols)
-    return state
+        moments[key] = zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols)
+    return moments
 
 
-@torch.no_grad()
-def update(params, grads, state, rates, width, rows=None):
-    """One optimizer step over {name: tensor}. rates: a tensor that schedule() made.
+def update(params, grads, moments, rates, width, rows=None):
+    """One optimizer step over {name: tensor}; returns new params and moments. rates: see `schedule`.
 
-    The gradient at NGRAMS is [B, T, C], that of the looked-up rows [n, B, T]; without one the tables stay, with one
-    they and their moment change in place.
+    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings, and rows [n, B, T] are the rows in each sum.
+    Tables and their moments change in place.
     """
-    lr, momentum, weight_decay, t = (rates[i] for i in range(4))
-    new, moments = dict(params), dict(state)
-    for key, names in matrix_groups(params):
+    params, moments, lr = dict(params), dict(moments), rates["lr"]
+    for key, names in matrix_groups(grads).items():
         p, g = (torch.stack([tree[n] for n in names]) for tree in (params, grads))  # [n, rows, cols]
-        p, *moments[key] = muon(p, g, *state[key], lr * MATRIX_LR, momentum, weight_decay)
-        new |= dict(zip(names, p, strict=True))
-    if NGRAMS in grads:
-        new[NGRAMS], *moments[NGRAMS] = adagrad_rows(params[NGRAMS], *state[NGRAMS], rows, grads[NGRAMS], lr * NGRAM_LR)
-    for name, p in params.items():
-        if not is_matrix(name) and name != NGRAMS:
+        p, *moments[key] = muon(p, g, *moments[key], lr * MATRIX_LR, rates["momentum"], rates["weight_decay"])
+        params |= dict(zip(names, p, strict=True))
+    for name, g in grads.items():
+        if name == NGRAMS:
+            params[name], *moments[name] = adagrad_rows(params[name], *moments[name], rows, g, lr * NGRAM_LR)
+        elif not is_matrix(name):
             rate, betas = adam_group(name, width)
-            new[name], *moments[name] = adamw(p, grads[name], *state[name], lr * rate, betas, t)
-    return new, {key: tuple(m) for key, m in moments.items()}
+            params[name], *moments[name] = adamw(params[name], g, *moments[name], lr * rate, betas, rates["step"])
+    return params, {key: tuple(m) for key, m in moments.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,9 +404,11 @@ def update(params, grads, state, rates, width, rows=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule(progress, step, reading=0):
-    """Learning-rate factor, Muon momentum, weight decay, step from 1, and dropout where the text was read so often before; as one
-    tensor, fp32 [5]: a number would be compiled anew."""
+def schedule(progress, step, epoch=0):
+    """What changes from step to step. progress 0 to 1 is the used share of the budget; step and epoch count from 0.
+
+    The values are 0-d fp32 tensors, because torch.compile would trace every new Python number again.
+    """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
         lr = progress / WARMUP_RATIO
@@ -472,67 +418,72 @@ def schedule(progress, step, reading=0):
         left = (1 - progress) / WARMDOWN_RATIO
         lr = left + (1 - left) * FINAL_LR_FRAC
     first, last, steps = MUON_MOMENTUM
-    risen = min(step / steps, 1)
-    return torch.tensor([lr, (1 - risen) * first + risen * last, WEIGHT_DECAY * (1 - progress), step + 1.0,
-                         (0.0, *DROPOUT)[min(reading, len(DROPOUT))]])
+    ramp = min(step / steps, 1)
+    rates = {"lr": lr, "momentum": (1 - ramp) * first + ramp * last, "weight_decay": WEIGHT_DECAY * (1 - progress),
+             "step": step + 1, "dropout": DROPOUT[min(epoch, len(DROPOUT) - 1)], "first_epoch": epoch == 0}
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in rates.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: gradients and update; weights go in and come out, only the tables of n-grams change in place
+# Step: gradients of each micro-batch, then one update; both compiled on CUDA
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def to_device(t):
-    """On CUDA without waiting for what the device does: pinned memory is copied behind it. On MPS that corrupts data."""
+    """Copy to the device. CUDA copies pinned memory without waiting for earlier work; MPS corrupts data if asked to do that."""
     return t.contiguous().pin_memory().to(DEVICE, non_blocking=True) if DEVICE == "cuda" else t.to(DEVICE)
 
 
-def make_gradients(model, again=False):
-    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, rows of n-grams, for int64 x and y [B, T].
+def make_gradients(model):
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, n-gram rows, for int64 x and y [B, T]."""
 
-    again: of text that was read before. There is dropout, and of an n-gram the row is seen that this place didn't train.
-    """
-    def loss_fn(params, x, y, hidden, ngrams):                                  # ngrams [B, T, C] or None
-        cast = {n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in params.items()}
-        return functional_call(model, cast, (x, y, ngrams, hidden))
-
-    forward = compiled(loss_fn)
+    @compiled
+    def loss_fn(dense, ngrams, rates, x, y):
+        logits = with_weights(model, dense)(x, ngrams, rates["dropout"])
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     def gradients(params, rates, x, y):
-        leaves = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}
-        ngrams, rows = model.embed_ngrams(x, params[NGRAMS], again) if NGRAMS in params else (None, None)
-        inputs = dict(leaves)
-        if rows is not None:
-            leaves[NGRAMS] = ngrams.requires_grad_()  # the gradient is their sum's: the table's would be as large as it
-        loss = forward(inputs, x, y, rates[4] if again else None, ngrams)
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+        inputs, ngrams, rows = {n: p.detach().requires_grad_() for n, p in params.items() if n != NGRAMS}, None, None
+        dense = dict(inputs)
+        if NGRAMS in params:
+            rows, other_rows = ngram_rows(x, model.config.ngram_buckets)        # [n, B, T] each
+            own, other = (params[NGRAMS][r].sum(dim=0) for r in (rows, other_rows))  # [B, T, C] each
+            # From the second epoch on, the row that this position trained knows the next token by heart: leave it out, train it
+            # no more. The gradient of a whole table would be as large as the table, so take that of the rows' sum
+            inputs[NGRAMS] = ngrams = (rates["first_epoch"] * own + other).requires_grad_()
+        loss = loss_fn(dense, ngrams, rates, x, y)
+        grads = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True), strict=True))
+        if NGRAMS in grads:
+            grads[NGRAMS] = rates["first_epoch"] * grads[NGRAMS]
         return loss.detach(), grads, rows
 
     return gradients
 
 
-def make_step(model, width, accumulate, again=False):
-    """Returns step(params, state, rates, batches) -> params, state, loss for {name: tensor} dicts in fp32."""
-    gradients, apply = make_gradients(model, again), compiled(update)
+def make_step(model, accumulation_steps):
+    """Returns step(params, moments, rates, batches) -> params, moments, loss. Weights go in and come out as {name: fp32 tensor}."""
+    gradients = make_gradients(model)
 
-    def step(params, state, rates, batches):
-        total, loss, found, rates = {}, 0.0, [], to_device(rates)
-        for _ in range(accumulate):
-            x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))  # [B, T]
-            one, grads, rows = gradients(params, rates, x, y)
-            loss = loss + one / accumulate
+    @compiled
+    def apply(params, moments, rates, loss, grads):
+        grads = {n: g / accumulation_steps for n, g in grads.items()}
+        return *update(params, grads, moments, rates, model.config.n_embd), loss / accumulation_steps
+
+    def step(params, moments, rates, batches):
+        total, ngrams = None, []
+        rates = dict(zip(rates, to_device(torch.stack(list(rates.values()))), strict=True))  # one copy for all
+        for _ in range(accumulation_steps):
+            x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))
+            loss, grads, rows = gradients(params, rates, x, y)
             if rows is not None:
-                found.append((rows, grads.pop(NGRAMS) / accumulate))
-            for n, g in grads.items():
-                total[n] = g if accumulate == 1 else total.get(n, 0.0) + g / accumulate
-        dense, dense_state = ({n: t for n, t in tree.items() if n != NGRAMS} for tree in (params, state))
-        new, moments = apply(dense, total, dense_state, rates, width)
-        if found:  # the passes' rows side by side, as one large batch has them; not compiled, for any size of tables
-            rows, grads = torch.cat([rows for rows, _ in found], dim=1), torch.cat([g for _, g in found])
-            table, sums = update({NGRAMS: params[NGRAMS]}, {NGRAMS: grads}, {NGRAMS: state[NGRAMS]}, rates, width, rows)
-            new, moments = new | table, moments | sums
-        return params | new, state | moments, loss
+                ngrams.append((rows, grads.pop(NGRAMS)))
+            total = (loss, grads) if total is None else (total[0] + loss, {n: total[1][n] + g for n, g in grads.items()})
+        params, moments, loss = apply(params, moments, rates, *total)
+        if ngrams:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
+            rows = torch.cat([rows for rows, _ in ngrams], dim=1)               # [n, accumulation_steps * B, T]
+            grads = {NGRAMS: torch.cat([g for _, g in ngrams]) / accumulation_steps}
+            params, moments = update(params, grads, moments, rates, model.config.n_embd, rows)
+        return params, moments, loss
 
     return step
 
@@ -549,7 +500,8 @@ def synchronize():
 
 
 def later(loss):
-    """A function that waits for this loss only. `loss.item()` waits for every step begun since; MPS knows no better."""
+    """A function that waits for this loss only and returns it. `loss.item()` also waits for every step begun since then; MPS has
+    nothing better."""
     if DEVICE != "cuda":
         return loss.item
     host, done = torch.empty((), pin_memory=True), torch.cuda.Event()
@@ -558,182 +510,163 @@ def later(loss):
     return lambda: (done.synchronize(), host.item())[1]
 
 
-def peak_memory():
-    """The most bytes used so far: of the device; on MPS, what its driver holds now; on the CPU, of this process."""
+def reset_peak_memory():
+    """Let `peak_memory` start anew where that is possible. On MPS, give freed buffers back to the system."""
     if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if DEVICE == "mps":
-        return torch.mps.driver_allocated_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+        torch.cuda.reset_peak_memory_stats()
+    elif DEVICE == "mps":
+        torch.mps.empty_cache()
 
 
-def large_product():
-    """A large matrix product on this device, as a callable that does it once, and its FLOPs: what MFU and drift are told by."""
+def peak_memory():
+    """Peak bytes: of tensors on CUDA, of this process on the CPU. MPS only tells what its driver holds now, freed buffers too."""
+    if DEVICE == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else torch.mps.driver_allocated_memory()
+
+
+def matmul_probe():
+    """A callable that does one large matrix product, and its FLOPs: MFU is a share of its speed where the peak is unknown."""
     n = 4096 if GPU else 1024
     a = torch.randn(n, n, device=DEVICE).to(DTYPE)
     return lambda: (a @ a, synchronize()), 2 * n**3
 
 
 def memory_limit():
-    """Bytes that tensors may take on this device."""
+    """Bytes that tensors may take on this device. On CUDA: those that other programs have not taken."""
     if DEVICE == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     return torch.mps.recommended_max_memory() if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_name():
     names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
 
 
-def held_bytes(depth, vocab_size):
-    """Bytes of the weights and moments of a model of another depth, as wide in proportion; of shapes alone, none is made."""
-    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
-    with torch.device("meta"):
-        params = dict(GPT(GPTConfig(vocab_size, SEQ_LEN, depth, width // HEAD_DIM or 1, width)).named_parameters())
-    return sum(t.nbytes for moments in (params.values(), *init_optimizer(params).values()) for t in moments)
-
-
-def copied(params, state):
-    """Both with n-gram tables of their own, for a step whose results are thrown away: it changes those in place."""
-    if NGRAMS not in params:
-        return params, state
-    return params | {NGRAMS: params[NGRAMS].clone()}, state | {NGRAMS: tuple(t.clone() for t in state[NGRAMS])}
-
-
-def dummy_step(params, state, step_fn, rows, seq_len):
-    """Seconds of a step on dummy data, by passes of so many rows. It works on copies, as a step may overwrite what it gets."""
-    copies = copied(params, state)
-    x = torch.zeros(rows, seq_len, dtype=torch.int32).numpy()
-    synchronize()
-    start = time.perf_counter()
-    step_fn(*copies, schedule(0, 0), repeat((x, x)))
-    synchronize()
-    return time.perf_counter() - start
-
-
-def expected_memory(model, params, state, step_fn, rows, seq_len, passes):
-    """Peak bytes of a step of so many rows, by the passes it is cut into, measured on the model as it stands; None: unknown.
-
-    MPS: from gradients of an eighth and a quarter of a pass, and a step with one row in each; its driver keeps what was freed.
-    CUDA: from a step as it will be, whatever passes are asked for, as any other number would be compiled for half a minute;
-    what doesn't fit fails here. The CPU: None, for a process's peak can't be reset, and it holds more than tensors.
-    """
-    if DEVICE == "cpu":
-        return None
-
-    def peak(work):
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            torch.mps.empty_cache()
-        work()
-        synchronize()
-        return peak_memory()
-
-    def one_step(n):
-        copies = sum(t.nbytes for t in (params[NGRAMS], *state[NGRAMS])) if NGRAMS in params else 0
-        return peak(lambda: dummy_step(params, state, step_fn, n, seq_len)) - copies
-
-    def gradients(n):
-        x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
-        return peak(lambda: make_gradients(model)(params, None, x, x))
-
-    if DEVICE == "cuda":
-        try:
-            whole = one_step(rows // passes)
-        except torch.OutOfMemoryError as error:
-            raise HarnessError("oom", f"{error}; try MICRO_TOKENS = {max(1, rows // passes // 2) * seq_len}") from error
-        return lambda n: whole
-    few, more = max(1, rows // passes // 8), max(2, rows // passes // 4)
-    low, high, floor = gradients(few), gradients(more), one_step(1)
-    a_row = (high - low) / (more - few)
-    kept = sum(p.nbytes for name, p in params.items() if name != NGRAMS)        # sums of gradients, fp32
-    kept += 4 * rows * seq_len * params[NGRAMS].shape[1] if NGRAMS in params else 0  # every pass's, of n-grams
-    return lambda n: max(floor, high + a_row * (rows // n - more) + (kept if n > 1 else 0))
-
-
-def build(run, accumulate):
-    """A fresh model, its weights and moments as {name: tensor}, and its steps: of a first reading of the text, of later ones."""
-    model = GPT(GPTConfig(vocab_size=run.vocab_size, seq_len=run.seq_len)).to(DEVICE)
+def build(run, accumulation_steps):
+    """A fresh model, its weights and moments as {name: tensor}, and its training step."""
+    model = GPT(GPTConfig(vocab_size=run.vocab_size)).to(DEVICE)
     model.init_weights(run.seed)
     torch.manual_seed(run.seed)
     params = {n: p.detach() for n, p in model.named_parameters()}
-    steps = [make_step(model, model.config.n_embd, accumulate, again) for again in (False, True)]
-    return model, params, init_optimizer(params), steps
+    return model, params, init_optimizer(params), make_step(model, accumulation_steps)
+
+
+def weight_bytes(depth, vocab_size):
+    """Bytes of weights and moments of a model of another depth, as wide in proportion. Meta tensors have a shape only."""
+    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
+    with torch.device("meta"):
+        params = dict(GPT(GPTConfig(vocab_size, depth, width // HEAD_DIM or 1, width)).named_parameters())
+    return sum(t.nbytes for tensors in (params.values(), *init_optimizer(params).values()) for t in tensors)
+
+
+def dummy_step(params, moments, step, rows, seq_len):
+    """Seconds and peak bytes of a step on dummy data with micro-batches of this many rows. It works on copies, as a step may
+    overwrite what it gets; their bytes are not counted."""
+    copies = deepcopy((params, moments))
+    x, held = np.zeros((rows, seq_len), np.int32), sum(t.nbytes for ts in (copies[0].values(), *copies[1].values()) for t in ts)
+    synchronize()
+    reset_peak_memory()
+    start = time.perf_counter()
+    step(*copies, schedule(0, 0), repeat((x, x)))
+    synchronize()
+    return time.perf_counter() - start, peak_memory() - held
+
+
+def expected_memory(model, params, moments, step, accumulation_steps, micro_rows, seq_len):
+    """Peak bytes of a step, as a function of the micro-batches that it is cut into; None on the CPU, whose peak can't be reset.
+
+    MPS: measured on small micro-batches, so that it holds for whatever was edited. CUDA: measured on a step as it will be, and
+    the same for any number of micro-batches, because each number of rows takes half a minute to compile.
+    """
+    if DEVICE == "cpu":
+        return None
+    if DEVICE == "cuda":
+        try:
+            _, whole = dummy_step(params, moments, step, micro_rows, seq_len)
+        except torch.OutOfMemoryError as error:
+            raise HarnessError("oom", f"{error}; try MICRO_TOKENS = {max(1, micro_rows // 2) * seq_len}") from error
+        return lambda passes: whole
+    gradients, rates = make_gradients(model), schedule(0, 0)
+
+    def peak_of_pass(n):
+        x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
+        reset_peak_memory()
+        gradients(params, rates, x, x)
+        synchronize()
+        return peak_memory()
+
+    rows = accumulation_steps * micro_rows
+    _, update = dummy_step(params, moments, step, 1, seq_len)
+    kept = sum(p.nbytes for n, p in params.items() if n != NGRAMS)              # sums of gradients
+    kept += 4 * rows * seq_len * model.config.n_embd                            # n-gram gradients of all passes
+    one_pass = extrapolate(peak_of_pass, micro_rows)
+    return lambda passes: max(update, one_pass(rows // passes) + kept * (passes > 1))
 
 
 def train(run):
     """Train until the budget is used, then save. Returns what train.json records."""
     seq_len = min(SEQ_LEN, run.seq_len)
-    rows = max(1, BATCH_TOKENS // seq_len)
-    least = math.ceil(rows * seq_len / MICRO_TOKENS)
-    passes = next((n for n in range(least, rows) if rows % n == 0), rows)  # forward and backward, of a step: of equal size
-    a_pass, batch_tokens = rows // passes, rows * seq_len
-    product, product_flops = large_product()
-    peak_rate, gemm = peak_flops(device_name(), product, product_flops)
-    limit = memory_limit()
-    held = partial(held_bytes, vocab_size=run.vocab_size)
+    batch_rows = max(1, BATCH_TOKENS // seq_len)
+    batch_tokens = batch_rows * seq_len
+    fewest = math.ceil(batch_tokens / MICRO_TOKENS)
+    accumulation_steps = next((n for n in range(fewest, batch_rows) if batch_rows % n == 0), batch_rows)
+    micro_rows = batch_rows // accumulation_steps
+    probe, probe_flops = matmul_probe()
+    peak_rate, matmul_rate = peak_flops(device_name(), probe, probe_flops)
+    limit, held = memory_limit(), partial(weight_bytes, vocab_size=run.vocab_size)
     check_weights(held, DEPTH, limit)
 
-    model, params, state, step_fns = build(run, passes)
-    expected = expected_memory(model, params, state, step_fns[0], rows, seq_len, passes)
-    check_memory(expected, passes, a_pass, seq_len, limit, held, DEPTH)
-    seconds = min(dummy_step(params, state, step_fns[0], a_pass, seq_len) for _ in range(4))  # the first may compile
-    reads = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
-    if reads > 0.8:
-        dummy_step(params, state, step_fns[1], a_pass, seq_len)  # so that it compiles now
+    # Warm up on dummy data: how much memory does a step take, how long is it, and how many epochs is the budget
+    model, params, moments, step_fn = build(run, accumulation_steps)
+    expected = expected_memory(model, params, moments, step_fn, accumulation_steps, micro_rows, seq_len)
+    check_memory(expected, accumulation_steps, micro_rows, seq_len, limit, held, DEPTH)
+    seconds = min(dummy_step(params, moments, step_fn, micro_rows, seq_len)[0] for _ in range(3))  # the first may compile
+    epochs = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     config, num_params = model.config, sum(p.numel() for p in params.values())
-    flops, expected_mb = model.flops_per_token(seq_len), expected and expected(passes) / 2**20
-    print(f"{TIER}: {device_name()}, matrix products at {gemm / 1e12:.2f} TFLOP/s; {num_params / 1e6:.2f} M parameters, depth "
-          f"{config.n_layer}, width {config.n_embd}, n-gram tables {config.ngram_buckets}; {batch_tokens:,} tokens a step in rows "
-          f"of {seq_len}, {flops / 1e6:.2f} MFLOPs a token; expected: to read the text {reads:.2g} times, "
-          f"{f'{expected_mb:,.0f} MB' if expected else 'unknown memory'} at the peak", flush=True)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    flops, expected_mb = model.flops_per_token(seq_len), expected and expected(accumulation_steps) / 2**20
+    print(f"{TIER}: {device_name()}, matrix products at {matmul_rate / 1e12:.2f} TFLOP/s\n"
+          f"model: depth {config.n_layer}, width {config.n_embd}, {num_params / 1e6:.2f} M parameters, of which n-gram tables "
+          f"{sum(config.ngram_buckets) * config.n_embd / 1e6:.2f} M; {flops / 1e6:.2f} MFLOPs per token\n"
+          f"step: {batch_tokens:,} tokens in rows of {seq_len}, {accumulation_steps} gradient accumulation steps\n"
+          f"expected: {epochs:.2g} epochs, peak memory {f'{expected_mb:,.0f} MB' if expected else 'unknown'}", flush=True)
+    reset_peak_memory()
 
-    batches = run.batches(a_pass, seq_len)
+    batches = run.batches(micro_rows, seq_len)
     step, pending = 0, None
-    run.budget.start(product)
-    meter = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
-    while (progress := run.budget.progress(step, step * batch_tokens)) < 1:
-        reading = step * batch_tokens // run.train_tokens
-        rates = schedule(progress, step, reading)
-        params, state, loss = step_fns[reading > 0](params, state, rates, batches)
+    run.budget.start(probe)
+    progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
+    while step == 0 or run.budget.progress(step, step * batch_tokens) < 1:
+        rates = schedule(run.budget.progress(step, step * batch_tokens), step, epoch=step * batch_tokens // run.train_tokens)
+        params, moments, loss = step_fn(params, moments, rates, batches)
         loss = later(loss)
-        if pending is not None:  # the loss of the step before: reading this one's would idle the device
-            meter.take(pending())
+        if pending is not None:  # the loss of the step before: waiting for this one's would idle the device
+            progress.take(pending())
         pending, step = loss, step + 1
-        meter.tell(rates[0].item, peak_memory)
+        progress.tell(rates["lr"].item, peak_memory)
     synchronize()
     training_seconds = run.budget.seconds
-    if pending is None:
-        raise HarnessError("timeout", "the budget was over before the first step; give it more")
-    meter.take(pending())
-    meter.tell(rates[0].item, peak_memory)
+    progress.take(pending())
+    progress.tell(rates["lr"].item, peak_memory)
     print()
-    saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # half of what is most of the file
+    saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # the tables are most of the file
     torch.save(saved, run.dir / "weights.pt")
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))
     tokens = step * batch_tokens
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": peak_memory() / 2**20, "expected_vram_mb": expected_mb,
-            "mfu_percent": 100 * tokens * flops / training_seconds / peak_rate, "gemm_tflops": gemm / 1e12, "device": device_name()}
+            "mfu_percent": 100 * tokens * flops / training_seconds / peak_rate, "gemm_tflops": matmul_rate / 1e12,
+            "device": device_name()}
 
 
 def load_model(run_dir):
     """The trained model as logits(tokens): int32 [B, T] numpy -> float32 [B, T, vocab] numpy. The scorer calls this."""
     run_dir = Path(run_dir)
-    model = GPT(GPTConfig(**json.loads((run_dir / "config.json").read_text())))
-    weights = torch.load(run_dir / "weights.pt", map_location="cpu", weights_only=True)  # tensors only, no pickled code
-    model.load_state_dict({n: p.to(DTYPE) if is_matrix(n) or n == "lm_head.weight" else p for n, p in weights.items()}, assign=True)
-    model.to(DEVICE)
-
-    @torch.inference_mode()
-    def forward(tokens):  # not compiled: that takes longer than scoring does
-        return model(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
-
-    return forward
+    model = GPT(GPTConfig(**json.loads((run_dir / "config.json").read_text()))).to(DEVICE)
+    weights = torch.load(run_dir / "weights.pt", map_location=DEVICE, weights_only=True)  # tensors only, no pickled code
+    forward = torch.inference_mode()(with_weights(model, weights))  # not compiled: that takes longer than scoring does
+    return lambda tokens: forward(torch.tensor(tokens, dtype=torch.int64, device=DEVICE)).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
                "suspended_seconds": f"{facts['suspended_seconds']:.1f}", "speed_index": f"{facts['speed_index']:.3f}",
                "products_per_second": f"{facts['products_per_second']:.2f}"}
     if abs(change := facts["speed_index"] - 1) > DRIFT:
-        summary["speed_warning"] = (f"the machine slowed down by {-change:.0%} during this training (heat or another program?)"
+        summary["speed_warning"] = (f"slowed down by {-change:.0%} during this training (heat or another program?)"
                                     if change < 0 else
-                                    f"the machine sped up by {change:.0%} during this training (another program ended?)")
+                                    f"sped up by {change:.0%} during this training (another program ended?)")
     return summary
 
 

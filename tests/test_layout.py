@@ -72,31 +72,6 @@ def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path
     assert not imports(path) & (FRAMEWORKS | TRAIN_FILES | HARNESS)
 
 
-def outline(name: str) -> tuple[list[str], dict[str, str]]:
-    """Names of classes, their methods and functions in order; source of the upper-case constants, in order."""
-    order, constants = [], {}
-    for node in ast.parse((ROOT / name).read_text()).body:
-        if isinstance(node, ast.ClassDef):
-            order += [node.name, *(f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef))]
-        elif isinstance(node, ast.FunctionDef):
-            order.append(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
-            constants[node.targets[0].id] = ast.unparse(node.value)
-    return [n.replace("__call__", "forward") for n in order], constants
-
-
-def test_the_torch_file_is_a_translation() -> None:
-    """Whatever one trainer has, the other has, in the same order and with the same value; each needs a few helpers more."""
-    (mlx_order, mlx_constants), (torch_order, torch_constants) = outline("train_mlx.py"), outline("train_torch.py")
-    assert set(mlx_order) - set(torch_order) == {"exp", "exp_vjp", "tanh", "keep_within"}
-    assert set(torch_order) - set(mlx_order) == {
-        "compiled", "rope", "masked_attention", "to_device", "synchronize", "later", "peak_memory", "copied"}
-    assert [n for n in torch_order if n in mlx_order] == [n for n in mlx_order if n in torch_order]
-    own = {"DEVICE", "GPU", "TIER", "DTYPE", "LANES"}
-    assert [(n, v) for n, v in torch_constants.items() if n not in own] == [
-        (n, v) for n, v in mlx_constants.items() if n not in own]
-
-
 def test_no_file_records_a_registry_or_an_absolute_home() -> None:
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     hosts = ["pypi" + ".org", "python" + "hosted", "registry." + "npmjs", "/ro" + "ot/"]

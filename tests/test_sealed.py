@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -186,6 +187,46 @@ def test_what_is_planted_beside_the_train_file_is_not_imported(tmp_path: Path) -
     assert [e.status for e in night.done] == ["keep"], night.done[0].reason
     assert (bed.tools / "imported").read_text() == ""
     assert sorted(path.name for path in (bed.folder() / "frozen").iterdir()) == ["prepare_mlx.py"]
+
+
+def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    (bed.repo / "harness").mkdir()
+    for name in ("__init__", "score"):
+        (bed.repo / "harness" / f"{name}.py").write_text(f"NAME = {name!r}\n")
+    git(bed.repo, "add", "harness")
+    git(bed.repo, "commit", "-qm", "a folder")
+    repository, place = Repository(bed.repo), tmp_path / "night" / "frozen"
+
+    def laid() -> dict[str, bytes]:
+        assert start.lay_harness(repository, repository.head, tmp_path / "night") == place / "prepare_mlx.py"
+        assert not any(path.is_symlink() for path in (place, *place.rglob("*")))
+        return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+    whole = laid()
+    assert whole.keys() == {"prepare_mlx.py", "harness/__init__.py", "harness/score.py"}
+    stamp = (place / "harness" / "score.py").stat().st_mtime_ns
+    assert laid() == whole
+    assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    for file in whole:
+        (evil / file).parent.mkdir(exist_ok=True)
+        (evil / file).write_bytes(whole[file])
+    for harm in (
+        lambda: (place / "harness" / "score.py").write_text("NAME = 'evil'\n"),
+        lambda: (place / "harness" / "score.py").unlink(),
+        lambda: (place / "json.py").write_text(""),
+        lambda: (place / "harness" / "score").mkdir(),
+        lambda: ((place / "harness" / "__pycache__").mkdir(), (place / "harness" / "__pycache__" / "score.pyc").write_text("")),
+        lambda: ((place / "harness" / "score.py").unlink(), (place / "harness" / "score.py").symlink_to(evil / "harness/score.py")),
+        lambda: (place / "harness").rename(tmp_path / "away"),
+        lambda: (shutil.rmtree(place), place.symlink_to(evil)),
+        lambda: (shutil.rmtree(place), place.write_text("")),
+        lambda: (place / "harness").chmod(0),
+    ):
+        harm()
+        assert laid() == whole
 
 
 def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:

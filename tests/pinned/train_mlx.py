@@ -38,8 +38,8 @@ DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layer
 HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; Metal fuses 64 and 128
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 per layer, in whole heads
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
-NGRAM_BUCKETS = {"cpu": (65536, 131072, 131072), "mac": (65536, 131072, 131072), "mac-max": (65536, 131072, 131072),
-                 "cuda": (65536, 131072, 131072)}[TIER]  # rows in the hash tables of 2-, 3- and 4-grams; look-ups cost no FLOPs
+NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
+                 "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
 NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows a position trains; more than an n-gram has
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
@@ -65,7 +65,7 @@ ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(voc
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; weights and optimizer state are fp32. The CPU backend is slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as in PyTorch
-VE_GATE_CHANNELS = 32  # the gates of value embeddings read this many channels
+GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,8 +130,9 @@ class CausalSelfAttention(nn.Module):
         self.c_k = nn.Linear(C, C, bias=False)
         self.c_v = nn.Linear(C, C, bias=False)
         self.c_proj = nn.Linear(C, C, bias=False)
+        self.out_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)
         if has_ve(layer, config.n_layer):
-            self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)
+            self.ve_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)
         self._rope_base = config.rope_base
 
     def __call__(self, x, ve):                                                  # x [B, T, C], ve [B, T, C] or None
@@ -139,13 +140,14 @@ class CausalSelfAttention(nn.Module):
         H, D = self.n_head, C // self.n_head
         q, k, v = (c(x).reshape(B, T, H, D) for c in (self.c_q, self.c_k, self.c_v))
         if ve is not None:  # value residual (ResFormer), gated per head by the first channels
-            gate = 2 * mx.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # [B, T, H]
+            gate = 2 * mx.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))         # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)
         q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))                  # [B, H, T, D]
         # scale=-1: upstream rotates by -position
         q, k = (norm(mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)) for t in (q, k))
         y = attention(q, k, v, scale=D**-0.5, mask="causal")  # an array as mask would turn Metal's fused backward pass off
-        return self.c_proj(y.transpose(0, 2, 1, 3).reshape(B, T, C))
+        gate = 2 * mx.sigmoid(self.out_gate(x[..., :GATE_CHANNELS]))            # [B, T, H]: a head can be silent
+        return self.c_proj((y.transpose(0, 2, 1, 3) * gate[..., None]).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -196,7 +198,7 @@ class GPT(nn.Module):
                 p = 0.001 * mx.random.normal(p.shape, key=sub)
             elif name == "x0_lambdas":
                 p = mx.full(p.shape, 0.1)
-            elif name == NGRAMS or name.endswith(("c_proj.weight", "ve_gate.weight")):
+            elif name == NGRAMS or name.endswith(("c_proj.weight", "_gate.weight")):
                 p = mx.zeros(p.shape)
             elif name != "resid_lambdas":
                 p = mx.random.uniform(-s, s, p.shape, key=sub)
