@@ -1,13 +1,14 @@
 # make demo   a night in small, from nothing: set up, prepare, measure, run 7 experiments, draw
 # make test   lint, types and the test suite, as CI runs them
-# make test-torch   the PyTorch file, which needs a large download; test-slow, -gpu, -agents, -browser: what CI leaves out
+# make test-torch   the PyTorch file, which needs a large download; test-slow, test-gpu, test-agents: what CI leaves out
+# make pin    after changing a train file by hand: copy it to where the tests of its insides look
 # All set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
 
 SHELL := /bin/bash
 PY := .venv/bin/python
 ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE -u AUTORESEARCH_TIER
 
-.PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint clean
+.PHONY: demo test test-slow test-gpu test-agents test-torch soak lint pin clean
 
 demo: .venv/.ready
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
@@ -19,12 +20,12 @@ lint: .venv/.ready
 	$(PY) -m ruff check -q .
 	$(PY) -m mypy
 
-test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
+test-slow test-gpu test-agents: test-%: .venv/.ready
 	$(PY) -m pytest -q -m $*
 
 test-torch: .venv/.ready
 	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch
-	$(PY) -m pytest -q tests/test_torch.py
+	$(PY) -m pytest -q tests/train/test_torch.py
 
 soak: .venv/.ready
 	$(PY) -m pytest -q -m slow tests/test_kill.py tests/test_soak.py
@@ -32,6 +33,9 @@ soak: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
 	@touch $@
+
+pin:
+	cp train_mlx.py train_torch.py tests/pinned/
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -21,6 +21,14 @@ PINNED = ROOT / "tests" / "pinned"  # copies of the train files for tests that k
 SECONDS = 120
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say which train files are no longer what tests look into: after a night that is as it should be."""
+    for name in ("train_mlx.py", "train_torch.py"):
+        if (ROOT / name).read_bytes() != (PINNED / name).read_bytes():
+            terminalreporter.write_line(f"note: {name} differs from tests/pinned/{name}, which the tests of its insides ran on; "
+                                        "if you changed it by hand, run: make pin")
+
+
 def environment(home: Path, **more: str) -> dict[str, str]:
     """The environment of a program under test: nothing of ours from outside, no network, MLX without compiling."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "HF_"))}
@@ -28,9 +36,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
             "HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
 
 
-def program(*argv: object, home: Path, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
+def program(*argv: object, home: Path, cwd: Path = ROOT, seconds: float = SECONDS, **more: str) -> subprocess.CompletedProcess:
     """Run Python on `argv` to its end; both outputs as text."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=environment(home, **more), timeout=SECONDS,
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=environment(home, **more), timeout=seconds,
                           capture_output=True, text=True)
 
 
