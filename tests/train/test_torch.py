@@ -22,7 +22,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import reference as ref  # noqa: E402
 import test_parity as parity  # noqa: E402
-from conftest import program, summary_of  # noqa: E402
+from conftest import PINNED, ROOT, program, summary_of  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from pinned import train_mlx, train_torch  # noqa: E402
 from pinned.train_torch import GPT, NGRAMS, GPTConfig, init_optimizer, make_gradients, make_step, schedule  # noqa: E402
@@ -606,5 +606,6 @@ def test_a_failed_run_ends_at_once_with_its_name(
 
 def test_it_imports_its_framework_and_not_the_other_one() -> None:
     code = "import sys, train_torch; print('mlx' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PINNED, env={**os.environ, "PYTHONPATH": str(PINNED.parent.parent)}, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=PINNED, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
