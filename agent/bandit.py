@@ -31,7 +31,7 @@ Arm = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Lesson:
     """What came of one earlier experiment of ours, as far as an arm is concerned."""
 
     arm: Arm
@@ -39,7 +39,7 @@ class Outcome:
     weight: float
 
 
-def parse(description: str) -> list[Arm]:
+def arms_of(description: str) -> list[Arm]:
     """The arms that a description of ours names; [] for anybody else's words."""
     arms = []
     for part in description.split(" + "):
@@ -70,13 +70,13 @@ def _number(text: str) -> float:
     return float(base) ** float(power) if power else float(base)
 
 
-def outcomes(state: Night) -> list[Outcome]:
+def lessons(state: Night) -> list[Lesson]:
     """The evidence of a night, faded by what was kept since."""
     sigma = max(noise(state).sigma, 1e-6)
-    kept = [(n, [key for key, _ in parse(state.experiments[n].description)]) for n in state.kept]
+    kept = [(n, [key for key, _ in arms_of(state.experiments[n].description)]) for n in state.kept]
     found = []
     for experiment in state.done:
-        arms = parse(experiment.description)
+        arms = arms_of(experiment.description)
         parent = next((e for e in state.experiments if e.commit == experiment.parent), None)
         if experiment.status == "keep":
             reward = 1.0
@@ -94,19 +94,19 @@ def outcomes(state: Night) -> list[Outcome]:
                     weight *= FADE
                     if reward < 0.5 and any(arm[0] in COUPLED.get(key.partition("[")[0], ()) for key in keys):
                         weight *= COUPLED_FADE
-            found.append(Outcome(arm, reward, weight))
+            found.append(Lesson(arm, reward, weight))
     return found
 
 
 class Bandit:
     """Thompson sampling over the arms of the catalogue."""
 
-    def __init__(self, evidence: Sequence[Outcome], draw: random.Random) -> None:
+    def __init__(self, evidence: Sequence[Lesson], draw: random.Random) -> None:
         self.draw = draw
         self.counts: dict[Arm, tuple[float, float]] = {}
-        for outcome in evidence:
-            won, lost = self.counts.get(outcome.arm, (0.0, 0.0))
-            self.counts[outcome.arm] = won + outcome.weight * outcome.reward, lost + outcome.weight * (1 - outcome.reward)
+        for lesson in evidence:
+            won, lost = self.counts.get(lesson.arm, (0.0, 0.0))
+            self.counts[lesson.arm] = won + lesson.weight * lesson.reward, lost + lesson.weight * (1 - lesson.reward)
 
     def chance(self, change: Change) -> tuple[float, float]:
         """The two parameters of the Beta distribution of a change's arm."""

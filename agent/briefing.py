@@ -30,7 +30,7 @@ def program(path: Path) -> str:
         return ""
 
 
-def write(night: Night, brief: str, said: str = "") -> str:
+def compose(night: Night, brief: str, said: str = "") -> str:
     """The prompt for the night's next experiment, from its state, the text of program.md and what the user's hook said."""
     history, sigma = tried(night), noise(night).sigma
     brief = brief.strip()

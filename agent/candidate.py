@@ -30,7 +30,7 @@ class Source:
     lines: int
 
 
-def inspect(path: Path) -> Source:
+def fingerprint(path: Path) -> Source:
     """Look at a train file. SourceError if it does not parse, OSError if it cannot be read."""
     try:
         tree = ast.parse(path.read_bytes(), filename=path.name)

@@ -2,8 +2,8 @@
 
     python -m agent.chat TRAIN_FILE --base-url URL [--model M] < prompt
 
-The prompt and the file are sent; blocks of the reply are applied exactly, or an error that names what was wrong is sent back,
-once. The file is written only if the result is Python. The last line of standard output is a report as JSON.
+The prompt and the file are sent; blocks of the answer are applied exactly, or an error that names what was wrong is sent back,
+once. The file is written only if the result is Python. The last line of standard output is a Reply as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from agent.coders.base import Report, with_last_lines
+from agent.coders.base import Reply, with_last_lines
 from agent.endpoint import Answer, ChatError, Endpoint
 
 Ask = Callable[[list[dict[str, str]]], Answer]
@@ -42,24 +42,24 @@ EXIT_CODES = {None: 0, "agent_error": 1, "login": 3, "rate_limit": 4, "missing":
 
 
 class EditError(Exception):
-    """A reply that can't be applied. The message is written for the model: what was expected, what came."""
+    """An answer that can't be applied. The message is written for the model: what was expected, what came."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
         self.name = name
 
 
-_THOUGHTS = re.compile(r"\A.*</think>", re.S)  # where the prompt's template opens them, the reply only closes them
+_THOUGHTS = re.compile(r"\A.*</think>", re.S)  # where the prompt's template opens them, the answer only closes them
 _BLOCK = re.compile(r"^<{5,9} SEARCH[ \t]*\n(.*?)^={5,9}[ \t]*\n(.*?)^>{5,9} REPLACE[ \t]*$", re.M | re.S)
 
 
-def apply_blocks(source: str, reply: str) -> str:
-    """`source` with the reply's SEARCH/REPLACE blocks applied, in order. Raises EditError, and then nothing is applied:
+def apply_blocks(source: str, answer: str) -> str:
+    """`source` with the answer's SEARCH/REPLACE blocks applied, in order. Raises EditError, and then nothing is applied:
 
     no_blocks, unfinished_block, empty_search, not_found, ambiguous, no_change, not_python."""
-    reply = _THOUGHTS.sub("", reply).replace("\r\n", "\n")
-    blocks = _BLOCK.findall(reply)
-    opened = len(re.findall(r"^<{5,9} SEARCH", reply, re.M))
+    answer = _THOUGHTS.sub("", answer).replace("\r\n", "\n")
+    blocks = _BLOCK.findall(answer)
+    opened = len(re.findall(r"^<{5,9} SEARCH", answer, re.M))
     if not opened:
         raise EditError("no_blocks", "expected at least one SEARCH/REPLACE block, found none")
     if opened != len(blocks):
@@ -92,22 +92,22 @@ def _replace(text: str, search: str, replacement: str, where: str) -> str:
     return body[: starts[0]] + replacement + body[starts[0] + len(search) :]
 
 
-def edit(ask: Ask, prompt: str, path: Path) -> Report:
-    """Asks for an edit of the file at `path` and writes it; a reply that can't be applied is sent back once.
+def edit(ask: Ask, prompt: str, path: Path) -> Reply:
+    """Asks for an edit of the file at `path` and writes it; an answer that can't be applied is sent back once.
 
-    The report's failure is None exactly if the file was written. Raises OSError for a file that can't be read or written."""
+    The reply's failure is None exactly if the file was written. Raises OSError for a file that can't be read or written."""
     with open(path, encoding="utf-8", newline="") as file:
         source = file.read()
     # a prompt that has the file in it already is not made twice as long
     shown = "" if source.strip() in prompt else f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n"
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt + shown}]
-    report = Report()
+    reply = Reply()
     for attempt in (1, 2):
         try:
             answer = ask(messages)
         except ChatError as error:
-            return _report(report, None, error.failure, str(error), error.wait_seconds)
-        report = _report(report, answer)
+            return _with(reply, None, error.failure, str(error), error.wait_seconds)
+        reply = _with(reply, answer)
         try:
             if answer.cut_off:
                 raise EditError("cut_off", "the reply was cut off by its length; use fewer and smaller blocks")
@@ -122,28 +122,28 @@ def edit(ask: Ask, prompt: str, path: Path) -> Report:
             continue
         with open(path, "w", encoding="utf-8", newline="") as file:
             file.write(edited)
-        return with_last_lines(report)
-    return _report(report, None, "agent_error", problem)
+        return with_last_lines(reply)
+    return _with(reply, None, "agent_error", problem)
 
 
-def _report(
-    before: Report, answer: Answer | None, failure: str | None = None, detail: str | None = None, wait: float | None = None
-) -> Report:
+def _with(
+    before: Reply, answer: Answer | None, failure: str | None = None, detail: str | None = None, wait: float | None = None
+) -> Reply:
     """`before` with an answer's usage added, or with a failure."""
     fields = asdict(before)
     if answer is not None:
         fields["message"] = _THOUGHTS.sub("", answer.text).strip() or None
         for key, count in (("tokens_in", answer.tokens_in), ("tokens_out", answer.tokens_out)):
             fields[key] = None if count is None and fields[key] is None else (fields[key] or 0) + (count or 0)
-    return Report(**{**fields, "failure": failure, "detail": detail, "wait_seconds": wait})
+    return Reply(**{**fields, "failure": failure, "detail": detail, "wait_seconds": wait})
 
 
-def finish(report: Report) -> None:
-    """Prints the report as the last line, and exits with the code of its failure."""
-    if report.detail:
-        print(f"{report.failure}: {report.detail}", file=sys.stderr)
-    print(json.dumps(asdict(report), ensure_ascii=False), flush=True)
-    raise SystemExit(EXIT_CODES[report.failure])
+def finish(reply: Reply) -> None:
+    """Prints the reply as the last line, and exits with the code of its failure."""
+    if reply.detail:
+        print(f"{reply.failure}: {reply.detail}", file=sys.stderr)
+    print(json.dumps(asdict(reply), ensure_ascii=False), flush=True)
+    raise SystemExit(EXIT_CODES[reply.failure])
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -172,7 +172,7 @@ def main(
         endpoint = Endpoint(url, key, timeout, max_tokens=max_tokens, temperature=temperature)
         name = model or endpoint.only_model()
     except ChatError as error:
-        finish(Report(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds))
+        finish(Reply(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds))
     finish(edit(lambda messages: endpoint.ask(name, messages), prompt, train_file))
 
 

@@ -5,9 +5,9 @@ positive is better. Everything here is a pure function of scores; the caller tra
 
     best = baseline = [rule.baseline_trials scores]
     noise = estimate_noise([baseline, *(fresh(scores) for scores in every candidate of the night, this one too)])
-    verdict = decide(best, candidate, noise, firsts=[scores[0] of every candidate judged against this best], lines_delta=-3)
-    if verdict.action == "again": train one more trial of the best if verdict.remeasure_best, else of the candidate
-    if verdict.action == "keep":  best = candidate, with all its trials
+    decision = decide(best, candidate, noise, firsts=[scores[0] of every candidate judged against this best], lines_delta=-3)
+    if decision.action == "again": train one more trial of the best if decision.remeasure_best, else of the candidate
+    if decision.action == "keep":  best = candidate, with all its trials
 
 The rule is a sequential probability ratio test (Wald 1945, "Sequential tests of statistical hypotheses") of "gains
 `worth` sigmas" against "gains nothing", made for very unequal prices: of all tests with the same risks it trains the
@@ -113,7 +113,7 @@ DEFAULT_RULE = Rule()
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What to do next and on what evidence.
 
     `gain` and its lower limit `gain_low` (one-sided 95 %) are in bpb; `confidence` is that of the candidate being better
@@ -172,7 +172,7 @@ def decide(
     lines_delta: int = 0,
     record: Sequence[float] | None = None,
     rule: Rule = DEFAULT_RULE,
-) -> Verdict:
+) -> Decision:
     """Judge a candidate by all its trials so far against all trials of the best.
 
     `firsts` are the first trials of the candidates that were judged since the best became the best. `lines_delta` is the
@@ -188,9 +188,9 @@ def decide(
     error = sigma * math.sqrt(1 / trials + 1 / len(best))
     z = _z(gain / error, freedom)
 
-    def verdict(action: Action, reason: Reason, remeasure_best: bool = False) -> Verdict:
+    def decision(action: Action, reason: Reason, remeasure_best: bool = False) -> Decision:
         low = gain - error * _t(1.645, freedom)
-        return Verdict(action, reason, gain, low, NormalDist().cdf(z), remeasure_best)
+        return Decision(action, reason, gain, low, NormalDist().cdf(z), remeasure_best)
 
     floor = rule.floor(trials)
     if lines_delta < 0 and trials <= rule.simpler_trials:  # halfway between equal to the record and worse by the margin
@@ -198,22 +198,22 @@ def decide(
     floor = (floor + misjudged(best, firsts, sigma)) * sigma
     reach = REACH * sigma * math.sqrt(max(0.0, 1 / len(best) - 1 / rule.best_trials))
     if gain < floor - reach:
-        return verdict("discard", "worse" if gain < 0 else "not better")
+        return decision("discard", "worse" if gain < 0 else "not better")
     if trials >= rule.min_trials:
         rest = sorted(candidate)[1:]
         z_rest = _z((_mean(best) - _mean(rest)) / (sigma * math.sqrt(1 / len(rest) + 1 / len(best))), freedom)
         if z > rule.bar and z_rest > WITHOUT_LUCK * rule.bar:
-            return verdict("keep", "better")
+            return decision("keep", "better")
         z_simpler = _z((simpler + rule.margin * sigma) / (sigma * math.sqrt(1 / trials + 1 / len(record))), freedom)
         if lines_delta < 0 and z_simpler > rule.margin_bar:
-            return verdict("keep", "simpler")
+            return decision("keep", "simpler")
     if reach and gain < floor + reach:
-        return verdict("again", "best uncertain", remeasure_best=True)
+        return decision("again", "best uncertain", remeasure_best=True)
     if trials >= rule.max_trials:
-        return verdict("discard", "trial limit")
+        return decision("discard", "trial limit")
     if trials > 1 and len(best) < rule.best_needed(trials):
-        return verdict("again", "best uncertain", remeasure_best=True)
-    return verdict("again", "promising")
+        return decision("again", "best uncertain", remeasure_best=True)
+    return decision("again", "promising")
 
 
 def _mean(scores: Sequence[float]) -> float:

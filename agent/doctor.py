@@ -21,7 +21,7 @@ import click
 from agent import coders, power, sandbox
 from agent.environment import clean_env, data_home
 from agent.errors import NightError
-from agent.process import Limits, run
+from agent.process import Bounds, run
 
 GIB = 1 << 30
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
@@ -199,7 +199,7 @@ def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "out"
         log = Path(name) / "log"
-        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, limits=Limits(_SECONDS))
+        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, bounds=Bounds(_SECONDS))
         said = out.read_text("utf-8", "replace").strip() if out.exists() else ""
         return outcome.exit_code, said or outcome.tail(1000)
 

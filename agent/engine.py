@@ -22,10 +22,10 @@ from agent.housekeeping import clean, prune, sweep
 from agent.journal import Journal
 from agent.lab import Lab
 from agent.night import REPEATED, Experiment, apply, fold
-from agent.proposal import Bench, Proposal, ask
+from agent.proposal import Desk, Proposal, ask
 from agent.settings import Settings
 from agent.stopping import Stopper
-from agent.trial import Result, run_trial, score
+from agent.trial import TrialResult, run_trial, score_run
 from agent.worktree import Worktree
 
 
@@ -36,7 +36,7 @@ class Engine:
     journal: Journal
     worktree: Worktree
     lab: Lab
-    bench: Bench
+    desk: Desk
     settings: Settings
     stopper: Stopper
     console: Console
@@ -129,8 +129,8 @@ class Engine:
             self.candidate(experiment, found[0], Proposal("changed", found[1]))
             return None
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        prompt = briefing.write(self.night, briefing.program(self.program), self.hooks.before_experiment(self.night, experiment))
-        proposal = ask(self.bench, prompt, parent, n, self.night.seed + n, cost_left)
+        prompt = briefing.compose(self.night, briefing.program(self.program), self.hooks.before_experiment(self.night, experiment))
+        proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
         if proposal.kind == "changed":
             commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
             self.candidate(experiment, commit, proposal)
@@ -157,13 +157,13 @@ class Engine:
         """Train and score the candidate until there is a verdict."""
         best = self.night.leader
         self.lay(experiment)
-        known = None if experiment.scores else judgement.recall(self.night, experiment) or judgement.broken(self.lab)
+        known = None if experiment.scores else judgement.early_verdict(self.night, experiment) or judgement.broken(self.lab)
         if known:
             return self.verdict(experiment, *known)
         while True:
             subject = experiment
             if experiment.scores:
-                decision = judgement.decided(self.night, experiment, self.rule)
+                decision = judgement.judge(self.night, experiment, self.rule)
                 if decision.action != "again":
                     gain = f"{decision.reason}, gain {decision.gain:+.4f}"
                     return self.verdict(experiment, decision.action, gain, None)
@@ -183,7 +183,7 @@ class Engine:
         guard.scrub(self.worktree.path, experiment.commit or "")  # byte by byte: git believes sizes and times
         start.lay_harness(self.worktree.repository, self.night.base, self.lab.folder)
 
-    def trial(self, experiment: Experiment) -> Result:
+    def trial(self, experiment: Experiment) -> TrialResult:
         """Train and score one experiment's file with its next seed; repeated if the machine slept, or was not itself."""
         k = len([trial for trial in experiment.trials if trial.status != "running"])
         seed = self.night.seed + k  # trial k of every candidate has the same seed: a pair
@@ -193,7 +193,8 @@ class Engine:
             self.lay(experiment)
             self.console.stage(f"{name}, trial {k + 1}" + f": {experiment.description}" * (experiment.n > 0))
             self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
-            result = judgement.settle(self.night, experiment, run_trial(self.lab, run_dir, seed, baseline), self.lab)
+            result = run_trial(self.lab, run_dir, seed, baseline)
+            result = judgement.validated(self.night, experiment, result, self.lab.budget_seconds)
             self.record(
                 "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
                 summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
@@ -231,7 +232,7 @@ class Engine:
             if n in self.night.tests or trial is None:
                 continue
             self.console.stage(f"held-out test of {experiment.name}")
-            result = score(self.lab, folder, "test")
+            result = score_run(self.lab, folder, "test")
             if result.status == "interrupted":
                 return
             self.record(

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.environment import clean_env
-from agent.process import Limits, run
+from agent.process import Bounds, run
 
 LINK, MODULE, OTHER = "120000", "160000", "other"  # modes: symbolic link, submodule; pipe, socket, device or folder
 CACHE = "__pycache__"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TreeEntry:
     """`mode` in git's octal words, `size` in bytes, `oid` the object id of the content."""
 
     mode: str
@@ -35,11 +35,11 @@ def mode_of(status: os.stat_result) -> str:
     return "100755" if status.st_mode & 0o100 else "100644"
 
 
-def entry_of(file: Path, status: os.stat_result, algorithm: str) -> Entry:
+def entry_of(file: Path, status: os.stat_result, algorithm: str) -> TreeEntry:
     """The entry git would make of a file or link. `algorithm` is the repository's: sha1 or sha256."""
     mode = mode_of(status)
-    content = os.fsencode(os.readlink(file)) if mode == LINK else read(file) if mode != OTHER else b""
-    return Entry(mode, len(content), object_id(content, algorithm))
+    content = os.fsencode(os.readlink(file)) if mode == LINK else read_plain(file) if mode != OTHER else b""
+    return TreeEntry(mode, len(content), object_id(content, algorithm))
 
 
 def object_id(content: bytes, algorithm: str) -> str:
@@ -47,7 +47,7 @@ def object_id(content: bytes, algorithm: str) -> str:
     return hashlib.new(algorithm, b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def read(file: Path) -> bytes:
+def read_plain(file: Path) -> bytes:
     """A plain file's content. OSError for a link; a pipe does not block."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as stream:
@@ -105,7 +105,7 @@ def remove(path: Path) -> None:
         where, log = path.parent, Path(os.devnull)
         for command in (["chmod", "-R", "u+rwx"], ["chflags", "-R", "nouchg"], ["rm", "-rf"]):
             if command[0] != "chflags" or sys.platform == "darwin":
-                run([*command, "--", path], cwd=where, env=clean_env(), log=log, limits=Limits(wall_seconds=600))
+                run([*command, "--", path], cwd=where, env=clean_env(), log=log, bounds=Bounds(wall_seconds=600))
         if os.path.lexists(path):
             raise
 
@@ -124,7 +124,7 @@ def _remove(path: Path) -> None:
     path.rmdir()
 
 
-def write(file: Path, entry: Entry, content: bytes) -> None:
+def write_plain(file: Path, entry: TreeEntry, content: bytes) -> None:
     """Create a file or link as a commit has it. FileExistsError if something is there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if entry.mode == LINK:

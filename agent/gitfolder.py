@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from agent.errors import NightError
-from agent.filetree import Entry, object_id, read
+from agent.filetree import TreeEntry, object_id, read_plain
 from agent.gitcommand import git_bytes
 
 # Keys of the config that can run a program, redirect a path, or pull in another file. The rest (branch.*, remote.*.fetch)
@@ -35,7 +35,7 @@ def admin_of(worktree: Path) -> tuple[Path, bytes]:
     """Git's folder of a worktree, and the content of the file that points there. GuardError if that is not what it should be."""
     pointer = worktree / ".git"
     try:
-        content = read(pointer)
+        content = read_plain(pointer)
     except OSError as error:
         raise GuardError(f"expected {pointer} to be the file that links a worktree to git: {error.strerror}") from None
     admin = worktree / os.fsdecode(content.removeprefix(b"gitdir: ").rstrip(b"\n"))
@@ -49,7 +49,7 @@ def algorithm_of(admin: Path) -> str:
     return git(admin, "rev-parse", "--show-object-format").decode().strip()
 
 
-def tree(admin: Path, commit: str) -> dict[str, Entry]:
+def tree(admin: Path, commit: str) -> dict[str, TreeEntry]:
     """All files of a commit by path. GuardError if there is no such commit."""
     try:
         listing = git(admin, "ls-tree", "-r", "-l", "-z", "--full-tree", commit)
@@ -59,7 +59,7 @@ def tree(admin: Path, commit: str) -> dict[str, Entry]:
     for line in listing.split(b"\0")[:-1]:
         facts, _, path = line.partition(b"\t")
         mode, _, oid, size = facts.decode().split()
-        entries[os.fsdecode(path)] = Entry(mode, int(size) if size.isdigit() else 0, oid)
+        entries[os.fsdecode(path)] = TreeEntry(mode, int(size) if size.isdigit() else 0, oid)
     return entries
 
 
@@ -79,7 +79,7 @@ def state_of(admin: Path) -> dict[str, str]:
 
     Name (".git/...") -> value or digest.
     """
-    common = (admin / os.fsdecode(read(admin / "commondir").strip())).resolve()
+    common = (admin / os.fsdecode(read_plain(admin / "commondir").strip())).resolve()
     state = {}
     files = [*common.glob("hooks/*"), *(common / name for name in ("info/attributes", "info/grafts", "objects/info/alternates"))]
     files += [admin.resolve() / name for name in ("HEAD", "commondir", "gitdir", "config.worktree", "info/attributes")]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent import filetree
-from agent.filetree import LINK, MODULE, OTHER, Entry
+from agent.filetree import LINK, MODULE, OTHER, TreeEntry
 from agent.gitfolder import GuardError, admin_of, algorithm_of, blob, state_of, tree
 
 __all__ = ["GuardError", "Snapshot", "Violation", "check", "remember", "scrub"]
@@ -39,7 +39,7 @@ class Violation:
 class Snapshot:
     """What an agent found when it began."""
 
-    files: dict[str, Entry] = field(repr=False)
+    files: dict[str, TreeEntry] = field(repr=False)
     admin: Path  # git's folder of the worktree
     pointer: bytes  # content of the file `.git`
     git: dict[str, str] = field(repr=False)
@@ -110,10 +110,10 @@ def scrub(worktree: Path, commit: str, before: Snapshot | None = None) -> None:
         if entry.mode == MODULE:
             (worktree / path).mkdir(parents=True, exist_ok=True)
         else:
-            filetree.write(worktree / path, entry, blob(admin, entry.oid, algorithm))
+            filetree.write_plain(worktree / path, entry, blob(admin, entry.oid, algorithm))
 
 
-def _problem(file: Path, status: os.stat_result, entry: Entry | None, algorithm: str, train: bool) -> str:
+def _problem(file: Path, status: os.stat_result, entry: TreeEntry | None, algorithm: str, train: bool) -> str:
     """What is wrong with a file or folder, empty if nothing is."""
     mode, folder = filetree.mode_of(status), stat.S_ISDIR(status.st_mode)
     kind = "a folder" if folder else {LINK: "a symbolic link", OTHER: "a pipe, socket or device"}.get(mode, "a file")
@@ -140,7 +140,7 @@ def _train_problem(file: Path, status: os.stat_result) -> str:
     if status.st_size > TRAIN_FILE_BYTES:
         return f"has {status.st_size} bytes; at most {TRAIN_FILE_BYTES} are allowed"
     try:
-        content = filetree.read(file)
+        content = filetree.read_plain(file)
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         return f"is not UTF-8 text: {error.reason} at byte {error.start}"
@@ -162,7 +162,7 @@ def _git_violations(worktree: Path, before: Snapshot) -> list[Violation]:
 
 def _pointer_changed(worktree: Path, before: Snapshot) -> bool:
     try:
-        return filetree.read(worktree / ".git") != before.pointer
+        return filetree.read_plain(worktree / ".git") != before.pointer
     except OSError:
         return True
 

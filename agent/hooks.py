@@ -67,7 +67,7 @@ class Hooks:
         words = json.dumps({"event": name, "folder": str(self.folder), **about}, ensure_ascii=False) + "\n"
         outcome = process.run(
             [path], cwd=self.root, env=clean_env(keep_secrets=True), log=log, stdin=words, stdout_to=out, stop=stop,
-            limits=process.Limits(SECONDS, log_bytes=OUTPUT_BYTES), pidfile=self.folder / "hook.pid",
+            bounds=process.Bounds(SECONDS, log_bytes=OUTPUT_BYTES), pidfile=self.folder / "hook.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             return ""

@@ -53,7 +53,7 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
-def read(path: Path) -> tuple[list[Event], bytes]:
+def read_events(path: Path) -> tuple[list[Event], bytes]:
     """All events of a journal and the bytes of a torn last line (empty if whole). Changes nothing on disk.
 
     JournalError if a line before the last is bad.
@@ -87,7 +87,7 @@ class Journal:
         _make_durable_folder(folder)
         self._lock = _take_lock(folder / "lock")
         self.torn: Path | None = None
-        self.events, rest = read(self.path)
+        self.events, rest = read_events(self.path)
         if rest:
             self.torn = self._set_aside(rest)
         fresh = not self.path.exists()

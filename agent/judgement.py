@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from agent.candidate import Source, SourceError, inspect, one_line
-from agent.decision import Noise, Rule, Verdict, decide, estimate_noise, fresh
+from agent.candidate import Source, SourceError, fingerprint, one_line
+from agent.decision import Decision, Noise, Rule, decide, estimate_noise, fresh
 from agent.errors import NightError
 from agent.lab import Lab
 from agent.night import Experiment, Night
-from agent.trial import Result, check_import
+from agent.trial import TrialResult, check_import
 
 MOST_INTERRUPTIONS = 5  # of one trial, in a row
 MOST_REPEATS = 2  # of one trial, in a row, because the machine was not alike at its beginning and its end
@@ -23,7 +23,7 @@ TRIALS_BEFORE = 3  # that the median needs
 UNREADABLE = Source("", 0)  # of a file that does not parse: equal to no other
 
 
-class Known(NamedTuple):
+class EarlyVerdict(NamedTuple):
     """A verdict that needs no training."""
 
     status: str
@@ -34,12 +34,12 @@ class Known(NamedTuple):
 def source(path: Path) -> Source:
     """Identity and length of a train file; `UNREADABLE` if it does not parse."""
     try:
-        return inspect(path)
+        return fingerprint(path)
     except (SourceError, OSError):
         return UNREADABLE
 
 
-def recall(night: Night, experiment: Experiment) -> Known | None:
+def early_verdict(night: Night, experiment: Experiment) -> EarlyVerdict | None:
     """The verdict on a candidate whose training would tell nothing new: no change, or a file that was trained before."""
     if not experiment.ast:
         return None
@@ -49,23 +49,23 @@ def recall(night: Night, experiment: Experiment) -> Known | None:
         if earlier.commit == experiment.parent:
             return _fault("noop", "only the seed, comments or formatting changed")
         if earlier.status in ("keep", "discard") and earlier.mean is not None:
-            return Known("discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None)
+            return EarlyVerdict("discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None)
         if earlier.status in ("crash", "oom", "nan", "timeout", "violation"):  # one of the guard's has no file to be equal to
-            return Known(earlier.status, f"trained before as experiment {earlier.n}", earlier.error)
+            return EarlyVerdict(earlier.status, f"trained before as experiment {earlier.n}", earlier.error)
     return None
 
 
-def broken(lab: Lab) -> Known | None:
+def broken(lab: Lab) -> EarlyVerdict | None:
     """What is wrong with the train file in the worktree, found before a budget is spent on it."""
     try:
-        inspect(lab.worktree / lab.train_file)
+        fingerprint(lab.worktree / lab.train_file)
     except (SourceError, OSError) as wrong:
         return _fault("crash", str(wrong))
     error = check_import(lab)
-    return Known("crash", error["message"], error) if error else None
+    return EarlyVerdict("crash", error["message"], error) if error else None
 
 
-def settle(night: Night, experiment: Experiment, result: Result, lab: Lab) -> Result:
+def validated(night: Night, experiment: Experiment, result: TrialResult, budget_seconds: float | None) -> TrialResult:
     """The result of a trial, or that it counts for nothing: `disturbed` where the machine grew faster or slower meanwhile by
     more than the harness finds harmless, or was slower than the night's all along, so that neither heat nor another program
     decides. Within bounds: then it is taken, and its summary says so.
@@ -75,19 +75,19 @@ def settle(night: Night, experiment: Experiment, result: Result, lab: Lab) -> Re
         raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
     few, one_in = REPEATS_OF_A_NIGHT
     result = _against_the_night(night, result)
-    disturbed = result.status == "ok" and (lab.budget_seconds or 0.0) >= SHORTEST_PROBED and disturbance(result)
+    disturbed = result.status == "ok" and (budget_seconds or 0.0) >= SHORTEST_PROBED and disturbance(result)
     if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
         return result
     message = f"the machine's speed changed, {disturbed}"
     return replace(result, status="disturbed", error={"kind": "disturbed", "message": message, "step": None, "tail": ""})
 
 
-def disturbance(result: Result) -> str:
+def disturbance(result: TrialResult) -> str:
     """What is known about the machine during a training, "" if it was quiet."""
     return one_line(str(result.summary.get("speed_warning", "")))
 
 
-def _against_the_night(night: Night, result: Result) -> Result:
+def _against_the_night(night: Night, result: TrialResult) -> TrialResult:
     """With a warning in its summary where the machine was slow from beginning to end: only the night can tell."""
     trials = (trial for experiment in night.experiments for trial in experiment.trials)
     before = [rate for trial in trials if isinstance(rate := trial.summary.get("products_per_second"), float)]
@@ -99,7 +99,7 @@ def _against_the_night(night: Night, result: Result) -> Result:
     return replace(result, summary={**result.summary, **warning})
 
 
-def decided(night: Night, experiment: Experiment, rule: Rule) -> Verdict:
+def judge(night: Night, experiment: Experiment, rule: Rule) -> Decision:
     """What the scores of the night say of an experiment that has one."""
     best = night.leader
     firsts = [e.scores[0] for e in night.experiments[best.n + 1 : experiment.n] if e.scores]
@@ -114,5 +114,5 @@ def noise(night: Night) -> Noise:
     return estimate_noise([e.scores if e.n == 0 else fresh(e.scores) for e in night.experiments])
 
 
-def _fault(kind: str, message: str) -> Known:
-    return Known(kind, message, {"kind": kind, "message": message, "step": None, "tail": ""})
+def _fault(kind: str, message: str) -> EarlyVerdict:
+    return EarlyVerdict(kind, message, {"kind": kind, "message": message, "step": None, "tail": ""})

@@ -16,11 +16,11 @@ from agent.engine import Engine
 from agent.environment import clean_env
 from agent.errors import NightError, Stopped, UsageError
 from agent.housekeeping import neighbours
-from agent.journal import Journal, holder, read
+from agent.journal import Journal, holder, read_events
 from agent.lab import Lab
 from agent.night import fold
 from agent.power import battery_warning, stay_awake
-from agent.proposal import Bench
+from agent.proposal import Desk
 from agent.redact import redact
 from agent.settings import Settings
 from agent.stopping import Stopper, request_stop
@@ -82,7 +82,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: An
 def _inspect(tag: str | None, status: bool) -> int:
     runs = Repository(Path.cwd()).root / "runs"
     folder = runs / (tag or start.latest(runs))
-    events, torn = read(folder / "journal.jsonl")
+    events, torn = read_events(folder / "journal.jsonl")
     if not events:
         raise UsageError(f"there is no night in {folder}")
     pid = holder(folder)
@@ -103,7 +103,7 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     tag = start.choose_tag(runs, tag, resume)
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
-    new = not read(folder / "journal.jsonl")[0]
+    new = not read_events(folder / "journal.jsonl")[0]
     warnings = start.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
     if new:
         _coder(options)  # before anything is made: a typing error leaves nothing behind
@@ -137,7 +137,7 @@ def _session(
         )
         entry["budget"] = options["budget"] or entry["budget"]
         night = start.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
-    start.check_data(night.dataset)
+    start.require_data(night.dataset)
     start.keep_tier(night)
     harness = start.lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
@@ -150,12 +150,13 @@ def _session(
     lab = Lab(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
         train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
-        vocab_size=int(night.dataset["vocab_size"]), hidden=start.hidden(night.dataset, worktree), startup_seconds=settings.startup,
+        vocab_size=int(night.dataset["vocab_size"]), hidden=start.held_out_places(night.dataset, worktree),
+        startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
-    bench = Bench(folder, worktree.path, night.train_file, coder, settings, stopper.now)
-    engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
+    desk = Desk(folder, worktree.path, night.train_file, coder, settings, stopper.now)
+    engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
     console.say(f"sandbox of trainings: {boxed}")
@@ -211,7 +212,7 @@ def _picture(folder: Path, cwd: Path) -> bool:
     """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
     return process.run(
         [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
-        limits=process.Limits(wall_seconds=120), pidfile=folder / "report.pid",
+        bounds=process.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
     ).ok  # fmt: skip
 
 

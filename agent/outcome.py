@@ -9,7 +9,7 @@ FLOOD = 100  # a child that prints more than this many times `log_bytes` is ende
 
 
 @dataclass(frozen=True)
-class Limits:
+class Bounds:
     """What a child may use; None is no limit."""
 
     wall_seconds: float

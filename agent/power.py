@@ -25,10 +25,10 @@ def stay_awake() -> Iterator[None]:
     over = threading.Event()
     with tempfile.TemporaryDirectory() as scratch:
         command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
-        limits = process.Limits(wall_seconds=14 * 86400.0)
+        bounds = process.Bounds(wall_seconds=14 * 86400.0)
         keeper = threading.Thread(
             target=lambda: process.run(
-                command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", limits=limits, stop=over.is_set
+                command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stop=over.is_set
             ),
             daemon=True,
         )
@@ -58,9 +58,9 @@ def battery() -> str:
 def _pmset() -> str:
     """What macOS says of its power supply, "" if it says nothing."""
     with tempfile.TemporaryDirectory() as scratch:
-        out, limits = Path(scratch) / "out", process.Limits(wall_seconds=10)
+        out, bounds = Path(scratch) / "out", process.Bounds(wall_seconds=10)
         command = ["pmset", "-g", "batt"]
-        outcome = process.run(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", limits=limits, stdout_to=out)
+        outcome = process.run(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stdout_to=out)
         return out.read_text("utf-8", "replace") if outcome.ok else ""
 
 

@@ -25,10 +25,10 @@ from agent.capture import BoundedLog
 from agent.environment import clean_env
 from agent.leftovers import Record, end_leftovers, end_processes
 from agent.measure import descendants, directory_bytes, resident_bytes, seconds_asleep
-from agent.outcome import FLOOD, Limits, Outcome
+from agent.outcome import FLOOD, Bounds, Outcome
 from agent.redact import secrets_in
 
-__all__ = ["Limits", "Outcome", "clean_env", "end_leftovers", "run"]
+__all__ = ["Bounds", "Outcome", "clean_env", "end_leftovers", "run"]
 
 TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
 SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
@@ -42,7 +42,7 @@ def run(
     cwd: Path,
     env: Mapping[str, str],
     log: Path,
-    limits: Limits,
+    bounds: Bounds,
     stdin: str | None = None,
     stdout_to: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -57,19 +57,19 @@ def run(
     `end_leftovers` finds what a killed driver has left. Raises OSError if the files cannot be written, and whatever `stop` or
     `watch` raise (the child is ended first).
     """
-    return _Child([str(word) for word in argv], cwd, dict(env), log, limits, stdin, stdout_to, pidfile, grace).follow(stop, watch)
+    return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
 
 
 class _Child:
     def __init__(
-        self, argv: list[str], cwd: Path, env: dict[str, str], log: Path, limits: Limits, stdin: str | None,
+        self, argv: list[str], cwd: Path, env: dict[str, str], log: Path, bounds: Bounds, stdin: str | None,
         stdout_to: Path | None, pidfile: Path | None, grace: float,
     ) -> None:  # fmt: skip
-        self.argv, self.cwd, self.env, self.stdin, self.limits, self.grace = argv, cwd, env, stdin, limits, grace
+        self.argv, self.cwd, self.env, self.stdin, self.bounds, self.grace = argv, cwd, env, stdin, bounds, grace
         secrets = {**secrets_in(os.environ), **secrets_in(env)}
         self.log_path = log
-        self.log = BoundedLog(log, limits.log_bytes, secrets)
-        self.out = self.log if stdout_to is None else BoundedLog(stdout_to, limits.log_bytes, secrets)
+        self.log = BoundedLog(log, bounds.log_bytes, secrets)
+        self.out = self.log if stdout_to is None else BoundedLog(stdout_to, bounds.log_bytes, secrets)
         self.marker = self.env[supervise.MARKER] = uuid.uuid4().hex
         self.record = Record(pidfile, self.marker)
         self.reason: str | None = None
@@ -187,23 +187,23 @@ class _Child:
         return told
 
     def _over_limit(self, now: float) -> str | None:
-        limits = self.limits
-        if now - self.started > limits.wall_seconds:
+        bounds = self.bounds
+        if now - self.started > bounds.wall_seconds:
             return "wall"
-        if limits.idle_seconds is not None and now - self.heard > limits.idle_seconds:
+        if bounds.idle_seconds is not None and now - self.heard > bounds.idle_seconds:
             return "idle"
-        if max(self.log.received, self.out.received) > FLOOD * limits.log_bytes:
+        if max(self.log.received, self.out.received) > FLOOD * bounds.log_bytes:
             return "log"
         return None
 
     def _sample(self) -> str | None:
-        limits = self.limits
+        bounds = self.bounds
         resident = sum(resident_bytes(process) for process in descendants(self.family))
         self.peak_mb = max(self.peak_mb, resident / 2**20)
-        if limits.memory_bytes is not None and resident > limits.memory_bytes:
+        if bounds.memory_bytes is not None and resident > bounds.memory_bytes:
             return "memory"
-        if limits.directory_bytes is not None:
-            return "disk" if sum(map(directory_bytes, limits.directories)) > limits.directory_bytes else None
+        if bounds.directory_bytes is not None:
+            return "disk" if sum(map(directory_bytes, bounds.directories)) > bounds.directory_bytes else None
         return None
 
     def _end(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent import guard, process
 from agent.candidate import one_line
-from agent.coders import Coder, CoderError, Job, Report, arguments, cost_usd
+from agent.coders import Coder, CoderError, Job, Reply, arguments, cost_usd
 from agent.errors import Stopped
 from agent.redact import redact
 from agent.settings import Settings
@@ -41,7 +41,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Desk:
     """Where agents of a night work."""
 
     folder: Path  # runs/<tag>
@@ -52,87 +52,87 @@ class Bench:
     stop: Callable[[], bool]
 
 
-def ask(bench: Bench, prompt: str, base: str, n: int, seed: int, cost_left: float | None) -> Proposal:
+def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float | None) -> Proposal:
     """Have the agent edit the worktree, which is clean at commit `base`. Stopped if the user wants to stop at once."""
-    train_file = bench.worktree / bench.train_file
-    before, seen = train_file.read_bytes(), guard.remember(bench.worktree)
-    out, log = (bench.folder / "logs" / f"{n:04d}.agent.{kind}" for kind in ("out", "log"))
+    train_file = desk.worktree / desk.train_file
+    before, seen = train_file.read_bytes(), guard.remember(desk.worktree)
+    out, log = (desk.folder / "logs" / f"{n:04d}.agent.{kind}" for kind in ("out", "log"))
     out.parent.mkdir(exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=bench.folder))
-    left = [path for path in (seen.admin.parent.parent / name for name in bench.coder.leaves) if not path.exists()]
-    settings = bench.settings
+    scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=desk.folder))
+    left = [path for path in (seen.admin.parent.parent / name for name in desk.coder.leaves) if not path.exists()]
+    settings = desk.settings
     job = Job(
-        worktree=bench.worktree, train_file=bench.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
+        worktree=desk.worktree, train_file=desk.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
         base_url=settings.base_url, max_cost_usd=cost_left, pass_env=settings.agent_env,
         extra_args=arguments(settings.agent_args),
     )  # fmt: skip
     try:
-        command = bench.coder.command(job, os.environ)
+        command = desk.coder.command(job, os.environ)
         env = {
-            **command.env, "AUTORESEARCH_JOURNAL": str(bench.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
+            **command.env, "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
             "AUTORESEARCH_EXPERIMENT": str(n),
         }  # fmt: skip
         outcome = process.run(
-            command.argv, cwd=bench.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=bench.stop,
-            limits=process.Limits(settings.max_agent_minutes * 60, bench.coder.idle_seconds), pidfile=bench.folder / "agent.pid",
+            command.argv, cwd=desk.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
+            bounds=process.Bounds(settings.max_agent_minutes * 60, desk.coder.idle_seconds), pidfile=desk.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
-        report = bench.coder.report(_text(out), _text(log), job)
+        reply = desk.coder.reply(_text(out), _text(log), job)
     except CoderError as error:
         return Proposal("missing", message=str(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         for path in left:
             path.unlink(missing_ok=True)
-    cost = cost_usd(report, settings.price_in, settings.price_out)
+    cost = cost_usd(reply, settings.price_in, settings.price_out)
     usage = {
-        "cost": cost, "tokens": (report.tokens_in or 0) + (report.tokens_out or 0), "tokens_in": report.tokens_in,
-        "tokens_out": report.tokens_out,
+        "cost": cost, "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in,
+        "tokens_out": reply.tokens_out,
     }  # fmt: skip
-    violations = [str(violation) for violation in guard.check(bench.worktree, base, bench.train_file, seen)]
+    violations = [str(violation) for violation in guard.check(desk.worktree, base, desk.train_file, seen)]
     if not violations and _holds_secret(train_file):
-        violations = [f"{bench.train_file}: holds the value of a variable that looks like a key"]
-    proposal = _judge(bench, outcome, report, usage, violations, before)
+        violations = [f"{desk.train_file}: holds the value of a variable that looks like a key"]
+    proposal = _judge(desk, outcome, reply, usage, violations, before)
     if violations:
-        guard.scrub(bench.worktree, base, seen)
+        guard.scrub(desk.worktree, base, seen)
     return proposal
 
 
 def _judge(
-    bench: Bench, outcome: process.Outcome, report: Report, usage: dict[str, Any], violations: list[str], before: bytes
+    desk: Desk, outcome: process.Outcome, reply: Reply, usage: dict[str, Any], violations: list[str], before: bytes
 ) -> Proposal:  # fmt: skip
-    after = (bench.worktree / bench.train_file).read_bytes() if not violations else before
+    after = (desk.worktree / desk.train_file).read_bytes() if not violations else before
     derived = _describe(before, after) if after != before else ""
 
     def proposal(kind: str, message: str = "") -> Proposal:
-        about = one_line(redact(report.description or derived or report.hypothesis or ""), 200)
-        why = one_line(redact(report.hypothesis or derived), 300)
-        return Proposal(kind, about, why, message, outcome.seconds, report.wait_seconds, outcome.tail(1500), usage)
+        about = one_line(redact(reply.description or derived or reply.hypothesis or ""), 200)
+        why = one_line(redact(reply.hypothesis or derived), 300)
+        return Proposal(kind, about, why, message, outcome.seconds, reply.wait_seconds, outcome.tail(1500), usage)
 
     if outcome.reason == "missing":
-        return proposal("missing", f"{outcome.tail(300)}; {bench.coder.install_hint}")
+        return proposal("missing", f"{outcome.tail(300)}; {desk.coder.install_hint}")
     if violations:
         return proposal("violation", "; ".join(violations[:5]))
     last = one_line(outcome.tail(300), 300)
-    detail = report.detail or one_line(report.message or "", 300) or last
+    detail = reply.detail or one_line(reply.message or "", 300) or last
     ended = outcome.reason != "exited"
-    if ended and (after != before or report.failure not in WAITING):
+    if ended and (after != before or reply.failure not in WAITING):
         silent = "said nothing for" if outcome.reason == "idle" else "was ended by the limit " + outcome.reason + " after"
-        seconds = bench.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds
+        seconds = desk.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds
         return proposal("agent_error", f"the agent {silent} {seconds:.0f} s")
     if after != before:
         return proposal("changed")
-    if report.failure == "login":
-        return proposal("login", f"{detail}; {bench.coder.login_hint}")
-    if report.failure in ("rate_limit", "missing"):
-        return proposal(report.failure, detail)
+    if reply.failure == "login":
+        return proposal("login", f"{detail}; {desk.coder.login_hint}")
+    if reply.failure in ("rate_limit", "missing"):
+        return proposal(reply.failure, detail)
     if outcome.exit_code != 0:
         ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {outcome.signal}"
         return proposal("agent_error", f"the agent failed with {ending} and changed nothing: {last or detail}")
-    if report.failure:
-        return proposal(report.failure, detail)
-    return proposal("noop", f"the agent left {bench.train_file} as it was: {detail}")
+    if reply.failure:
+        return proposal(reply.failure, detail)
+    return proposal("noop", f"the agent left {desk.train_file} as it was: {detail}")
 
 
 _ASSIGNED = re.compile(r"(\w+) = (.*)")

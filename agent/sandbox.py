@@ -21,7 +21,7 @@ from pathlib import Path
 
 from agent.confinement import HIDDEN, READ, WRITE, Rules, bubblewrap, seatbelt
 from agent.environment import clean_env
-from agent.process import Limits, run
+from agent.process import Bounds, run
 
 # Logins and keys in the home folder. Without network they cannot leave at once, but a log goes into the next prompt.
 PRIVATE = (
@@ -163,5 +163,5 @@ def _problem(wrapper: _Wrapper) -> str:
         folder = Path(name)
         program = shutil.which("true") or "/usr/bin/true"
         argv = wrapper([program], _rules([folder], [], []), False)
-        outcome = run(argv, cwd=folder, env=clean_env(), log=folder / "log", limits=Limits(_PROBE_SECONDS))
+        outcome = run(argv, cwd=folder, env=clean_env(), log=folder / "log", bounds=Bounds(_PROBE_SECONDS))
         return "" if outcome.ok else outcome.tail(300).strip() or outcome.reason

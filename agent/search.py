@@ -20,12 +20,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agent import journal
-from agent.bandit import Bandit, Uniform, outcomes
-from agent.candidate import SourceError, inspect
+from agent.bandit import Bandit, Uniform, lessons
+from agent.candidate import SourceError, fingerprint
 from agent.catalogue import COUPLED
 from agent.edits import TrainFile
 from agent.errors import JournalError
+from agent.journal import read_events
 from agent.moves import Change, changes, trains
 from agent.night import Night, fold
 
@@ -42,7 +42,7 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
     options = changes(file, seq_len)
     tried = {e.ast for e in state.experiments if e.ast} if state else set()
     tried.add(identity(file.data))
-    bandit = (Bandit if learn else Uniform)(outcomes(state) if state and learn else (), draw)
+    bandit = (Bandit if learn else Uniform)(lessons(state) if state and learn else (), draw)
     stuck = state.since_keep() if state and learn else 0
     pairs = min(MOST_PAIRS, PAIRS + 0.02 * stuck)
     left, patience = list(options), LAST_PAIRS
@@ -76,12 +76,12 @@ def identity(data: bytes) -> str:
         path = Path(folder, "candidate.py")
         path.write_bytes(data)
         try:
-            return inspect(path).identity
+            return fingerprint(path).identity
         except SourceError:
             return ""
 
 
-def find_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -> str:
+def night_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -> str:
     """The size of machine whose entries the trainer uses: told, or as the journal says, or by the look of this machine."""
     if told := environ.get("AUTORESEARCH_TIER"):
         return told
@@ -107,7 +107,7 @@ def read_night(path: str | None) -> Night | None:
     if not path:
         return None
     try:
-        events, _ = journal.read(Path(path))
+        events, _ = read_events(Path(path))
         return fold(events) if events else None
     except (JournalError, OSError, KeyError) as error:
         print(f"the journal can't be read ({error}); the priors alone decide")
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
     state = read_night(environ.get("AUTORESEARCH_JOURNAL"))
     try:
         source = path.read_bytes()
-        file = TrainFile(source, find_tier(source, state, environ))
+        file = TrainFile(source, night_tier(source, state, environ))
     except (OSError, SyntaxError, ValueError) as error:
         print(f"error: {path} can't be read as Python: {error}", file=sys.stderr)
         return 2

@@ -20,9 +20,9 @@ import psutil
 
 from agent import process
 from agent.environment import clean_env, data_home
-from agent.errors import HarnessError, Stopped, UsageError
+from agent.errors import DataError, Stopped, UsageError
 from agent.filetree import remove
-from agent.journal import Journal, holder, read
+from agent.journal import Journal, holder, read_events
 from agent.night import Night, fold
 from agent.worktree import Repository, Worktree
 
@@ -39,7 +39,7 @@ def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
     if tag:
         if "/" in tag or tag.startswith(".") or not tag.strip():
             raise UsageError(f"--tag {tag}: expected letters, digits and dashes")
-        if resume and not read(runs / tag / "journal.jsonl")[0]:
+        if resume and not read_events(runs / tag / "journal.jsonl")[0]:
             raise UsageError(f"--resume: there is no night runs/{tag}")
         return tag
     if resume:
@@ -48,7 +48,7 @@ def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
     number = 1
     while True:
         name = today if number == 1 else f"{today}-{number}"
-        events, _ = read(runs / name / "journal.jsonl")
+        events, _ = read_events(runs / name / "journal.jsonl")
         if not events or (fold(events).ended is None and holder(runs / name) is None):
             return name
         number += 1
@@ -56,13 +56,13 @@ def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
 
 def latest(runs: Path) -> str:
     """The tag of the night whose journal was written last. UsageError if there is none."""
-    journals = [path for path in runs.glob("*/journal.jsonl") if read(path)[0]]  # one without events is a false start
+    journals = [path for path in runs.glob("*/journal.jsonl") if read_events(path)[0]]  # one without events is a false start
     if not journals:
         raise UsageError(f"there is no night in {runs}; start one: python -m agent.loop")
     return max(journals, key=lambda path: path.stat().st_mtime).parent.name
 
 
-def hidden(entry: Mapping[str, Any], worktree: Worktree) -> tuple[Path, ...]:
+def held_out_places(entry: Mapping[str, Any], worktree: Worktree) -> tuple[Path, ...]:
     """Where held-out text lies that a training must not read: all held-out shards, what they were made from; of the user's
     own text also what git keeps of it, where it is a part of the checkout."""
     homes = {data_home(), Path(entry["held_dir"]).parent.parent}
@@ -95,7 +95,7 @@ def dataset(
 ) -> dict[str, Any]:  # fmt: skip
     """The dataset of a new night: the named one, prepared if it is missing, else the last one prepared.
 
-    HarnessError with the harness's own words if it cannot be made ready.
+    DataError with the harness's own words if it cannot be made ready.
     """
     current = data_home() / "current.json"
     if name is None and preset is None and current.is_file():
@@ -108,13 +108,13 @@ def dataset(
         shown = _LastLine(log, show)
         outcome = process.run(
             [sys.executable, "-B", str(harness), "--json", str(answer), *options], cwd=cwd, env=clean_env(network=True), log=log,
-            limits=process.Limits(wall_seconds=PREPARE_SECONDS), stop=stop, watch=shown, pidfile=log.parent.parent / "prepare.pid",
+            bounds=process.Bounds(wall_seconds=PREPARE_SECONDS), stop=stop, watch=shown, pidfile=log.parent.parent / "prepare.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
         if not outcome.ok:
             ending = f"{outcome.reason}, exit code {outcome.exit_code}"
-            raise HarnessError(f"the data could not be prepared ({ending}):\n{outcome.tail(1000)}")
+            raise DataError(f"the data could not be prepared ({ending}):\n{outcome.tail(1000)}")
         return _entry(answer)
 
 
@@ -123,7 +123,7 @@ def _entry(path: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text(encoding="utf-8"))
         return {**{key: entry[key] for key in DATASET_KEYS}, "name": entry.get("dataset")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{path}: expected a dataset as JSON, got {error!r}; run python {HARNESS} again") from None
+        raise DataError(f"{path}: expected a dataset as JSON, got {error!r}; run python {HARNESS} again") from None
 
 
 class _LastLine:
@@ -143,7 +143,7 @@ class _LastLine:
 
 def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
     """Write the base commit's harness to the night's folder, or put it back there; the scorer's path."""
-    place = folder / "harness"
+    place = folder / "frozen"
     place.mkdir(parents=True, exist_ok=True)
     for stranger in place.iterdir():  # beside a program Python also finds modules that nobody committed, and their bytecode
         if stranger.name not in (HARNESS, *HARNESS_PARTS) or not stranger.is_file() or stranger.is_symlink():
@@ -163,12 +163,12 @@ def _committed(repository: Repository, base: str, name: str) -> bytes | None:
     return repository.file_at(base, name) if name == HARNESS or repository.has(base, name) else None
 
 
-def check_data(entry: Mapping[str, Any]) -> None:
-    """HarnessError if the night's data is not where it was."""
+def require_data(entry: Mapping[str, Any]) -> None:
+    """DataError if the night's data is not where it was."""
     for key in ("train_dir", "held_dir"):
         if not Path(entry[key]).is_dir():
             again = f"python {HARNESS} --dataset {entry.get('name') or 'NAME'} --preset {entry['preset']}"
-            raise HarnessError(f"the night's data is gone: expected {entry[key]}; prepare it again: {again}")
+            raise DataError(f"the night's data is gone: expected {entry[key]}; prepare it again: {again}")
 
 
 def begin(

@@ -41,20 +41,20 @@ def marked(marker: str) -> "list[psutil.Process]":
     return found
 
 
-def family(root: int, marker: str) -> "list[psutil.Process]":
+def members(root: int, marker: str) -> "list[psutil.Process]":
     """The living members of the command's family, this process and zombies left out."""
     import psutil
 
-    members = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
     if not LINUX:  # no subreaper: an orphan has left the tree
-        members.update((process.pid, process) for process in marked(marker))
+        found.update((process.pid, process) for process in marked(marker))
         for process in psutil.process_iter():
             with contextlib.suppress(OSError):
                 if os.getpgid(process.pid) == root:
-                    members[process.pid] = process
-    members.pop(os.getpid(), None)
+                    found[process.pid] = process
+    found.pop(os.getpid(), None)
     living = []
-    for process in members.values():
+    for process in found.values():
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process)
@@ -167,7 +167,7 @@ class _Supervisor:
 
     def left(self) -> "list[psutil.Process]":
         self.reap()
-        return [] if LINUX and self.alone else family(self.root, self.marker)
+        return [] if LINUX and self.alone else members(self.root, self.marker)
 
 
 def _prctl(option: int, value: int) -> None:

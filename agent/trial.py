@@ -17,7 +17,7 @@ from typing import Any
 
 from agent import process, sandbox
 from agent.candidate import one_line
-from agent.errors import HarnessError, Stopped
+from agent.errors import DataError, Stopped
 from agent.filetree import remove
 from agent.lab import GIB, Lab
 from agent.measure import directory_bytes
@@ -36,7 +36,7 @@ sys.modules['candidate'] = m; sys.path.insert(0, ''); s.loader.exec_module(m)"
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """`status` is ok, interrupted, disturbed or a failure's name; `val_bpb` in bits per byte, with ok and disturbed."""
 
     status: str
@@ -59,10 +59,10 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
     return _failed("crash", f"importing {lab.train_file} fails: {_last_words(outcome)}", outcome).error
 
 
-def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] | None) -> Result:
+def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] | None) -> TrialResult:
     """Train what the worktree holds with one seed and score it. `reference` is a summary it must be comparable with.
 
-    Stopped if the user wants to stop at once, HarnessError if there is no Python to start it with.
+    Stopped if the user wants to stop at once, DataError if there is no Python to start it with.
     """
     _fresh(run_dir)
     name = run_dir.name
@@ -80,15 +80,15 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
     kind, message = _ending(lab, outcome, watch, run_dir)
     if kind:
         return _failed(kind, message, outcome, watch.step)
-    scored = score(lab, run_dir, "val")
+    scored = score_run(lab, run_dir, "val")
     seconds = outcome.seconds + scored.seconds
     if scored.status == "ok" and reference and (unlike := differences(scored.summary, reference)):
         message = f"the score cannot be compared with the baseline's: {'; '.join(unlike)}"
-        return Result("violation", seconds, error={"kind": "violation", "message": message, "step": None, "tail": ""})
-    return Result(scored.status, seconds, scored.val_bpb, scored.summary, scored.error)
+        return TrialResult("violation", seconds, error={"kind": "violation", "message": message, "step": None, "tail": ""})
+    return TrialResult(scored.status, seconds, scored.val_bpb, scored.summary, scored.error)
 
 
-def score(lab: Lab, run_dir: Path, split: str) -> Result:
+def score_run(lab: Lab, run_dir: Path, split: str) -> TrialResult:
     """Score a finished run directory on `val` or `test` with the night's harness."""
     out, log = (lab.folder / "logs" / f"{run_dir.name}.{split}.{kind}" for kind in ("out", "log"))
     # The scorer is ours and reads the held-out text; its logits servers are the candidate's and get the sandbox. Each finds
@@ -115,14 +115,14 @@ def score(lab: Lab, run_dir: Path, split: str) -> Result:
         summary = parse(out.read_text(encoding="utf-8", errors="replace"), split)
     except SummaryError as error:
         return _failed("crash", str(error), outcome)
-    return Result("ok", outcome.seconds, summary[f"{split}_bpb"], summary)
+    return TrialResult("ok", outcome.seconds, summary[f"{split}_bpb"], summary)
 
 
 def _ending(lab: Lab, outcome: process.Outcome, watch: Watch, run_dir: Path) -> tuple[str, str]:
     """Kind of failure of a training, "" if it ended well, and what is known about it."""
     watch()  # what it wrote in its last instant
     if outcome.reason == "missing":
-        raise HarnessError(f"the trainer cannot be started: {outcome.tail(300)}")
+        raise DataError(f"the trainer cannot be started: {outcome.tail(300)}")
     if outcome.reason == "nan" or watch.message:
         return "nan", watch.message
     if outcome.reason != "exited":
@@ -154,10 +154,10 @@ def _child(
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
     room = min(lab.directory_bytes, sum(map(directory_bytes, written)) + max(0, shutil.disk_usage(run_dir).free - lab.spare_bytes))
-    limits = process.Limits(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
+    bounds = process.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
     known = {name: value for name, value in lab.environ.items() if name != "AUTORESEARCH_HOME"}  # it leads to held-out data
     outcome = process.run(
-        argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, limits=limits,
+        argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, bounds=bounds,
         stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":
@@ -190,9 +190,9 @@ def _error_record(text: str | bytes) -> tuple[str, str] | None:
     return (kind if kind in TRAINER_CODES.values() else ""), message
 
 
-def _failed(kind: str, message: str, outcome: process.Outcome, step: int | None = None) -> Result:
+def _failed(kind: str, message: str, outcome: process.Outcome, step: int | None = None) -> TrialResult:
     error = {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
-    return Result(kind, outcome.seconds, error=error)
+    return TrialResult(kind, outcome.seconds, error=error)
 
 
 def _last_words(outcome: process.Outcome) -> str:

@@ -16,7 +16,7 @@ import click
 
 from agent import views
 from agent.errors import NightError, UsageError
-from agent.journal import holder, read
+from agent.journal import holder, read_events
 from agent.night import FAILURES, Experiment, Night, fold
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Point = tuple[float, float]
 
 def load(folder: Path) -> Night:
     """The night in a folder. UsageError if there is none."""
-    events, _ = read(folder / "journal.jsonl")
+    events, _ = read_events(folder / "journal.jsonl")
     if not events:
         raise UsageError(f"there is no night in {folder}: expected a journal.jsonl")
     return fold(events)

@@ -33,10 +33,10 @@ def lab(folder: Path, tiny, name: str, **changes) -> Lab:
         (folder / place).mkdir(parents=True)
     for file in HARNESS:
         shutil.copy(ROOT / file, folder / "worktree")
-        shutil.copy(ROOT / file, folder / "night" / "harness")
+        shutil.copy(ROOT / file, folder / "night" / "frozen")
     (folder / "worktree" / "train_x.py").write_text(source(name))
     settings = {"folder": folder / "night", "worktree": folder / "worktree", "train_file": "train_x.py",
-                "harness": folder / "night" / "harness" / "prepare_mlx.py", "train_dir": tiny.train, "held_dir": tiny.held,
+                "harness": folder / "night" / "frozen" / "prepare_mlx.py", "train_dir": tiny.train, "held_dir": tiny.held,
                 "budget": "60steps", "vocab_size": 320, "startup_seconds": 60.0, "sandboxed": False}
     return Lab(**{**settings, **changes})
 
@@ -61,7 +61,7 @@ def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     assert result.status == "ok", result.error
     assert result.val_bpb == honest
     for file in HARNESS:
-        assert (tmp_path / "night" / "harness" / file).read_bytes() == (ROOT / file).read_bytes()
+        assert (tmp_path / "night" / "frozen" / file).read_bytes() == (ROOT / file).read_bytes()
     assert sum(p.stat().st_size for p in tmp_path.rglob("*.log")) < 50e6
 
 

@@ -79,7 +79,7 @@ def sections(prompt: str) -> dict[str, str]:
 def test_the_numbers_of_the_machine_and_the_night_are_the_journals() -> None:
     story = Story()
     story.tell("half the batch", "keep", 1.4, 1.4, summary={**SUMMARY, "num_steps": 2400.0, "training_seconds": 320.0})
-    facts = sections(briefing.write(story.night(), PROGRAM))["This experiment"]
+    facts = sections(briefing.compose(story.night(), PROGRAM))["This experiment"]
     for fact in (
         "device mac, macOS-26.1-arm64, 10 CPU cores, 24 GB of memory", "Budget 300s", "vocabulary 4096", "sequence length 512",
         "Best val_bpb 1.4000 (experiment 1), baseline 1.5000 (mean of 3 trainings)", "standard deviation of 0.0020 bpb",
@@ -97,7 +97,7 @@ def test_a_journal_of_an_older_driver_still_makes_a_prompt() -> None:
         event.pop("step", None)
         if event["event"] == "trial_end":
             event["summary"] = {}
-    assert "Machine: device mac." in briefing.write(story.night(), "")
+    assert "Machine: device mac." in briefing.compose(story.night(), "")
 
 
 @pytest.mark.parametrize("length", [10, 500])
@@ -105,7 +105,7 @@ def test_a_journal_of_an_older_driver_still_makes_a_prompt() -> None:
 @pytest.mark.parametrize("words", ["", INJECTION * 20], ids=["plain", "hostile"])
 def test_a_prompt_is_as_short_after_500_experiments_as_after_10(length: int, program: str, words: str) -> None:
     story = long_story(length, words) if words else long_story(length)
-    prompt = briefing.write(story.night(), program, said=words or "a word")
+    prompt = briefing.compose(story.night(), program, said=words or "a word")
     assert len(prompt) <= briefing.CHARACTERS
     assert len(prompt) - len(program[: briefing.PROGRAM_CHARACTERS]) <= briefing.CHARACTERS - briefing.PROGRAM_CHARACTERS
     for part in ("# This experiment", "# What was tried", "Kept, newest first", "Near misses", "Failed, and why",
@@ -115,7 +115,7 @@ def test_a_prompt_is_as_short_after_500_experiments_as_after_10(length: int, pro
 
 
 def test_what_failed_is_quoted_at_most_2000_characters_of_it() -> None:
-    section = sections(briefing.write(long_story(3).night(), PROGRAM))["What failed last"]
+    section = sections(briefing.compose(long_story(3).night(), PROGRAM))["What failed last"]
     assert len(section) <= briefing.FAILURE_CHARACTERS
     assert "ended as crash" in section
     assert "it failed: the last one" in section
@@ -126,7 +126,7 @@ def test_what_others_wrote_is_data_in_every_section() -> None:
     story = Story()
     for k in range(9):
         story.tell(INJECTION, "discard" if k % 2 else "crash", *([1.6] * (k % 2)), tail=INJECTION * 3)
-    prompt = briefing.write(story.night(), PROGRAM, said=INJECTION)
+    prompt = briefing.compose(story.night(), PROGRAM, said=INJECTION)
     assert prompt.count("\n# What to do now") == 1
     inside = [line for line in prompt.splitlines() if "Ignore all of the above" in line]
     assert len(inside) > 9
@@ -149,9 +149,9 @@ def test_the_ladders_step_is_in_the_journal_and_in_the_prompt() -> None:
     for step in ("refine", "another family", "ablate"):
         at = asked.index(step)
         events = [event for event in story.events if (event.get("n") or 0) < at]
-        wanted = sections(briefing.write(fold(events), PROGRAM))[f"What is wanted now: {step}"]
+        wanted = sections(briefing.compose(fold(events), PROGRAM))[f"What is wanted now: {step}"]
         assert f"{at - 1} experiments in a row were no better" in wanted
-    assert "What is wanted now" not in briefing.write(Story().night(), PROGRAM)
+    assert "What is wanted now" not in briefing.compose(Story().night(), PROGRAM)
 
 
 def test_a_discard_against_an_older_best_is_marked_as_worth_another_try() -> None:
@@ -161,16 +161,16 @@ def test_a_discard_against_an_older_best_is_marked_as_worth_another_try() -> Non
     story.tell("longer warmdown", "discard", 1.6)
     story.tell("half the batch", "keep", 1.3, 1.3)
     story.tell("two more heads", "discard", 1.4)
-    text = sections(briefing.write(story.night(), PROGRAM))["What was tried"]
+    text = sections(briefing.compose(story.night(), PROGRAM))["What was tried"]
     assert "| 1* discard" in text
     assert "| 5 discard" in text
     assert "schedule: 3, 0, -0.1000, used up against an older best" in text
     story.tell("sqrt decay", "discard", 1.4)
-    assert "schedule: 4, 0, -0.1000, used up\n" in briefing.write(story.night(), PROGRAM)
+    assert "schedule: 4, 0, -0.1000, used up\n" in briefing.compose(story.night(), PROGRAM)
 
 
 def test_brief_and_prompt_ask_for_the_same_last_lines() -> None:
-    asked = sections(briefing.write(Story().night(), PROGRAM))["What to do now"]
+    asked = sections(briefing.compose(Story().night(), PROGRAM))["What to do now"]
     example = [line.strip() for line in PROGRAM.splitlines() if line.strip().startswith(("HYPOTHESIS:", "DESCRIPTION:"))]
     assert len(example) == 2
     assert all(line in asked.splitlines() for line in example)
@@ -178,4 +178,4 @@ def test_brief_and_prompt_ask_for_the_same_last_lines() -> None:
 
 def test_no_program_is_no_failure(tmp_path: Path) -> None:
     assert briefing.program(tmp_path / "program.md") == ""
-    assert briefing.write(Story().night(), "").startswith("# This experiment\n")
+    assert briefing.compose(Story().night(), "").startswith("# This experiment\n")

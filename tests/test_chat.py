@@ -91,7 +91,7 @@ def test_any_run_of_lines_can_be_replaced_by_any_other(numbers: list[int], data:
 def run_chat(
     folder: Path, server: ModelServer | None, *options: str, prompt: str = "Improve it.", **env: str
 ) -> tuple[int, dict[str, Any], str, str]:
-    """Exit code, report, file afterwards, standard error."""
+    """Exit code, reply, file afterwards, standard error."""
     path = folder / "train_mlx.py"
     path.write_text(SOURCE)
     url = ["--base-url", f"{server.url}/v1"] if server else []
@@ -109,12 +109,12 @@ GOOD = BLOCK.format(path="train_mlx.py", old="LR = 0.1", new="LR = 0.2") + CLOSI
 
 def test_an_edit_is_asked_for_applied_and_reported(tmp_path: Path) -> None:
     with ModelServer(Script(replies=[GOOD])) as server:
-        code, report, text, _ = run_chat(tmp_path, server, "--model", "m", "--temperature", "0.5")
+        code, reply, text, _ = run_chat(tmp_path, server, "--model", "m", "--temperature", "0.5")
     assert (code, text) == (0, SOURCE.replace("LR = 0.1", "LR = 0.2"))
-    assert (report["tokens_in"], report["tokens_out"]) == (TOKENS_IN, TOKENS_OUT)
-    assert report["hypothesis"] == "a larger step learns faster"
-    assert report["description"] == "double the learning rate"
-    assert report["failure"] is None
+    assert (reply["tokens_in"], reply["tokens_out"]) == (TOKENS_IN, TOKENS_OUT)
+    assert reply["hypothesis"] == "a larger step learns faster"
+    assert reply["description"] == "double the learning rate"
+    assert reply["failure"] is None
     (request,) = server.requests
     assert request["headers"]["Authorization"] == "Bearer sk-test"
     assert (request["body"]["model"], request["body"]["temperature"], request["body"]["stream"]) == ("m", 0.5, False)
@@ -131,19 +131,19 @@ def test_the_file_is_not_sent_twice(tmp_path: Path) -> None:
 
 def test_a_bad_reply_is_sent_back_once_with_its_name(tmp_path: Path) -> None:
     with ModelServer(Script(replies=[block("LR = 7\n", "LR = 8\n"), GOOD])) as server:
-        code, report, text, _ = run_chat(tmp_path, server, "--model", "m")
+        code, reply, text, _ = run_chat(tmp_path, server, "--model", "m")
     assert (code, "LR = 0.2" in text) == (0, True)
-    assert (report["tokens_in"], report["tokens_out"]) == (2 * TOKENS_IN, 2 * TOKENS_OUT)
+    assert (reply["tokens_in"], reply["tokens_out"]) == (2 * TOKENS_IN, 2 * TOKENS_OUT)
     assert "not_found: block 1 of 1" in server.requests[1]["body"]["messages"][-1]["content"]
     assert "LR = 7" in server.requests[1]["body"]["messages"][-2]["content"]
 
 
 def test_two_bad_replies_are_an_agent_error_and_the_file_stays(tmp_path: Path) -> None:
     with ModelServer(Script(replies=["Nothing to do.", block("LR = 0.1\n", "LR = (\n"), GOOD])) as server:
-        code, report, text, _ = run_chat(tmp_path, server, "--model", "m")
-    assert (code, report["failure"], text, len(server.requests)) == (1, "agent_error", SOURCE, 2)
-    assert report["detail"].startswith("not_python: ")
-    assert report["tokens_out"] == 2 * TOKENS_OUT
+        code, reply, text, _ = run_chat(tmp_path, server, "--model", "m")
+    assert (code, reply["failure"], text, len(server.requests)) == (1, "agent_error", SOURCE, 2)
+    assert reply["detail"].startswith("not_python: ")
+    assert reply["tokens_out"] == 2 * TOKENS_OUT
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ def test_two_bad_replies_are_an_agent_error_and_the_file_stays(tmp_path: Path) -
 )  # fmt: skip
 def test_refusals_have_names(tmp_path: Path, script: Script, code: int, failure: str, wait: float | None, detail: str) -> None:
     with ModelServer(script) as server:
-        got, report, text, stderr = run_chat(tmp_path, server, "--model", "m")
-    assert (got, report["failure"], report["wait_seconds"], text) == (code, failure, wait, SOURCE)
-    assert detail in report["detail"]
+        got, reply, text, stderr = run_chat(tmp_path, server, "--model", "m")
+    assert (got, reply["failure"], reply["wait_seconds"], text) == (code, failure, wait, SOURCE)
+    assert detail in reply["detail"]
     assert detail in stderr
     assert len(server.requests) == 1
 
 
 def test_a_date_to_retry_after_is_a_wait(tmp_path: Path) -> None:
     with ModelServer(Script(status=429, retry_after=email.utils.formatdate(time.time() + 100, usegmt=True))) as server:
-        report = run_chat(tmp_path, server, "--model", "m")[1]
-    assert 60 < report["wait_seconds"] <= 100
+        reply = run_chat(tmp_path, server, "--model", "m")[1]
+    assert 60 < reply["wait_seconds"] <= 100
 
 
 def test_a_redirect_never_carries_the_key_away(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_a_redirect_never_carries_the_key_away(tmp_path: Path) -> None:
 def test_an_endless_stream_ends_at_the_timeout(tmp_path: Path) -> None:
     started = time.monotonic()
     with ModelServer(Script(endless=True)) as server:
-        code, report, text, _ = run_chat(tmp_path, server, "--model", "m", "--timeout", "1")
-    assert (code, report["failure"], text) == (1, "agent_error", SOURCE)
-    assert "within 1 s" in report["detail"]
+        code, reply, text, _ = run_chat(tmp_path, server, "--model", "m", "--timeout", "1")
+    assert (code, reply["failure"], text) == (1, "agent_error", SOURCE)
+    assert "within 1 s" in reply["detail"]
     assert time.monotonic() - started < 20
 
 
@@ -194,9 +194,9 @@ def test_an_endpoint_with_one_model_needs_no_name_and_loopback_no_proxy(tmp_path
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    code, report, _, _ = run_chat(tmp_path, None, "--model", "m", OPENAI_BASE_URL="http://127.0.0.1:9/v1")
-    assert (code, report["failure"]) == (1, "agent_error")
-    assert "is the server running?" in report["detail"]
+    code, reply, _, _ = run_chat(tmp_path, None, "--model", "m", OPENAI_BASE_URL="http://127.0.0.1:9/v1")
+    assert (code, reply["failure"]) == (1, "agent_error")
+    assert "is the server running?" in reply["detail"]
 
 
 @pytest.mark.parametrize(("options", "prompt", "said"), [
@@ -210,6 +210,6 @@ def test_usage(tmp_path: Path, options: list[str], prompt: str, said: str) -> No
 
 
 def test_a_base_url_must_be_one(tmp_path: Path) -> None:
-    code, report, _, _ = run_chat(tmp_path, None, "--base-url", "localhost:1234", "--model", "m")
-    assert (code, report["failure"]) == (5, "missing")
-    assert "got 'localhost:1234'" in report["detail"]
+    code, reply, _, _ = run_chat(tmp_path, None, "--base-url", "localhost:1234", "--model", "m")
+    assert (code, reply["failure"]) == (5, "missing")
+    assert "got 'localhost:1234'" in reply["detail"]

@@ -15,10 +15,10 @@ import pytest
 from night_kit import ROOT, Bed
 
 from agent import coders
-from agent.coders import Coder, CoderError, Job, Report
+from agent.coders import Coder, CoderError, Job, Reply
 from agent.coders.base import BASE_ENV, with_last_lines
 from agent.coders.failures import name_failure, wait_seconds
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import fold
 
 ALL = [coders.get(name) for name in coders.names()]
@@ -215,7 +215,7 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
     assert done.returncode == 0, done.stdout + done.stderr
     words = "agent: codex, the first one installed and logged in (claude is installed but not logged in: run `claude` and /login"
     assert words in done.stdout
-    night = fold(read(bed.folder() / "journal.jsonl")[0])
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
     assert [(e.status, e.description, e.hypothesis) for e in night.done] == [("keep", "double LR", "larger steps")]
     assert (night.tokens, night.cost) == (980, pytest.approx(1.43))
     status = bed.loop("--status").stdout
@@ -299,13 +299,13 @@ def test_what_each_prints_is_read(
 ) -> None:
     usage = {"modelMetrics": {"m": {"usage": {"inputTokens": 930, "outputTokens": 50}}}}
     (job.scratch / "usage.json").write_text(json.dumps(usage))
-    report = coders.get(name).report(stdout, "rate limit: only a word in a log", job)
-    assert (report.tokens_in, report.tokens_out) == tokens
-    assert report.cost_usd == pytest.approx(cost)
-    assert report.message
-    assert report.message.endswith(SAID) or name == "aider"
-    assert (report.hypothesis, report.description) == ("larger steps", "double LR")
-    assert report.failure is None or name == "search"  # all that is known of a plain program is its log
+    reply = coders.get(name).reply(stdout, "rate limit: only a word in a log", job)
+    assert (reply.tokens_in, reply.tokens_out) == tokens
+    assert reply.cost_usd == pytest.approx(cost)
+    assert reply.message
+    assert reply.message.endswith(SAID) or name == "aider"
+    assert (reply.hypothesis, reply.description) == ("larger steps", "double LR")
+    assert reply.failure is None or name == "search"  # all that is known of a plain program is its log
 
 
 LIMIT = "Rate limit reached. Please try again in 20s."
@@ -332,14 +332,14 @@ def refused(name: str, status: int, message: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot"])
 def test_refusals_are_named(name: str, job: Job) -> None:
-    report = coders.get(name).report(*refused(name, 429, LIMIT), job)
-    assert (report.failure, report.wait_seconds) == ("rate_limit", 20.0)
-    assert report.detail
-    assert "Rate limit reached" in report.detail
-    report = coders.get(name).report(*refused(name, 401, AUTH), job)
-    assert (report.failure, report.wait_seconds) == ("login", None)
-    report = coders.get(name).report(*refused(name, 500, "The server had an error."), job)
-    assert report.failure == "agent_error"
+    reply = coders.get(name).reply(*refused(name, 429, LIMIT), job)
+    assert (reply.failure, reply.wait_seconds) == ("rate_limit", 20.0)
+    assert reply.detail
+    assert "Rate limit reached" in reply.detail
+    reply = coders.get(name).reply(*refused(name, 401, AUTH), job)
+    assert (reply.failure, reply.wait_seconds) == ("login", None)
+    reply = coders.get(name).reply(*refused(name, 500, "The server had an error."), job)
+    assert reply.failure == "agent_error"
 
 
 @pytest.mark.parametrize("coder", ALL, ids=lambda coder: coder.name)
@@ -347,35 +347,35 @@ def test_refusals_are_named(name: str, job: Job) -> None:
     "stdout", ["", "{", "[1, 2", "{}\n", "[]", '{"type": "result"}', '{"usage": 3, "part": 4}', "\x00\xff", "null"]
 )
 def test_no_output_makes_a_reader_raise(coder: Coder, stdout: str, job: Job) -> None:
-    report = coder.report(stdout, "", job)
-    assert report.failure in (None, "agent_error")
-    assert report.failure or report.message
+    reply = coder.reply(stdout, "", job)
+    assert reply.failure in (None, "agent_error")
+    assert reply.failure or reply.message
 
 
 @pytest.mark.parametrize("coder", ALL, ids=lambda coder: coder.name)
 def test_one_that_was_ended_while_it_waited_is_read_from_its_log(coder: Coder, job: Job) -> None:
-    report = coder.report("", f"noise\nERROR stream error: AI_APICallError: {LIMIT}\n", job)
-    assert (report.failure, report.wait_seconds) == ("rate_limit", 20.0)
-    assert report.detail == f"ERROR stream error: AI_APICallError: {LIMIT}"
+    reply = coder.reply("", f"noise\nERROR stream error: AI_APICallError: {LIMIT}\n", job)
+    assert (reply.failure, reply.wait_seconds) == ("rate_limit", 20.0)
+    assert reply.detail == f"ERROR stream error: AI_APICallError: {LIMIT}"
 
 
 def test_copilot_ended_between_two_tries_has_said_why(job: Job) -> None:
     failed = {"type": "model.call_failure", "data": {"statusCode": 429, "errorMessage": LIMIT}}
-    report = coders.get("copilot").report(lines(failed), "Error: Cannot invoke native session after disposal", job)
-    assert (report.failure, report.wait_seconds) == ("rate_limit", 20.0)
-    assert coders.get("copilot").report(lines(failed, *COPILOT), "", job).failure is None
+    reply = coders.get("copilot").reply(lines(failed), "Error: Cannot invoke native session after disposal", job)
+    assert (reply.failure, reply.wait_seconds) == ("rate_limit", 20.0)
+    assert coders.get("copilot").reply(lines(failed, *COPILOT), "", job).failure is None
 
 
 def test_gemini_stopping_a_loop_is_an_agent_error(job: Job) -> None:
     stopped = {"response": "more more more", "stats": {"models": {}}, "warnings": ["Loop detected, stopping execution"]}
-    report = coders.get("gemini").report(json.dumps(stopped), "", job)
-    assert (report.failure, report.detail) == ("agent_error", "Loop detected, stopping execution")
+    reply = coders.get("gemini").reply(json.dumps(stopped), "", job)
+    assert (reply.failure, reply.detail) == ("agent_error", "Loop detected, stopping execution")
 
 
 def test_what_the_model_wrote_is_no_evidence_of_a_failure(job: Job) -> None:
     said = "I looked at a 429, too many requests, and at an invalid API key."
-    assert coders.template("mine").report(said, "", job).failure is None
-    assert coders.get("claude").report(lines({**CLAUDE, "result": said}), "", job).failure is None
+    assert coders.template("mine").reply(said, "", job).failure is None
+    assert coders.get("claude").reply(lines({**CLAUDE, "result": said}), "", job).failure is None
 
 
 @pytest.mark.parametrize(("text", "failure"), [
@@ -441,13 +441,13 @@ def test_waits_are_read(text: str, seconds: float | None) -> None:
     ("", None, None),
 ])  # fmt: skip
 def test_the_last_message_is_taken_apart(message: str, hypothesis: str | None, description: str | None) -> None:
-    report = with_last_lines(Report(message=message))
-    assert (report.hypothesis, report.description) == (hypothesis, description)
+    reply = with_last_lines(Reply(message=message))
+    assert (reply.hypothesis, reply.description) == (hypothesis, description)
 
 
 def test_cost_is_reported_or_reckoned_or_unknown() -> None:
-    tokens = Report(tokens_in=2_000_000, tokens_out=100_000)
+    tokens = Reply(tokens_in=2_000_000, tokens_out=100_000)
     assert coders.cost_usd(tokens, 3.0, 15.0) == pytest.approx(7.5)
     assert coders.cost_usd(replace(tokens, cost_usd=1.0), 3.0, 15.0) == 1.0
     assert coders.cost_usd(tokens, 3.0, None) is None
-    assert coders.cost_usd(Report(), 3.0, 15.0) is None
+    assert coders.cost_usd(Reply(), 3.0, 15.0) is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent import decision
 from agent.decision import DEFAULT_RULE, PRIOR_SIGMA, UNKNOWN_SIGMA, Noise, Rule, decide, estimate_noise, fresh
-from scripts.operating_curve import Bench, Bootstrap, Greedy, Night, Ours, Policy, mixed, simulate
+from scripts.operating_curve import Bootstrap, Greedy, Machine, Ours, Policy, SimulatedNight, mixed, simulate
 
 NIGHTS = 1000
 SIGMAS = (0.0003, 0.003, 0.03)  # bpb
@@ -19,16 +19,16 @@ SIGMAS = (0.0003, 0.003, 0.03)  # bpb
 
 def nights(
     policy: Callable[[], Policy], gains: list[float], sigma: float = 0.003, number: int = NIGHTS, draw: object = None
-) -> list[Night]:
+) -> list[SimulatedNight]:
     source = draw if isinstance(draw, random.Random) else random.Random(f"{gains} {sigma}")
     return [simulate(policy(), gains, sigma, source) for _ in range(number)]
 
 
-def false_nights(ends: list[Night]) -> float:
+def false_nights(ends: list[SimulatedNight]) -> float:
     return float(np.mean([any(night.kept) for night in ends]))
 
 
-def power(ends: list[Night]) -> float:
+def power(ends: list[SimulatedNight]) -> float:
     return float(np.mean([night.kept[-1] for night in ends]))
 
 
@@ -90,14 +90,14 @@ def test_a_lucky_baseline_does_not_freeze_the_night() -> None:
     def found(rule: Rule) -> float:
         draw, kept = random.Random(5), list[bool]()
         while len(kept) < 800:
-            policy, bench = Ours(rule), Bench(0.003, draw)
-            policy.start(bench)
-            if sum(policy.best) / len(policy.best) > bench.best - 0.5 * 0.003:
+            policy, machine = Ours(rule), Machine(0.003, draw)
+            policy.start(machine)
+            if sum(policy.best) / len(policy.best) > machine.best - 0.5 * 0.003:
                 continue  # not lucky
-            if any(policy.keeps(bench) for _ in range(20)):
+            if any(policy.keeps(machine) for _ in range(20)):
                 continue  # a false keep: the best is another one
-            bench.candidate = 1.0 - 2 * 0.003
-            kept.append(policy.keeps(bench))
+            machine.candidate = 1.0 - 2 * 0.003
+            kept.append(policy.keeps(machine))
         return float(np.mean(kept))
 
     repeated, once = found(Rule()), found(Rule(best_trials=6, max_best_trials=6))
@@ -109,15 +109,15 @@ def test_a_flattered_new_best_is_sobered_by_repeats() -> None:
     """Winner's curse: the mean of a just kept candidate is too good; 20 candidates later a third of that is gone."""
     draw, errors = random.Random(6), list[list[float]]()
     while len(errors) < 1000:
-        policy, bench = Ours(), Bench(0.003, draw)
-        policy.start(bench)
-        bench.candidate = 1.0 - 1.5 * 0.003
-        if policy.keeps(bench):
-            bench.best = bench.candidate
+        policy, machine = Ours(), Machine(0.003, draw)
+        policy.start(machine)
+        machine.candidate = 1.0 - 1.5 * 0.003
+        if policy.keeps(machine):
+            machine.best = machine.candidate
             before = float(np.mean(policy.best))
-            if not any(policy.keeps(bench) for _ in range(20)):
+            if not any(policy.keeps(machine) for _ in range(20)):
                 errors.append([before, float(np.mean(policy.best))])
-    before, after = (np.mean(errors, axis=0) - bench.best) / 0.003
+    before, after = (np.mean(errors, axis=0) - machine.best) / 0.003
     assert before < -0.2
     assert after > 0.75 * before
 
@@ -125,10 +125,10 @@ def test_a_flattered_new_best_is_sobered_by_repeats() -> None:
 def test_the_noise_of_a_whole_night_is_close() -> None:
     found = []
     for k in range(300):
-        policy, bench = Ours(), Bench(0.003, random.Random(k))
-        policy.start(bench)
+        policy, machine = Ours(), Machine(0.003, random.Random(k))
+        policy.start(machine)
         for _ in range(50):
-            policy.keeps(bench)
+            policy.keeps(machine)
         found.append(policy.noise.sigma / 0.003)
     assert 0.95 < np.mean(found) < 1.15
 
@@ -189,16 +189,16 @@ def test_the_reason_of_a_simplification() -> None:
 
 def chain(bounded: bool, seed: int) -> tuple[float, int]:
     """Sigmas that 60 shorter files lost together, each worse by 0.3 than what it was made from; and how many were kept."""
-    policy, bench = Ours(lines_delta=-3), Bench(0.003, random.Random(seed))
-    policy.start(bench)
+    policy, machine = Ours(lines_delta=-3), Machine(0.003, random.Random(seed))
+    policy.start(machine)
     kept = 0
     for _ in range(60):
-        bench.candidate = bench.best + 0.3 * 0.003
+        machine.candidate = machine.best + 0.3 * 0.003
         if not bounded:
             policy.kept = [policy.best]
-        if policy.keeps(bench):
-            bench.best, kept = bench.candidate, kept + 1
-    return (bench.best - 1.0) / 0.003, kept
+        if policy.keeps(machine):
+            machine.best, kept = machine.candidate, kept + 1
+    return (machine.best - 1.0) / 0.003, kept
 
 
 def test_a_chain_of_simplifications_does_not_lose_more_than_the_margin_and_a_little_luck() -> None:

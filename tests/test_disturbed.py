@@ -12,9 +12,9 @@ from test_trial import lab
 
 from agent import judgement, views
 from agent.errors import NightError
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import fold
-from agent.trial import Result
+from agent.trial import TrialResult
 
 WARNING = "-31% over the training: heat, or another program"
 
@@ -41,7 +41,7 @@ def test_a_disturbed_training_is_repeated_twice_then_taken(tmp_path: Path) -> No
     (bed.tools / "drifts").write_text("quiet drift quiet drift drift drift quiet")
     done = bed.run("--experiments", "0", "--budget", "60s", "--no-sandbox", AUTORESEARCH_DRIFTS=str(bed.tools / "drifts"))
     assert done.returncode == 0, done.stdout + done.stderr
-    events = read(bed.folder() / "journal.jsonl")[0]
+    events = read_events(bed.folder() / "journal.jsonl")[0]
     ends = [(e["k"], e["seed"], e["status"]) for e in events if e["event"] == "trial_end"]
     assert ends == [(0, 1, "ok"), (1, 2, "disturbed"), (1, 2, "ok"), (2, 3, "disturbed"), (2, 3, "disturbed"), (2, 3, "ok")]
     night = fold(events)
@@ -69,7 +69,8 @@ def test_only_a_timed_training_of_some_length_is_repeated(
 ) -> None:
     summary: dict[str, Any] = {"speed_warning": warning} if warning else {}
     night = told().night
-    result = judgement.settle(night, night.leader, Result(status, 1.0, 1.5, summary), lab(tmp_path, budget=budget))
+    trial = TrialResult(status, 1.0, 1.5, summary)
+    result = judgement.validated(night, night.leader, trial, lab(tmp_path, budget=budget).budget_seconds)
     assert result.status == expected
     assert result.val_bpb == 1.5
 
@@ -103,55 +104,56 @@ def test_a_machine_that_is_slow_from_beginning_to_end_is_noticed_by_the_night(
 ) -> None:
     night = night_of(*earlier).night
     summary: dict[str, Any] = {} if rate is None else {"products_per_second": rate}
-    result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget=budget))
+    trial = TrialResult("ok", 1.0, 1.5, summary)
+    result = judgement.validated(night, night.experiments[0], trial, lab(tmp_path, budget=budget).budget_seconds)
     assert result.summary.get("speed_warning", "") == judgement.disturbance(result) == said
     assert result.status == ("disturbed" if said and budget == "300s" else "ok")
     if result.status == "disturbed":
         assert (result.error or {})["message"] == f"the machine's speed changed, {said}"
 
 
-def test_a_machine_that_stays_slow_becomes_what_is_usual(tmp_path: Path) -> None:
+def test_a_machine_that_stays_slow_becomes_what_is_usual() -> None:
     rates = [100.0] * 3
     trained = 0
     while len(rates) < 20:
         night = night_of(*rates).night
         night.disturbed = trained - len(rates) + 3
         summary = {"products_per_second": 70.0, "speed_index": 1.0}
-        result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget="300s"))
+        result = judgement.validated(night, night.experiments[0], TrialResult("ok", 1.0, 1.5, summary), 300.0)
         trained += 1
         rates += [70.0] * (result.status == "ok")
     assert trained == 17 + 4, "four trainings repeated, then it is taken as it is"
 
 
-def test_what_the_driver_was_told_of_a_change_within_a_training_stands(tmp_path: Path) -> None:
+def test_what_the_driver_was_told_of_a_change_within_a_training_stands() -> None:
     night = night_of(100.0, 100.0, 100.0).night
     summary: dict[str, Any] = {"products_per_second": 50.0, "speed_warning": WARNING}
-    result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, summary), lab(tmp_path, budget="300s"))
+    result = judgement.validated(night, night.experiments[0], TrialResult("ok", 1.0, 1.5, summary), 300.0)
     assert judgement.disturbance(result) == WARNING
 
 
-def test_a_machine_that_is_never_quiet_costs_four_repeats_and_one_in_ten(tmp_path: Path) -> None:
-    story, room = Story(), lab(tmp_path, budget="300s")
+def test_a_machine_that_is_never_quiet_costs_four_repeats_and_one_in_ten() -> None:
+    story = Story()
     story.add("experiment", n=0, parent="p")
     story.add("candidate", n=0, commit="c0", ast="a", lines=1, description="", usage={}, seconds=0.0)
     trained = 0
     while story.night.trials < 40:
         night = story.night
-        result = judgement.settle(night, night.experiments[0], Result("ok", 1.0, 1.5, {"speed_warning": WARNING}), room)
+        result = judgement.validated(night, night.experiments[0], TrialResult("ok", 1.0, 1.5, {"speed_warning": WARNING}), 300.0)
         story.trial(0, len(night.experiments[0].trials), 1.5, result.status)
         trained += 1
     assert trained == 40 + 4 + 3
     assert any("7 of 47 trainings repeated" in line for line in views.status(story.night, None))
 
 
-def test_a_machine_that_sleeps_through_every_attempt_ends_the_night(tmp_path: Path) -> None:
-    story, room = told(), lab(tmp_path)
-    asleep = Result("interrupted", 1.0)
+def test_a_machine_that_sleeps_through_every_attempt_ends_the_night() -> None:
+    story = told()
+    asleep = TrialResult("interrupted", 1.0)
     for attempt in range(judgement.MOST_INTERRUPTIONS - 1):
-        assert judgement.settle(story.night, story.night.leader, asleep, room) is asleep
+        assert judgement.validated(story.night, story.night.leader, asleep, 5.0) is asleep
         story.trial(2, 2, None, "interrupted")
         assert story.night.leader.repeats == {"interrupted": attempt + 1}
     with pytest.raises(NightError, match="suspended during every attempt"):
-        judgement.settle(story.night, story.night.leader, asleep, room)
+        judgement.validated(story.night, story.night.leader, asleep, 5.0)
     story.trial(2, 2, 1.4)
     assert story.night.leader.repeats == {}

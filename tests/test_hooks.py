@@ -17,7 +17,7 @@ from night_kit import Bed, checkout_digest
 
 from agent import briefing, hooks
 from agent.hooks import Hooks
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import Night, fold
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +200,7 @@ def test_a_night_with_hooks(tmp_path: Path) -> None:
     before = checkout_digest(bed.repo)
     done = bed.run("--experiments", "3", "--no-sandbox", TOLD=str(told), AUTORESEARCH_WEBHOOK=ADDRESS)
     assert done.returncode == 0, done.stdout + done.stderr
-    state = fold(read(bed.folder() / "journal.jsonl")[0])
+    state = fold(read_events(bed.folder() / "journal.jsonl")[0])
     assert [e.status for e in state.done] == ["keep", "crash", "discard"], "no hook changes a verdict"
     heard = [json.loads(line) for line in told.read_text().splitlines()]
     assert [about["event"] for about in heard] == ["before_experiment", "after_experiment"] * 3 + ["night_end"]

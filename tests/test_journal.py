@@ -12,7 +12,7 @@ import pytest
 from night_kit import ROOT
 
 from agent.errors import JournalError, LockedError
-from agent.journal import Journal, decode, encode, holder, read
+from agent.journal import Journal, decode, encode, holder, read_events
 
 
 def filled(folder: Path, count: int = 3) -> Path:
@@ -24,7 +24,7 @@ def filled(folder: Path, count: int = 3) -> Path:
 
 def test_round_trip(tmp_path: Path) -> None:
     path = filled(tmp_path)
-    events, torn = read(path)
+    events, torn = read_events(path)
     assert torn == b""
     assert [(e["seq"], e["event"], e["v"]) for e in events] == [(0, "note", 1), (1, "note", 1), (2, "note", 1)]
     assert events[1]["text"] == "zeile 1 – ünï\n\t\x00"
@@ -32,7 +32,7 @@ def test_round_trip(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         assert journal.events == events
         journal.append("note", text="more")
-    assert len(read(path)[0]) == 4
+    assert len(read_events(path)[0]) == 4
 
 
 def test_every_cut_of_the_last_line_is_set_aside(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_every_cut_of_the_last_line_is_set_aside(tmp_path: Path) -> None:
             assert journal.torn.read_bytes() == data[last:cut]
             assert [e["event"] for e in journal.events] == ["note"] * 3  # two old ones, and one that tells of the torn line
             assert "torn" in journal.events[2]["text"]
-        assert read(folder / "journal.jsonl")[1] == b""
+        assert read_events(folder / "journal.jsonl")[1] == b""
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 512, b"\xff\xfe\n", b'{"v":1}\n', b"\n"])
@@ -84,7 +84,7 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path, what: str) -> None:
     assert path.read_bytes() == before, "a refused journal is left as it is"
     if what == "old":
         with pytest.raises(JournalError, match="schema: expected 1, found 0"):
-            read(path)
+            read_events(path)
 
 
 def test_no_nan_in_a_journal(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_no_nan_in_a_journal(tmp_path: Path) -> None:
             journal.append("note", val=float("nan"))
         assert journal.events == []
         journal.append("note", text="goes on")
-    assert len(read(tmp_path / "journal.jsonl")[0]) == 1
+    assert len(read_events(tmp_path / "journal.jsonl")[0]) == 1
 
 
 FULL_DISK = """
@@ -120,7 +120,7 @@ def test_a_line_that_a_full_disk_cuts_off_does_not_spoil_the_next(tmp_path: Path
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "make room on the disk, then --resume" in done.stdout
-    events, torn = read(tmp_path / "n" / "journal.jsonl")
+    events, torn = read_events(tmp_path / "n" / "journal.jsonl")
     assert ([event["event"] for event in events], torn) == (["note", "night_end"], b"")
 
 

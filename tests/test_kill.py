@@ -16,7 +16,7 @@ import pytest
 from night_kit import ROOT, Bed, git
 
 from agent import views
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import Night, fold
 
 PLAN = "better worse crash simpler comment violation fail better nan extra worse better"
@@ -66,7 +66,7 @@ def leftovers(bed: Bed) -> list[str]:
 def check(bed: Bed, experiments: int) -> Night:
     """Journal, refs, branch, results.tsv, weights, worktrees and processes agree, and every experiment is there once."""
     folder = bed.folder()
-    events, torn = read(folder / "journal.jsonl")
+    events, torn = read_events(folder / "journal.jsonl")
     assert torn == b""
     night = fold(events)  # refuses doubled verdicts, candidates and trials by itself
     verdicts = Counter(event["n"] for event in events if event["event"] == "verdict")

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from night_kit import Bed, checkout_digest, git
 
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import Night, fold
 
 QUICK = "--no-sandbox"
 
 
 def night_of(bed: Bed) -> Night:
-    return fold(read(bed.folder() / "journal.jsonl")[0])
+    return fold(read_events(bed.folder() / "journal.jsonl")[0])
 
 
 def wait_for(what: Callable[[], bool], driver: subprocess.Popen[str], seconds: float = 60.0) -> None:

@@ -24,9 +24,9 @@ from night_kit import HARNESS, Bed, git
 from agent import power, sandbox
 from agent.confinement import HIDDEN, READ, WRITE, seatbelt_profile
 from agent.environment import clean_env
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import fold
-from agent.process import Limits, run
+from agent.process import Bounds, run
 
 SHIM = """
 import fcntl, runpy, sys, time
@@ -158,7 +158,7 @@ def test_sleep_is_told_by_the_clock_that_stops_in_it(tmp_path: Path, on_macos: N
     # The processor time of this process stands still while it waits, as macOS's uptime does while the machine sleeps.
     monkeypatch.setattr("time.CLOCK_UPTIME_RAW", time.CLOCK_PROCESS_CPUTIME_ID, raising=False)
     argv = [sys.executable, "-c", "import time; time.sleep(1.5)"]
-    outcome = run(argv, cwd=tmp_path, env=clean_env(), log=tmp_path / "log", limits=Limits(60))
+    outcome = run(argv, cwd=tmp_path, env=clean_env(), log=tmp_path / "log", bounds=Bounds(60))
     assert outcome.ok
     assert 0.75 < outcome.suspended_seconds <= outcome.seconds + 0.1
 
@@ -299,14 +299,14 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     calls = [(profile, argv) for flag, profile, *argv in seen(tmp_path, "sandbox-exec") if flag == "-p"]
     trainings = [profile for profile, argv in calls if argv[-1:] == ["train_mlx.py"]]
     servers = [profile for profile, argv in calls if argv == ["true"]]
-    ends = [event for event in read(folder / "journal.jsonl")[0] if event["event"] == "trial_end"]
+    ends = [event for event in read_events(folder / "journal.jsonl")[0] if event["event"] == "trial_end"]
     assert len(ends) >= 4
     assert len(trainings) == len(ends)
     for profile, end in zip(trainings, ends, strict=True):
         assert allowed(profile, "file-write-create", folder / "trials" / end["dir"] / "weights")
         assert allowed(profile, "file-write-create", folder / f"tmp/{end['n']:04d}/kernel")
     assert len(servers) >= len(ends)
-    outside = [folder, folder / "trials/x", folder / "worktree", folder / "harness", data / "train/toy", bed.repo, bed.home]
+    outside = [folder, folder / "trials/x", folder / "worktree", folder / "frozen", data / "train/toy", bed.repo, bed.home]
     for profile in (*trainings, *servers):
         assert [place for place in outside if allowed(profile, "file-write-create", place / "x")] == []
         assert allowed(profile, "file-read-data", data / "train/toy/train.bin")
@@ -346,4 +346,4 @@ def test_a_sandbox_that_does_not_work_is_said_by_loop_doctor_and_report(tmp_path
     report = [sys.executable, str(script), str(bed.folder()), "--no-picture"]
     done = subprocess.run(report, cwd=bed.repo, env=bed.environment(), capture_output=True, text=True, check=True)
     assert f"sandbox of trainings: {absent}" in done.stdout
-    assert fold(read(bed.folder() / "journal.jsonl")[0]).sandbox.startswith("none")
+    assert fold(read_events(bed.folder() / "journal.jsonl")[0]).sandbox.startswith("none")

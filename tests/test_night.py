@@ -94,7 +94,7 @@ def test_a_simplification_is_measured_by_the_lowest_mean_ever_kept_and_screened_
     assert (night.best, night.record.n) == (4, 2)
     asked: dict[str, Any] = {}
     monkeypatch.setattr(judgement, "decide", lambda best, candidate, noise, **more: asked.update(more, best=best, of=candidate))
-    judgement.decided(night, night.experiments[9], rule)
+    judgement.judge(night, night.experiments[9], rule)
     assert asked == {
         "best": [1.4, 1.36], "of": [1.39], "firsts": [1.55, 1.45], "lines_delta": -3, "record": [1.3, 1.4], "rule": rule,
     }  # fmt: skip

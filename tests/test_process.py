@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agent import process, supervise
 from agent.capture import BoundedLog, safe_tail, safe_text
-from agent.process import Limits, Outcome, clean_env, end_leftovers, run
+from agent.process import Bounds, Outcome, clean_env, end_leftovers, run
 from agent.redact import Redactor, is_secret_name, redact, secrets_in
 
 ROOT = Path(__file__).parent.parent
@@ -25,13 +25,13 @@ PATIENCE = 60.0  # seconds; far more than anything here needs, even on a busy ma
 
 @pytest.fixture
 def child(tmp_path):
-    """Run a Python program under the spawner, with generous limits unless told otherwise."""
+    """Run a Python program under the spawner, with generous bounds unless told otherwise."""
 
     def start(code: str, **options) -> Outcome:
-        wanted = {"wall_seconds": PATIENCE, **options.pop("limits", {})}
+        wanted = {"wall_seconds": PATIENCE, **options.pop("bounds", {})}
         argv = [sys.executable, "-c", textwrap.dedent(code)]
         settings = {"cwd": tmp_path, "env": clean_env(), "log": tmp_path / "child.log", "grace": 0.3, **options}
-        return run(settings.pop("argv", argv), limits=Limits(**wanted), **settings)
+        return run(settings.pop("argv", argv), bounds=Bounds(**wanted), **settings)
 
     return start
 
@@ -143,7 +143,7 @@ def test_a_child_may_tidy_up_on_term(child, tmp_path):
 
 
 def test_the_wall_clock_is_a_limit(child):
-    outcome = child("import time; time.sleep(1000)", limits={"wall_seconds": 1.0})
+    outcome = child("import time; time.sleep(1000)", bounds={"wall_seconds": 1.0})
     assert (outcome.reason, outcome.signal) == ("wall", signal.SIGTERM)
     assert outcome.seconds >= 1.0
 
@@ -166,7 +166,7 @@ time.sleep({stay})
 def test_a_grandchild_in_another_session_is_ended(child, stay, tmp_path):
     marker = f"away-{os.getpid()}-{stay}"
     code = FORK_AWAY.format(marker=marker, stay=stay, change="pass", environ="")
-    outcome = child(code, limits={"wall_seconds": 2.0 if stay else PATIENCE})
+    outcome = child(code, bounds={"wall_seconds": 2.0 if stay else PATIENCE})
     assert outcome.reason == ("wall" if stay else "exited")
     assert living(marker) == []
 
@@ -187,7 +187,7 @@ def test_a_child_that_closes_its_pipes_and_goes_on_is_waited_for(child, tmp_path
 
 
 def test_a_child_that_closes_its_pipes_still_meets_its_limit(child):
-    assert child("import os, time; os.closerange(0, 3); time.sleep(1000)", limits={"wall_seconds": 1.5}).reason == "wall"
+    assert child("import os, time; os.closerange(0, 3); time.sleep(1000)", bounds={"wall_seconds": 1.5}).reason == "wall"
 
 
 def test_output_without_end_and_without_newline_is_bounded_on_disk_and_in_memory(child):
@@ -203,7 +203,7 @@ def test_output_without_end_and_without_newline_is_bounded_on_disk_and_in_memory
                 rest = rest[os.write(1, rest):]
         os.write(1, b'TAIL')
         """,
-        limits={"log_bytes": 2 << 20},
+        bounds={"log_bytes": 2 << 20},
     )
     assert outcome.ok
     content = outcome.log.read_bytes()
@@ -215,7 +215,7 @@ def test_output_without_end_and_without_newline_is_bounded_on_disk_and_in_memory
 
 
 def test_a_flood_is_ended(child):
-    outcome = child("while True: print('y' * 100000)", limits={"log_bytes": 10_000})
+    outcome = child("while True: print('y' * 100000)", bounds={"log_bytes": 10_000})
     assert outcome.reason == "log"
     assert outcome.log.stat().st_size < 10_100
 
@@ -240,8 +240,8 @@ def test_any_bytes_have_a_tail_that_can_be_shown(tmp_path_factory, raw, limit):
 
 def test_silence_ends_a_child_and_output_keeps_it_alive(child):
     chatty = "import time\nfor _ in range(10): print('.', flush=True); time.sleep(0.35)"
-    assert child(chatty, limits={"idle_seconds": 3.0}).ok
-    assert child("import time; time.sleep(1000)", limits={"idle_seconds": 1.0}).reason == "idle"
+    assert child(chatty, bounds={"idle_seconds": 3.0}).ok
+    assert child("import time; time.sleep(1000)", bounds={"idle_seconds": 1.0}).reason == "idle"
 
 
 def test_memory_of_the_whole_family_is_limited(child):
@@ -251,7 +251,7 @@ def test_memory_of_the_whole_family_is_limited(child):
         both = [subprocess.Popen([sys.executable, '-c', hog]) for _ in range(2)]
         time.sleep(1000)
         """
-    outcome = child(hog, limits={"memory_bytes": 250 << 20})
+    outcome = child(hog, bounds={"memory_bytes": 250 << 20})
     assert outcome.reason == "memory"
     assert outcome.peak_rss_mb > 250
 
@@ -259,7 +259,7 @@ def test_memory_of_the_whole_family_is_limited(child):
 def test_a_full_directory_ends_a_child(child, tmp_path):
     outcome = child(
         "import time\nopen('big', 'wb').write(b'x' * (8 << 20)); time.sleep(1000)",
-        limits={"directories": (tmp_path / "absent", tmp_path), "directory_bytes": 4 << 20},
+        bounds={"directories": (tmp_path / "absent", tmp_path), "directory_bytes": 4 << 20},
     )
     assert outcome.reason == "disk"
 
@@ -289,7 +289,7 @@ def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child, monkeyp
     for number in ("SIGKILL", "SIGSTOP"):
         marker = f"{number}-{os.getpid()}"
         code = f"import os, signal, time; os.kill(os.getppid(), signal.{number}); time.sleep(1000)  # {marker}"
-        outcome = child(code, limits={"wall_seconds": 1.0})
+        outcome = child(code, bounds={"wall_seconds": 1.0})
         assert not outcome.ok
         assert living(marker) == []
 
@@ -332,13 +332,13 @@ def test_many_children_leave_no_open_files_behind(child):
 DRIVER = """
 import sys
 from pathlib import Path
-from agent.process import Limits, clean_env, run
+from agent.process import Bounds, clean_env, run
 folder = Path(sys.argv[1])
 code = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)', sys.argv[1]], start_new_session=True);"
         "open('up', 'w'); time.sleep(1000)")
 run([sys.executable, "-c", code, sys.argv[2]], cwd=folder, env=clean_env(), log=folder / "log",
-    limits=Limits(1000), pidfile=folder / "child.pid", grace=0.3)
+    bounds=Bounds(1000), pidfile=folder / "child.pid", grace=0.3)
 """
 
 

@@ -25,7 +25,7 @@ from model_server import CLOSING, TOKENS_IN, TOKENS_OUT, ModelServer, Script
 from night_kit import Bed, checkout_digest, git
 
 from agent import coders, process
-from agent.journal import Event, read
+from agent.journal import Event, read_events
 from agent.night import Night, fold
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(900)]
@@ -130,7 +130,7 @@ def install(name: str) -> Path:
 class Session:
     """What one run of a command line left behind."""
 
-    report: coders.Report
+    reply: coders.Reply
     outcome: process.Outcome
     text: str  # of the train file
     outside: dict[str, str]  # files beside the worktree
@@ -139,7 +139,7 @@ class Session:
     stdout: str
 
     def __str__(self) -> str:
-        return f"{self.outcome}\n{self.report}\n--- out\n{self.stdout[-3000:]}\n--- log\n{self.outcome.tail(3000)}"
+        return f"{self.outcome}\n{self.reply}\n--- out\n{self.stdout[-3000:]}\n--- log\n{self.outcome.tail(3000)}"
 
 
 def clean(real: Real, programs: Path, home: Path, url: str, proxy: str) -> dict[str, str]:
@@ -178,13 +178,13 @@ def run(name: str, script: Script, seconds: float = 60) -> Session:
             command = coder.command(job, environ)
             outcome = process.run(
                 command.argv, cwd=worktree, env=command.env, log=base / "log", stdin=command.stdin,
-                stdout_to=base / "out", limits=process.Limits(wall_seconds=seconds),
+                stdout_to=base / "out", bounds=process.Bounds(wall_seconds=seconds),
             )  # fmt: skip
             stdout = (base / "out").read_text()
-            report = coder.report(stdout, (base / "log").read_text(), job)
+            reply = coder.reply(stdout, (base / "log").read_text(), job)
             outside = {path.name: path.read_text() for path in beside.iterdir()}
             files = sorted(path.name for path in worktree.iterdir())
-            session = Session(report, outcome, (worktree / "train_mlx.py").read_text(), outside, files, server, stdout)
+            session = Session(reply, outcome, (worktree / "train_mlx.py").read_text(), outside, files, server, stdout)
             ROWS.append((name, real.version, script, session))
             print(session, file=sys.stderr)
             return session
@@ -203,11 +203,11 @@ def table(pytestconfig: pytest.Config) -> Iterator[None]:
         case = {200: "endless" if script.endless else "outside" if script.creates else "edit" if script.edits else "no edit"}
         wait = f" wait {script.retry_after}" if script.retry_after else ""
         ended = seen.outcome.exit_code if seen.outcome.reason == "exited" else seen.outcome.reason
-        report = seen.report
+        reply = seen.reply
         lines.append(
             f"{name:9} {version:9} {case.get(script.status, f'{script.status}{wait}'):11} exit {ended!s:5} "
-            f"{seen.outcome.seconds:5.1f} s  changed {seen.text != SOURCE!s:5} failure {report.failure!s:11} "
-            f"wait {report.wait_seconds!s:5} in {report.tokens_in!s:5} out {report.tokens_out!s:5} usd {report.cost_usd} "
+            f"{seen.outcome.seconds:5.1f} s  changed {seen.text != SOURCE!s:5} failure {reply.failure!s:11} "
+            f"wait {reply.wait_seconds!s:5} in {reply.tokens_in!s:5} out {reply.tokens_out!s:5} usd {reply.cost_usd} "
             f"elsewhere {sorted(set(seen.server.refused))}"
         )
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
@@ -231,21 +231,21 @@ def test_it_reads_the_prompt_and_edits_with_its_own_tools(name: str) -> None:
     assert "MARKER-7" in seen.server.prompts
     assert seen.text == "LR = 0.2\n"
     assert seen.worktree == [".git", "train_mlx.py"]
-    assert seen.report.failure is None
-    assert seen.report.message
-    assert seen.report.message.endswith(CLOSING) or name == "aider"  # whose message is all it printed
-    assert seen.report.hypothesis == "a larger step learns faster"
-    assert seen.report.description == "double the learning rate"
-    assert (seen.report.tokens_in, seen.report.tokens_out) == usage(seen.server)
-    assert (seen.report.cost_usd is not None) == (name == "claude")
+    assert seen.reply.failure is None
+    assert seen.reply.message
+    assert seen.reply.message.endswith(CLOSING) or name == "aider"  # whose message is all it printed
+    assert seen.reply.hypothesis == "a larger step learns faster"
+    assert seen.reply.description == "double the learning rate"
+    assert (seen.reply.tokens_in, seen.reply.tokens_out) == usage(seen.server)
+    assert (seen.reply.cost_usd is not None) == (name == "claude")
 
 
 def test_an_answer_without_an_edit_is_no_failure(name: str) -> None:
     seen = run(name, Script(edits=False))
     assert seen.text == SOURCE
-    assert seen.report.failure is None
-    assert (seen.report.tokens_in, seen.report.tokens_out) == usage(seen.server)
-    assert seen.report.description == "double the learning rate"
+    assert seen.reply.failure is None
+    assert (seen.reply.tokens_in, seen.reply.tokens_out) == usage(seen.server)
+    assert seen.reply.description == "double the learning rate"
 
 
 def test_nothing_outside_the_worktree_is_written(name: str) -> None:
@@ -253,29 +253,29 @@ def test_nothing_outside_the_worktree_is_written(name: str) -> None:
     assert seen.outside == {"outside.py": SOURCE}
     assert seen.text == SOURCE
     assert len(seen.server.requests) >= 2  # the edit was tried
-    assert seen.report.failure in (None, "agent_error")
+    assert seen.reply.failure in (None, "agent_error")
 
 
 def test_an_expired_login_is_a_login(name: str) -> None:
     seen = run(name, Script(status=401))
     assert seen.text == SOURCE
-    assert seen.report.failure == "login", seen.report
-    assert seen.report.detail
+    assert seen.reply.failure == "login", seen.reply
+    assert seen.reply.detail
 
 
 @pytest.mark.parametrize("wait", [None, 3])
 def test_a_rate_limit_is_named_with_its_wait(name: str, wait: int | None) -> None:
     seen = run(name, Script(status=429, retry_after=wait), REAL[name].limited_seconds)
     assert seen.text == SOURCE
-    assert seen.report.failure == "rate_limit", seen.report
-    assert seen.report.wait_seconds == (wait if REAL[name].tells_wait else None)
+    assert seen.reply.failure == "rate_limit", seen.reply
+    assert seen.reply.wait_seconds == (wait if REAL[name].tells_wait else None)
 
 
 def test_a_stream_without_an_end_is_ended_and_still_read(name: str) -> None:
     seen = run(name, Script(endless=True), seconds=12)
     assert seen.outcome.reason == ("exited" if name == "gemini" else "wall")  # gemini notices that it goes round in circles
     assert seen.text == SOURCE
-    assert seen.report.failure == "agent_error"
+    assert seen.reply.failure == "agent_error"
 
 
 # --- whole nights, from the command line -------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def live(name: str, script: Script, minutes: float = 1.0) -> Lived:
                  "--baseline-seeds", "3", "--disk-gb", "0", "--max-agent-minutes", str(minutes), *options],
                 cwd=bed.repo, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
             )  # fmt: skip
-        events = read(journal)[0]
+        events = read_events(journal)[0]
         kept = git(bed.repo, "show", "autoresearch/night:train_mlx.py")
         touched = sorted(path for path, _ in before.items() ^ checkout_digest(bed.repo).items())
         lived = Lived(done.returncode, done.stdout + done.stderr, events, fold(events), kept, server, touched)

@@ -15,7 +15,7 @@ import pytest
 
 from agent import sandbox
 from agent.confinement import HIDDEN, READ, WRITE, bubblewrap, seatbelt, seatbelt_profile
-from agent.process import Limits, Outcome, clean_env, run
+from agent.process import Bounds, Outcome, clean_env, run
 
 COVER = sandbox.available()
 needs_sandbox = pytest.mark.skipif(not COVER.present, reason=str(COVER))
@@ -46,8 +46,8 @@ def inside(rooms, tmp_path):
         )
         where = {name.upper(): str(folder) for name, folder in rooms.items()}
         environment = clean_env({"TMPDIR": str(rooms["tmp"]), **where, **env})
-        log, limits = tmp_path / "log", Limits(120)
-        return run(argv, cwd=rooms["worktree"], env=environment, log=log, limits=limits, stop=stop, grace=0.3)
+        log, bounds = tmp_path / "log", Bounds(120)
+        return run(argv, cwd=rooms["worktree"], env=environment, log=log, bounds=bounds, stop=stop, grace=0.3)
 
     return start
 
@@ -97,7 +97,7 @@ def test_held_out_data_and_logins_are_hidden_and_training_data_is_not(rooms, tmp
     argv, _ = sandbox.wrap(
         [sys.executable, "-c", code, *files], writable=[rooms["run"]], readable_only=[rooms["train"], home], hidden=[rooms["held"]]
     )
-    outcome = run(argv, cwd=rooms["run"], env=clean_env(), log=tmp_path / "log", limits=Limits(60))
+    outcome = run(argv, cwd=rooms["run"], env=clean_env(), log=tmp_path / "log", bounds=Bounds(60))
     held, key, netrc, plain, train = outcome.tail().split("\n")[:5]
     assert (plain, train) == ("open", "train")
     assert "held" not in held
@@ -110,7 +110,7 @@ def test_the_innermost_rule_decides(rooms, tmp_path):
     (rooms["held"] / "inner").mkdir()
     code = TRY + "print(attempt(lambda: open('../file').read())); open('written', 'w')"
     argv, _ = sandbox.wrap([sys.executable, "-c", code], writable=[rooms["held"] / "inner"], hidden=[rooms["held"]])
-    outcome = run(argv, cwd=rooms["held"] / "inner", env=clean_env(), log=tmp_path / "log", limits=Limits(60))
+    outcome = run(argv, cwd=rooms["held"] / "inner", env=clean_env(), log=tmp_path / "log", bounds=Bounds(60))
     assert outcome.tail().strip() in ("FileNotFoundError", "PermissionError")
     assert (rooms["held"] / "inner" / "written").exists()
 

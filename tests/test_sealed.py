@@ -13,7 +13,7 @@ from conftest import ROOT, program, some_text
 from night_kit import HARNESS, TRAINER, Bed, git
 
 from agent import sandbox, start
-from agent.journal import read
+from agent.journal import read_events
 from agent.night import fold
 from agent.sandbox import described
 from agent.worktree import Repository, Worktree
@@ -126,12 +126,12 @@ def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
     entry = {"held_dir": str(tmp_path / "home/held/toy"), "name": "stories"}
     homes = [tmp_path / home / name for home in ("moved", "home") for name in ("held", "downloads", "work")]
-    assert set(start.hidden(entry, worktree)) == set(homes)
-    outside = start.hidden({**entry, "name": f"text:{tmp_path / 'book.txt'}"}, worktree)
+    assert set(start.held_out_places(entry, worktree)) == set(homes)
+    outside = start.held_out_places({**entry, "name": f"text:{tmp_path / 'book.txt'}"}, worktree)
     assert set(outside) - set(homes) == {tmp_path / "book.txt"}
-    inside = start.hidden({**entry, "name": "text:notes"}, worktree)
+    inside = start.held_out_places({**entry, "name": "text:notes"}, worktree)
     assert set(inside) - set(homes) == {bed.repo / "notes", bed.repo / ".git", worktree.path / "notes"}
-    assert worktree.path not in start.hidden({**entry, "name": "text:."}, worktree), "else there would be nothing to train"
+    assert worktree.path not in start.held_out_places({**entry, "name": "text:."}, worktree), "else there would be nothing to train"
     # the same text, once prepared from somewhere else; and a file that is only linked into the folder
     held, letters = tmp_path / "home/held/toy", tmp_path / "letters"
     held.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "linked.txt").write_text("text")
     (letters / "a.txt").symlink_to(tmp_path / "linked.txt")
     (letters / "root").symlink_to("/")  # a linked folder is no source, and all would be hidden
-    twice = start.hidden({**entry, "name": f"text:{letters}"}, worktree)
+    twice = start.held_out_places({**entry, "name": f"text:{letters}"}, worktree)
     assert set(twice) - set(homes) == {letters, tmp_path / "linked.txt", tmp_path / "older"}
 
 
@@ -152,9 +152,9 @@ def test_a_relative_text_is_hidden_wherever_it_was_prepared_from(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     entry = start._entry(bed.home / "current.json")
     worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
-    assert folder / "book.txt" in start.hidden(entry, worktree)
+    assert folder / "book.txt" in start.held_out_places(entry, worktree)
     (bed.home / "current.json").write_text(json.dumps({**entry, "dataset": "text:book.txt"}))  # an entry as it was
-    assert folder / "book.txt" in start.hidden(start._entry(bed.home / "current.json"), worktree), "its meta.json tells"
+    assert folder / "book.txt" in start.held_out_places(start._entry(bed.home / "current.json"), worktree), "its meta.json tells"
 
 
 PLANT = '''
@@ -162,11 +162,11 @@ if act == "plant_code":
     import importlib._bootstrap_external as b, importlib.util, py_compile, subprocess
     evil = Path(__file__).with_name("evil.py")
     evil.write_text(f"open({str(Path(__file__).with_name('imported'))!r}, 'a').write('x')")
-    for folder in (Path.cwd(), Path.cwd().parent / "harness"):
+    for folder in (Path.cwd(), Path.cwd().parent / "frozen"):
         for name in ("prepare_mlx", "helper"):
             target = importlib.util.cache_from_source(str(folder / f"{name}.py"))
             py_compile.compile(str(evil), target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    (Path.cwd().parent / "harness" / "json.py").write_text(evil.read_text())
+    (Path.cwd().parent / "frozen" / "json.py").write_text(evil.read_text())
     subprocess.run([sys.executable, "-B", "-c", "import prepare_mlx"], check=True)
     assert Path(__file__).with_name("imported").read_text() == "x", "what is planted would be imported"
     Path(__file__).with_name("imported").write_text("")
@@ -182,10 +182,10 @@ def test_what_is_planted_beside_the_train_file_is_not_imported(tmp_path: Path) -
     (bed.tools / "agent.py").write_text(agent.replace('if act == "better":', PLANT.strip("\n") + '\nelif act == "better":'))
     done = bed.run("--experiments", "1", "--no-sandbox")
     assert done.returncode == 0, done.stdout + done.stderr
-    night = fold(read(bed.folder() / "journal.jsonl")[0])
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
     assert [e.status for e in night.done] == ["keep"], night.done[0].reason
     assert (bed.tools / "imported").read_text() == ""
-    assert sorted(path.name for path in (bed.folder() / "harness").iterdir()) == ["prepare_mlx.py"]
+    assert sorted(path.name for path in (bed.folder() / "frozen").iterdir()) == ["prepare_mlx.py"]
 
 
 def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sandbox.nests(), reason="no sandbox works inside a sandbox here")
 def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from agent.lab import Lab
-    from agent.trial import score
+    from agent.trial import score_run
 
     root = Path(__file__).resolve().parent.parent
     run_dir = tmp_path / "trials" / "0001-1"
@@ -209,6 +209,6 @@ def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -
         folder=tmp_path, worktree=root, train_file="train_mlx.py", harness=root / "prepare_mlx.py", train_dir=tiny.train,
         held_dir=tiny.held, budget="20steps", vocab_size=320,
     )  # fmt: skip
-    result = score(lab, run_dir, "val")
+    result = score_run(lab, run_dir, "val")
     assert result.status == "ok", result.error
     assert result.val_bpb

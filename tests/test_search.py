@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from agent import coders, search
-from agent.bandit import Bandit, Outcome, outcomes, parse
+from agent.bandit import Bandit, Lesson, arms_of, lessons
 from agent.catalogue import COUPLED, FIRST, HIGH, KNOBS, SWITCHES
 from agent.coders import Job
 from agent.edits import TrainFile, spell
@@ -190,7 +190,7 @@ def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier:
         old, new = SOURCE.decode().splitlines(), text.splitlines()
         assert abs(len(old) - len(new)) <= 3, change
         assert len(set(old) - set(new)) <= 4, change
-        assert parse(str(change)) == [change.arm], change
+        assert arms_of(str(change)) == [change.arm], change
         assert change.why
         assert 0 < change.prior < 1
     assert len(sources) == 1 + len(everything(tier)), "two changes make the same source"
@@ -288,11 +288,11 @@ def test_what_the_file_does_not_have_is_passed_over() -> None:
 
 
 def test_the_arms_of_a_description_are_read_back() -> None:
-    assert parse("MATRIX_LR 0.02 -> 0.03") == [("MATRIX_LR", "up")]
-    assert parse("BATCH_TOKENS 2**18 -> 2**17 (MICRO_TOKENS too)") == [("BATCH_TOKENS", "down")]
-    assert parse("DEPTH 2 -> 3 + init scale 1.0 -> 0.8") == [("DEPTH", "up"), ("init scale", "down")]
-    assert parse("use a cosine schedule") == []
-    assert parse("") == []
+    assert arms_of("MATRIX_LR 0.02 -> 0.03") == [("MATRIX_LR", "up")]
+    assert arms_of("BATCH_TOKENS 2**18 -> 2**17 (MICRO_TOKENS too)") == [("BATCH_TOKENS", "down")]
+    assert arms_of("DEPTH 2 -> 3 + init scale 1.0 -> 0.8") == [("DEPTH", "up"), ("init scale", "down")]
+    assert arms_of("use a cosine schedule") == []
+    assert arms_of("") == []
 
 
 def test_keeps_raise_an_arms_chance_and_failures_lower_it() -> None:
@@ -301,7 +301,7 @@ def test_keeps_raise_an_arms_chance_and_failures_lower_it() -> None:
     for i in range(4):
         story.tried(f"SOFTCAP 15.0 -> {20 + i}", -0.05)
     story.tried("ROPE_BASE 10000 -> 30000", 0.0005)
-    bandit = Bandit(outcomes(story.night()), random.Random(0))
+    bandit = Bandit(lessons(story.night()), random.Random(0))
     options = everything()
 
     def chance(key: str, direction: str) -> tuple[float, float]:
@@ -321,7 +321,7 @@ def test_a_failure_counts_for_less_once_what_it_failed_against_has_changed() -> 
         story.tried("MATRIX_LR 0.02 -> 0.03", -0.05)
         for description, gain in then:
             story.tried(description, gain)
-        return next(o.weight for o in outcomes(story.night()) if o.arm == ("MATRIX_LR", "up"))
+        return next(o.weight for o in lessons(story.night()) if o.arm == ("MATRIX_LR", "up"))
 
     assert weight() == 1
     assert weight(("SOFTCAP 15.0 -> 20.0", -0.05)) == 1  # nothing was kept
@@ -332,14 +332,14 @@ def test_a_failure_counts_for_less_once_what_it_failed_against_has_changed() -> 
 def test_of_two_changes_together_each_gets_half_the_evidence() -> None:
     story = Story()
     story.tried("DEPTH 2 -> 3 + SOFTCAP 15.0 -> 20.0", -0.05)
-    assert {(o.arm, o.weight) for o in outcomes(story.night())} == {(("DEPTH", "up"), 0.5), (("SOFTCAP", "up"), 0.5)}
+    assert {(o.arm, o.weight) for o in lessons(story.night())} == {(("DEPTH", "up"), 0.5), (("SOFTCAP", "up"), 0.5)}
 
 
 def test_failed_trainings_count_and_agents_failures_do_not() -> None:
     story = Story()
     for status in ("oom", "noop", "agent_error"):
         story.tried("WIDTH 128 -> 192", 0.0, status)
-    assert outcomes(story.night()) == [Outcome(("WIDTH", "up"), 0.0, 1.0)]
+    assert lessons(story.night()) == [Lesson(("WIDTH", "up"), 0.0, 1.0)]
 
 
 def test_nothing_that_was_trained_is_proposed_again_and_the_end_is_said() -> None:
@@ -466,7 +466,7 @@ def test_the_file_is_edited_and_the_last_lines_say_why_and_what(worktree: Path, 
     *_, why, what = done.stdout.splitlines()
     assert why.startswith("HYPOTHESIS: ")
     assert what.startswith("DESCRIPTION: ")
-    assert parse(what.removeprefix("DESCRIPTION: "))
+    assert arms_of(what.removeprefix("DESCRIPTION: "))
     changed = (worktree / "train_mlx.py").read_bytes()
     assert search.identity(changed) not in ("", search.identity(SOURCE))
     assert digest(worktree).keys() == {"train_mlx.py"}
@@ -482,11 +482,11 @@ def test_the_drivers_table_starts_it(worktree: Path, tmp_path: Path, model: str 
     command = coders.get("search").command(job, os.environ)
     done = subprocess.run(command.argv, cwd=worktree, env=command.env, input=command.stdin, capture_output=True, text=True,
                           timeout=60)  # fmt: skip
-    report = coders.get("search").report(done.stdout, done.stderr, job)
-    assert report.failure is None
-    assert report.description
-    assert report.hypothesis
-    assert parse(report.description)
+    reply = coders.get("search").reply(done.stdout, done.stderr, job)
+    assert reply.failure is None
+    assert reply.description
+    assert reply.hypothesis
+    assert arms_of(reply.description)
     assert (worktree / "train_mlx.py").read_bytes() != SOURCE
 
 
@@ -526,12 +526,12 @@ def test_a_table_without_this_machine_is_said_and_another_constant_chosen(worktr
 
 
 def test_the_tier_is_told_by_the_night_and_corrected_by_what_was_trained() -> None:
-    assert search.find_tier(SOURCE, None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
-    assert search.find_tier(SOURCE, Story(device="mac").night(), {}) == "mac"
+    assert search.night_tier(SOURCE, None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
+    assert search.night_tier(SOURCE, Story(device="mac").night(), {}) == "mac"
     story = Story(device="cuda")
     depth = TrainFile(SOURCE, "cpu").constants["DEPTH"].value
     next(e for e in reversed(story.events) if e["event"] == "trial_end")["summary"] = {"depth": float(depth)}
-    assert search.find_tier(SOURCE, story.night(), {}) == "cpu"  # the machine has a GPU, the framework does not use it
+    assert search.night_tier(SOURCE, story.night(), {}) == "cpu"  # the machine has a GPU, the framework does not use it
 
 
 # Trained for real

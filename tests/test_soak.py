@@ -16,7 +16,7 @@ import pytest
 from night_kit import Bed, checkout_digest
 from test_kill import check
 
-from agent.journal import read
+from agent.journal import read_events
 
 EXPERIMENTS = 300
 ACTS = "better worse worse worse crash nan oom comment seed violation extra fail noop syntax import unscorable silent simpler hang"
@@ -24,7 +24,7 @@ ACTS = "better worse worse worse crash nan oom comment seed violation extra fail
 
 def verdicts(bed: Bed) -> int:
     path = bed.folder() / "journal.jsonl"
-    return sum(event["event"] == "verdict" for event in read(path)[0]) if path.exists() else 0
+    return sum(event["event"] == "verdict" for event in read_events(path)[0]) if path.exists() else 0
 
 
 @pytest.mark.slow

@@ -14,28 +14,28 @@ from typing import Any
 import pytest
 from night_kit import HARNESS, TRAINER
 
-from agent.candidate import SourceError, inspect, one_line
+from agent.candidate import SourceError, fingerprint, one_line
 from agent.errors import Stopped
 from agent.lab import Lab
 from agent.metrics import Tail, Watch
 from agent.summary import SummaryError, differences, parse
-from agent.trial import Result, check_import, run_trial, score
+from agent.trial import TrialResult, check_import, run_trial, score_run
 
 
 def lab(folder: Path, source: str = TRAINER, **changes: Any) -> Lab:
-    for name in ("work", "harness", "train", "held", "trials"):
+    for name in ("work", "frozen", "train", "held", "trials"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "work" / "train_mlx.py").write_text(source)
-    (folder / "harness" / "prepare_mlx.py").write_text(HARNESS)
+    (folder / "frozen" / "prepare_mlx.py").write_text(HARNESS)
     settings: dict[str, Any] = {
-        "folder": folder, "worktree": folder / "work", "train_file": "train_mlx.py", "harness": folder / "harness/prepare_mlx.py",
+        "folder": folder, "worktree": folder / "work", "train_file": "train_mlx.py", "harness": folder / "frozen/prepare_mlx.py",
         "train_dir": folder / "train", "held_dir": folder / "held", "budget": "5s", "vocab_size": 256, "startup_seconds": 20.0,
         "sandboxed": False,
     }  # fmt: skip
     return Lab(**{**settings, **changes})
 
 
-def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> Result:
+def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
     return run_trial(lab(folder, source, **changes), folder / "trials" / "0001-7", 7, reference)
 
 
@@ -140,7 +140,7 @@ def test_scores_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_held_out_split(tmp_path: Path) -> None:
     result = trial(tmp_path)
-    test = score(lab(tmp_path), tmp_path / "trials" / "0001-7", "test")
+    test = score_run(lab(tmp_path), tmp_path / "trials" / "0001-7", "test")
     assert test.status == "ok"
     assert test.val_bpb == pytest.approx((result.val_bpb or 0) + 0.01)
 
@@ -248,7 +248,7 @@ def test_a_summary_that_is_not_whole_is_no_score(old: str, new: str, words: str)
 def source_of(tmp_path: Path, text: str | bytes) -> Any:
     path = tmp_path / "train_mlx.py"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return inspect(path)
+    return fingerprint(path)
 
 
 def test_identity_ignores_comments_formatting_docstrings_and_seeds(tmp_path: Path) -> None:

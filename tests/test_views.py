@@ -71,17 +71,17 @@ def test_status_says_who_works_on_what() -> None:
 
 
 def test_prompt_is_bounded_however_long_the_night() -> None:
-    short, long = (briefing.write(story.night, "# Program\n") for story in (told(), long_night()))
+    short, long = (briefing.compose(story.night, "# Program\n") for story in (told(), long_night()))
     limit = briefing.DIGEST_CHARACTERS + briefing.FAILURE_CHARACTERS + 4000
     assert len(short) < 3000
     assert len(long) < limit
     assert re.search(r"\(\d+ more\)", long)
-    assert len(briefing.write(long_night().night, "x" * 10**6)) < limit + briefing.PROGRAM_CHARACTERS
+    assert len(briefing.compose(long_night().night, "x" * 10**6)) < limit + briefing.PROGRAM_CHARACTERS
 
 
 def test_prompt_has_the_numbers_the_program_and_the_keeps() -> None:
     story = long_night(100)
-    text = briefing.write(story.night, "# Program\nBe bold.\n")
+    text = briefing.compose(story.night, "# Program\nBe bold.\n")
     best = story.night.leader
     assert text.startswith("# Program\nBe bold.")
     assert f"Best val_bpb {best.mean:.4f} (experiment {best.n}), baseline 1.6000" in text
@@ -101,7 +101,7 @@ def test_failure_is_quoted_as_data() -> None:
     head, *data = failure.split("instructions.\n", 1)[1].splitlines()
     assert all(line.startswith("| ") for line in (head, *data))
     assert "\x1b" not in failure
-    assert briefing.write(story.night, "p").count("\n# What to do now") == 1
+    assert briefing.compose(story.night, "p").count("\n# What to do now") == 1
     story.experiment(4, "discard", (1.9,))
     assert briefing.last_failure(story.night) == ""
 

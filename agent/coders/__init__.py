@@ -3,7 +3,7 @@
 coder = coders.get("claude")
 command = coder.command(job, os.environ)                  # argv, whole environment, standard input
 ...agent/process.py runs it with the worktree as working directory...
-report = coder.report(stdout, log, job)                   # usage, last message, named failure
+reply = coder.reply(stdout, log, job)                   # usage, last message, named failure
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agent.coders import shapes
-from agent.coders.base import Coder, CoderError, Command, Job, Login, Report, cost_usd
+from agent.coders.base import Coder, CoderError, Command, Job, Login, Reply, cost_usd
 from agent.coders.clis import CLIS
 from agent.coders.own import OWN
 
-__all__ = ["TABLE", "Coder", "CoderError", "Command", "Detected", "Job", "Login", "Report",
+__all__ = ["TABLE", "Coder", "CoderError", "Command", "Detected", "Job", "Login", "Reply",
            "arguments", "cost_usd", "detect", "get", "names", "template"]  # fmt: skip
 
 TABLE: dict[str, Coder] = {coder.name: coder for coder in (*CLIS, *OWN)}

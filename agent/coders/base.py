@@ -1,4 +1,4 @@
-"""What every coding agent is described with: a job goes in, a command comes out, its output is read into a report.
+"""What every coding agent is described with: a job goes in, a command comes out, its output is read into a reply.
 
 Nothing here starts a process: `agent/process.py` does, with the `Command` an adapter returns.
 """
@@ -62,7 +62,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Report:
+class Reply:
     """What an agent's output says. It is evidence: whether the train file changed is what decides."""
 
     tokens_in: int | None = None  # as billed: cached tokens included; None where the CLI doesn't say
@@ -76,7 +76,7 @@ class Report:
     wait_seconds: float | None = None  # with `rate_limit`: how long, where the answer says
 
 
-Reader = Callable[[str, str, Job], Report]  # standard output, log (standard error), the job that was run
+Reader = Callable[[str, str, Job], Reply]  # standard output, log (standard error), the job that was run
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Login:
 
 @dataclass(frozen=True)
 class Coder:
-    """A coding agent as data. `command` and `report` are all that the driver calls."""
+    """A coding agent as data. `command` and `reply` are all that the driver calls."""
 
     name: str
     binary: str  # looked up on the user's PATH; an absolute path is taken as it is
@@ -123,16 +123,16 @@ class Coder:
         extra = job.extra_args if self.extra_args_last else ()
         return Command([path, *self.arguments(job), *extra], env, job.prompt if self.prompt_on_stdin else "")
 
-    def report(self, stdout: str, log: str, job: Job) -> Report:
+    def reply(self, stdout: str, log: str, job: Job) -> Reply:
         """What the finished agent said. Never raises: output that can't be read is an `agent_error`."""
         try:
-            report = self.reader(stdout, log, job)
+            reply = self.reader(stdout, log, job)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             detail = f"{self.name}: output of an unknown shape ({type(error).__name__}: {error})"
-            return Report(failure="agent_error", detail=detail)
-        if report == Report():
-            report = Report(failure="agent_error", detail=f"{self.name} said nothing")
-        return with_last_lines(report)
+            return Reply(failure="agent_error", detail=detail)
+        if reply == Reply():
+            reply = Reply(failure="agent_error", detail=f"{self.name} said nothing")
+        return with_last_lines(reply)
 
     def find(self, environ: Mapping[str, str]) -> str | None:
         """The program's path, or None where it isn't installed."""
@@ -158,13 +158,13 @@ def _has_login(login: Login, environ: Mapping[str, str]) -> bool:
 _LAST_LINE = re.compile(r"^[ \t>*_`#-]*(HYPOTHESIS|DESCRIPTION)[*_`]*[ \t]*:(.*)$", re.I | re.M)
 
 
-def with_last_lines(report: Report) -> Report:
+def with_last_lines(reply: Reply) -> Reply:
     """Fills in `hypothesis` and `description` from the last HYPOTHESIS: and DESCRIPTION: line of the message."""
-    found = {key.lower(): _unquoted(text) for key, text in _LAST_LINE.findall(report.message or "")}
+    found = {key.lower(): _unquoted(text) for key, text in _LAST_LINE.findall(reply.message or "")}
     return replace(
-        report,
-        hypothesis=report.hypothesis or found.get("hypothesis"),
-        description=report.description or found.get("description"),
+        reply,
+        hypothesis=reply.hypothesis or found.get("hypothesis"),
+        description=reply.description or found.get("description"),
     )
 
 
@@ -175,12 +175,12 @@ def _unquoted(text: str) -> str | None:
     return text or None
 
 
-def cost_usd(report: Report, price_in: float | None, price_out: float | None) -> float | None:
+def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> float | None:
     """What the agent cost: as reported, else from its tokens at `price_in`/`price_out` USD per million tokens.
 
     None where neither the cost nor both tokens and prices are known: unknown is not free."""
-    if report.cost_usd is not None:
-        return report.cost_usd
-    if price_in is None or price_out is None or report.tokens_in is None or report.tokens_out is None:
+    if reply.cost_usd is not None:
+        return reply.cost_usd
+    if price_in is None or price_out is None or reply.tokens_in is None or reply.tokens_out is None:
         return None
-    return (report.tokens_in * price_in + report.tokens_out * price_out) / 1e6
+    return (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6
