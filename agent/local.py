@@ -1,4 +1,4 @@
-"""A coding agent that thinks on this machine: starts `mlx_lm.server`, asks it through `agent/chat.py`, and stops it.
+"""A coding agent that thinks on this machine: starts `mlx_lm.server`, asks it through `agent/chat/edit.py`, and stops it.
 
     python -m agent.local TRAIN_FILE [--model M] < prompt
 
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import click
 
-from agent import chat
-from agent.coders.base import Reply
-from agent.endpoint import ChatError, Endpoint
+from agent.chat.edit import edit, finish
+from agent.chat.endpoint import ChatError, Endpoint
+from agent.coders.coder import Reply
 
 GIB = 1 << 30
 GRACE_SECONDS = 3.0  # between TERM and KILL
@@ -187,10 +187,10 @@ def main(train_file: Path, model: str | None, timeout: float, start_seconds: flo
         print(f"local model: {name}", file=sys.stderr)
         with serving(folder, start_seconds) as url:
             endpoint = Endpoint(url, timeout=timeout, max_tokens=max_tokens, temperature=temperature)
-            reply = chat.edit(lambda messages: endpoint.ask("default_model", messages), prompt, train_file)
+            reply = edit(lambda messages: endpoint.ask("default_model", messages), prompt, train_file)
     except ChatError as error:
         reply = Reply(failure=error.failure, detail=str(error))
-    chat.finish(reply)
+    finish(reply)
 
 
 if __name__ == "__main__":

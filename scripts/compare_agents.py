@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agent.candidate import one_line
 from agent.errors import JournalError, NightError
-from agent.journal import read_events
-from agent.judgement import noise
-from agent.night import FAILURES, Experiment, Night, fold
+from agent.journal.journal import read_events
+from agent.journal.state import FAILURES, Experiment, Night, fold
+from agent.judgement.decision import noise
+from agent.text import one_line
 
 COMPARABLE = ("data_hash", "tokenizer_hash", "seq_len", "budget", "device")
 COLOURS = ("#1a7f37", "#0969da", "#bc4c00", "#8250df", "#24292f", "#bf3989")

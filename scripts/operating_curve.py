@@ -2,7 +2,7 @@
 
     python scripts/operating_curve.py --nights 2000
 
-Three rules judge the same candidates: ours (`agent/decision.py`, the code itself, asked as the driver asks it), plain
+Three rules judge the same candidates: ours (`agent/judgement/decision.py`, the code itself, asked as the driver asks it), plain
 greedy (one trial; a lower score is kept and becomes the score to beat), and "three seeds and bootstrap" (three trials of
 each; kept if the candidate's mean is lower in 95 % of bootstrap resamples). Scores are normal, gains in sigmas.
 """
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agent.decision import DEFAULT_RULE, Noise, Rule, decide, estimate_noise, fresh
+from agent.judgement.decision import DEFAULT_RULE, Noise, Rule, decide, estimate_noise, fresh
 
 GAINS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 RESAMPLES = np.array(list(itertools.product(range(3), repeat=3)))  # all 27 resamples of three scores: [27, 3]
@@ -59,7 +59,7 @@ class Policy(Protocol):
 
 
 class Ours:
-    """`agent.decision`, with the book-keeping of the driver."""
+    """`agent.judgement.decision`, with the book-keeping of the driver."""
 
     def __init__(self, rule: Rule = DEFAULT_RULE, lines_delta: int = 0) -> None:
         self.rule, self.lines_delta = rule, lines_delta

@@ -18,6 +18,13 @@ os.environ.pop("AUTORESEARCH_TIER", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored, by children too
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120
+PLANTED = {  # secrets of an environment
+    "ACME_API_KEY": "sk-ant-planted-0123456789",
+    "GITHUB_TOKEN": "ghp_planted_abcdefgh",
+    "DB_PASSWORD": 'quo"te\\d-pa/ss wörd',
+    "HTTPS_PROXY": "http://user:pr0xy-pass%21word@proxy:3128",
+    "SOME_PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEF\nZZZZvQIBADANBgkqhkiG9w0BAQEF\n-----END KEY-----",
+}
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
-from agent import journal
+from agent.journal import journal
 from scripts import compare_agents
 from scripts.compare_agents import Point
 
-ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"data_hash": "d", "tokenizer_hash": "t", "seq_len": 64, "budget": "30s", "device": "cpu"}
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import ROOT
 from model_server import BLOCK, CLOSING, TOKENS_IN, ModelServer, Script
 
 from agent import local
-from agent.endpoint import ChatError
+from agent.chat.endpoint import ChatError
 
-ROOT = Path(__file__).parent.parent
 SOURCE = "LR = 0.1\n"
 GOOD = BLOCK.format(path="train_mlx.py", old="LR = 0.1", new="LR = 0.2") + CLOSING
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from agent import briefing
-from agent.catalogue import HIGH, KNOBS, SWITCHES
-from agent.coders.base import Reply, with_last_lines
-from agent.night import fold
+from agent.coders.coder import Reply, with_last_lines
+from agent.journal.state import fold
+from agent.proposal import briefing
+from agent.search.catalogue import HIGH, KNOBS, SWITCHES
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
 HARNESS = ast.parse((ROOT / "prepare_mlx.py").read_text(encoding="utf-8"))
 TRAINER = (ROOT / "train_mlx.py").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from agent.coders.base import Job, Reply
+from agent.coders.coder import Job, Reply
 from agent.coders.failures import LIMIT_OR_LOGIN, name_failure
 
 
