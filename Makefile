@@ -28,7 +28,7 @@ test-torch: .venv/.ready
 	$(PY) -m pytest -q tests/train/test_torch.py
 
 soak: .venv/.ready
-	$(PY) -m pytest -q -m slow tests/test_kill.py tests/test_soak.py
+	$(PY) -m pytest -q -m slow tests/night/test_kill.py tests/night/test_soak.py
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh

@@ -18,10 +18,12 @@ from typing import Any
 
 import click
 
-from agent import coders, power, sandbox
-from agent.environment import clean_env, data_home
+from agent.coders import table
 from agent.errors import NightError
-from agent.process import Limits, run
+from agent.night import power
+from agent.process.child import Bounds, run
+from agent.process.environment import clean_env, data_home
+from agent.trial import sandbox
 
 GIB = 1 << 30
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
@@ -88,8 +90,8 @@ def check_git(folder: Path, train_file: str) -> Finding:
         return Finding("git", "bad", f"not found on PATH; {mend}")
     import git  # fails to import where there is no git
 
-    from agent.start import FROZEN
-    from agent.worktree import Repository
+    from agent.git.worktree import Repository
+    from agent.trial.lab import FROZEN
 
     found = git.cmd.Git().version_info[:2]
     words = ".".join(map(str, found))
@@ -109,7 +111,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
 def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
     """Each installed agent: does it start, is there a sign of a login? None is needed: `search` is built in."""
     absent = []
-    for coder in coders.TABLE.values():
+    for coder in table.TABLE.values():
         if not coder.login_env and not coder.login_files:
             continue  # built in
         path = coder.find(environ)
@@ -124,7 +126,7 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
         else:
             yield Finding(coder.name, "ok", f"{_first_line(said)}, with a login")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
-    yield Finding("agent", "ok", f"without --agent a night takes {coders.detect(environ).coder.name}{others}")
+    yield Finding("agent", "ok", f"without --agent a night takes {table.detect(environ).coder.name}{others}")
 
 
 def check_data(environ: Mapping[str, str]) -> Finding:
@@ -199,7 +201,7 @@ def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "out"
         log = Path(name) / "log"
-        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, limits=Limits(_SECONDS))
+        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, bounds=Bounds(_SECONDS))
         said = out.read_text("utf-8", "replace").strip() if out.exists() else ""
         return outcome.exit_code, said or outcome.tail(1000)
 

@@ -25,7 +25,7 @@ class JournalError(NightError):
     exit_code = 9
 
 
-class HarnessError(NightError):
+class DataError(NightError):
     """The harness itself failed (data, tokenizer, scorer), so that no candidate can be blamed for it."""
 
     exit_code = 10

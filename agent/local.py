@@ -1,4 +1,4 @@
-"""A coding agent that thinks on this machine: starts `mlx_lm.server`, asks it through `agent/chat.py`, and stops it.
+"""A coding agent that thinks on this machine: starts `mlx_lm.server`, asks it through `agent/chat/edit.py`, and stops it.
 
     python -m agent.local TRAIN_FILE [--model M] < prompt
 
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import click
 
-from agent import chat
-from agent.coders.base import Report
-from agent.endpoint import ChatError, Endpoint
+from agent.chat.edit import edit, finish
+from agent.chat.endpoint import ChatError, Endpoint
+from agent.coders.coder import Reply
 
 GIB = 1 << 30
 GRACE_SECONDS = 3.0  # between TERM and KILL
@@ -36,21 +36,21 @@ HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
-class Known:
+class LocalModel:
     repo: str
     download_gb: float
     memory_gb: int  # of a machine that runs it with a 30,000-token prompt beside the system itself
 
 
 KNOWN = (
-    Known("mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit", 17.2, 32),
-    Known("mlx-community/Qwen2.5-Coder-14B-Instruct-4bit", 8.3, 24),
-    Known("mlx-community/Qwen2.5-Coder-7B-Instruct-4bit", 4.3, 16),
-    Known("mlx-community/Qwen2.5-Coder-3B-Instruct-4bit", 1.7, 8),
+    LocalModel("mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit", 17.2, 32),
+    LocalModel("mlx-community/Qwen2.5-Coder-14B-Instruct-4bit", 8.3, 24),
+    LocalModel("mlx-community/Qwen2.5-Coder-7B-Instruct-4bit", 4.3, 16),
+    LocalModel("mlx-community/Qwen2.5-Coder-3B-Instruct-4bit", 1.7, 8),
 )
 
 
-def default_model(memory_bytes: int) -> Known:
+def default_model(memory_bytes: int) -> LocalModel:
     """The largest 4-bit coder that fits a machine with so much memory. Raises ChatError where none does."""
     memory_gb = round(memory_bytes / GIB)
     for known in KNOWN:
@@ -187,10 +187,10 @@ def main(train_file: Path, model: str | None, timeout: float, start_seconds: flo
         print(f"local model: {name}", file=sys.stderr)
         with serving(folder, start_seconds) as url:
             endpoint = Endpoint(url, timeout=timeout, max_tokens=max_tokens, temperature=temperature)
-            report = chat.edit(lambda messages: endpoint.ask("default_model", messages), prompt, train_file)
+            reply = edit(lambda messages: endpoint.ask("default_model", messages), prompt, train_file)
     except ChatError as error:
-        report = Report(failure=error.failure, detail=str(error))
-    chat.finish(report)
+        reply = Reply(failure=error.failure, detail=str(error))
+    finish(reply)
 
 
 if __name__ == "__main__":

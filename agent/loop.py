@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from agent import coders, process, sandbox, start, views
-from agent.console import Console, complain
-from agent.engine import Engine
-from agent.environment import clean_env
+from agent.coders.coder import CoderError
+from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
-from agent.housekeeping import neighbours
-from agent.journal import Journal, holder, read
-from agent.lab import Lab
-from agent.night import fold
-from agent.power import battery_warning, stay_awake
-from agent.proposal import Bench
-from agent.redact import redact
-from agent.settings import Settings
-from agent.stopping import Stopper, request_stop
-from agent.worktree import Repository, Worktree
+from agent.git.worktree import Repository, Worktree
+from agent.journal.folder import choose_tag, latest, neighbours
+from agent.journal.journal import Journal, holder, read_events
+from agent.journal.state import fold
+from agent.night import setup
+from agent.night.limits import Stopper, request_stop
+from agent.night.power import battery_warning, stay_awake
+from agent.night.session import run_session
+from agent.views import results
+from agent.views.terminal import Console, complain
 
-REPORT = Path(__file__).resolve().parent.parent / "scripts" / "report.py"
 INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 
 
@@ -70,7 +65,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: An
     except NightError as error:
         complain(str(error))
         code = error.exit_code
-    except coders.CoderError as error:
+    except CoderError as error:
         complain(str(error))
         code = UsageError.exit_code
     except OSError as error:  # a full disk, a folder without rights: nothing is lost, the journal knows how far it came
@@ -81,13 +76,13 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: An
 
 def _inspect(tag: str | None, status: bool) -> int:
     runs = Repository(Path.cwd()).root / "runs"
-    folder = runs / (tag or start.latest(runs))
-    events, torn = read(folder / "journal.jsonl")
+    folder = runs / (tag or latest(runs))
+    events, torn = read_events(folder / "journal.jsonl")
     if not events:
         raise UsageError(f"there is no night in {folder}")
     pid = holder(folder)
     if status:
-        click.echo("\n".join(views.status(fold(events), pid)))
+        click.echo("\n".join(results.status(fold(events), pid)))
         if torn:
             click.echo(f"the last line of the journal is torn ({len(torn)} bytes); the next driver sets it aside")
         return 0
@@ -100,13 +95,13 @@ def _inspect(tag: str | None, status: bool) -> int:
 def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     repository = Repository(Path.cwd())
     runs = repository.root / "runs"
-    tag = start.choose_tag(runs, tag, resume)
+    tag = choose_tag(runs, tag, resume)
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
-    new = not read(folder / "journal.jsonl")[0]
-    warnings = start.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
+    new = not read_events(folder / "journal.jsonl")[0]
+    warnings = setup.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
     if new:
-        _coder(options)  # before anything is made: a typing error leaves nothing behind
+        choose(options)  # before anything is made: a typing error leaves nothing behind
     with Journal(folder) as journal, Console() as console:
         (folder / ".gitignore").write_text("*\n")  # whatever the user ignores, a night is no part of their repository
         (folder / "logs").mkdir(exist_ok=True)
@@ -117,102 +112,16 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
             console.say(f"note: {warning}")
         try:
             with stay_awake():  # through the download of the data, too
-                return _session(journal, repository, worktree, stopper, console, options)
+                return run_session(journal, repository, worktree, stopper, console, options)
         except Stopped:
             return _interrupted(journal, console, tag)
-
-
-def _session(
-    journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any]
-) -> int:
-    folder, root = journal.folder, repository.root
-    night = fold(journal.events)
-    if journal.torn:
-        console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
-    if not night.base:
-        harness = start.lay_harness(repository, repository.head, folder)
-        console.stage("preparing data")
-        entry = start.dataset(
-            harness, root, options["dataset"], options["preset"], folder / "logs" / "prepare.log", stopper.now, console.show
-        )
-        entry["budget"] = options["budget"] or entry["budget"]
-        night = start.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
-    start.check_data(night.dataset)
-    start.keep_tier(night)
-    harness = start.lay_harness(repository, night.base, folder)
-    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
-    settings = Settings.from_json(night.settings).updated(given)
-    if settings.experiments is None and settings.hours is None:
-        settings = settings.updated({"hours": 8.0})
-    coder, about = _coder(settings.to_json())
-    boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
-    journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
-    lab = Lab(
-        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
-        train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
-        vocab_size=int(night.dataset["vocab_size"]), hidden=start.hidden(night.dataset, worktree), startup_seconds=settings.startup,
-        memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
-        show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
-    )  # fmt: skip
-    bench = Bench(folder, worktree.path, night.train_file, coder, settings, stopper.now)
-    engine = Engine(journal, worktree, lab, bench, settings, stopper, console, root / "program.md")
-    data = f"data {night.dataset['id']}, budget {lab.budget}"
-    console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {boxed}")
-    engine.recover()
-    try:
-        name, words = engine.run()
-        if name != "stopped" or not stopper.now():
-            engine.held_out()
-    except (Stopped, NightError) as error:
-        words = str(error) or "stopped at once by request"
-        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
-        engine.hooks.night_end(engine.night, words)
-        raise
-    engine.record("night_end", reason=name, text=words)
-    engine.hooks.night_end(engine.night, words)
-    worktree.close()
-    (folder / "stop").unlink(missing_ok=True)
-    drawn = ""
-    if options["picture"]:
-        console.stage("drawing the picture")
-        drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
-    console.say(f"the night ends: {words}")
-    console.say(f"results: {folder / 'results.tsv'}{drawn}")
-    console.say(views.last_line(engine.night))
-    return 0 if name not in ("failures", "login", "missing", "rate_limit") else 1
 
 
 def _interrupted(journal: Journal, console: Console, tag: str) -> int:
     console.say(f"stopped; go on with: python -m agent.loop --resume --tag {tag}")
     if journal.events:
-        console.say(views.last_line(fold(journal.events)))
+        console.say(results.last_line(fold(journal.events)))
     return INTERRUPTED
-
-
-def _coder(options: Mapping[str, Any]) -> tuple[coders.Coder, str]:
-    """The coding agent and a line about it. CoderError if it is unknown or not installed: better now than after the baseline."""
-    if options.get("agent") and options.get("agent_cmd"):
-        raise UsageError("--agent and --agent-cmd: expected one of them")
-    coders.arguments(options.get("agent_args"))
-    if options.get("agent_cmd"):
-        coder, about = coders.template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
-    elif options.get("agent"):
-        coder, about = coders.get(options["agent"]), f"agent: {options['agent']}"
-    else:
-        found = coders.detect(os.environ)
-        coder, about = found.coder, found.reason
-    if coder.find(os.environ) is None:
-        raise coders.CoderError(f"agent {coder.name}: no program {coder.binary!r} on PATH; install it: {coder.install_hint}")
-    return coder, redact(about)
-
-
-def _picture(folder: Path, cwd: Path) -> bool:
-    """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
-    return process.run(
-        [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
-        limits=process.Limits(wall_seconds=120), pidfile=folder / "report.pid",
-    ).ok  # fmt: skip
 
 
 if __name__ == "__main__":

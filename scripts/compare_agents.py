@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agent.candidate import one_line
 from agent.errors import JournalError, NightError
-from agent.journal import read
-from agent.judgement import noise
-from agent.night import FAILURES, Experiment, Night, fold
+from agent.journal.journal import read_events
+from agent.journal.state import FAILURES, Experiment, Night, fold
+from agent.judgement.decision import noise
+from agent.text import one_line
 
 COMPARABLE = ("data_hash", "tokenizer_hash", "seq_len", "budget", "device")
 COLOURS = ("#1a7f37", "#0969da", "#bc4c00", "#8250df", "#24292f", "#bf3989")
@@ -40,7 +40,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Side:
     """One night of the comparison. `curve` begins with the baseline."""
 
     label: str
@@ -53,18 +53,18 @@ class Entry:
         return reached[-1] if reached else None
 
 
-def load(path: Path, label: str = "") -> Entry:
+def load(path: Path, label: str = "") -> Side:
     """The night of a folder or a journal. ClickException if there is none to compare."""
     file = path / "journal.jsonl" if path.is_dir() else path
     try:
-        events, _ = read(file)
+        events, _ = read_events(file)
         night = fold(events)
         leader = night.leader
     except (OSError, JournalError, NightError, KeyError) as error:
         raise click.ClickException(f"{file}: expected the journal of a night with a baseline: {error}") from None
     if leader.mean is None:
         raise click.ClickException(f"{file}: the baseline of this night has no score")
-    return Entry(label or name(night, events), night, curve(night, events))
+    return Side(label or name(night, events), night, curve(night, events))
 
 
 def name(night: Night, events: Sequence[Mapping[str, Any]]) -> str:
@@ -91,31 +91,31 @@ def curve(night: Night, events: Sequence[Mapping[str, Any]]) -> list[Point]:
     return points
 
 
-def rows(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """The table: a name and a cell for each night."""
-    common, hours = min(e.curve[-1].experiments for e in entries), min(e.curve[-1].hours for e in entries)
+    common, hours = min(e.curve[-1].experiments for e in sides), min(e.curve[-1].hours for e in sides)
 
-    def count(*statuses: str) -> Callable[[Entry], int]:
-        return lambda entry: sum(e.status in statuses for e in entry.night.done)
+    def count(*statuses: str) -> Callable[[Side], int]:
+        return lambda side: sum(e.status in statuses for e in side.night.done)
 
     def bpb(value: float | None) -> str:
         return f"{value:.4f}" if value is not None else "-"
 
-    def failures(entry: Entry) -> str:
-        kinds = [f"{count(kind)(entry)} {kind}" for kind in FAILURES if count(kind)(entry)]
-        return f"{count(*FAILURES)(entry)}" + (f" ({', '.join(kinds)})" if kinds else "")
+    def failures(side: Side) -> str:
+        kinds = [f"{count(kind)(side)} {kind}" for kind in FAILURES if count(kind)(side)]
+        return f"{count(*FAILURES)(side)}" + (f" ({', '.join(kinds)})" if kinds else "")
 
     def share(part: int, whole: int) -> str:
         return f"{part} ({100 * part / whole:.0f} %)" if whole else "0"
 
-    def held_out(entry: Entry) -> str:
-        scores = [(entry.night.tests.get(n) or {}).get("test_bpb") for n in (0, entry.night.leader.n)]
+    def held_out(side: Side) -> str:
+        scores = [(side.night.tests.get(n) or {}).get("test_bpb") for n in (0, side.night.leader.n)]
         return f"{scores[1]:.4f} from {scores[0]:.4f}" if scores[0] and scores[1] else "-"
 
-    def trainings(entry: Entry) -> int:
-        return sum(len(e.trials) for e in entry.night.experiments)
+    def trainings(side: Side) -> int:
+        return sum(len(e.trials) for e in side.night.experiments)
 
-    table: list[tuple[str, Callable[[Entry], str]]] = [
+    table: list[tuple[str, Callable[[Side], str]]] = [
         ("baseline val_bpb", lambda e: bpb(e.curve[0].best)),
         ("best val_bpb", lambda e: bpb(e.curve[-1].best)),
         ("gain", lambda e: f"{100 * (e.curve[0].best - e.curve[-1].best) / e.curve[0].best:.2f} %"),
@@ -132,26 +132,26 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
         ("agent's tokens", lambda e: f"{e.night.tokens:,}"),
         ("cost", lambda e: f"${e.night.cost:.2f}" if e.night.cost or not e.night.tokens else "unknown"),
     ]
-    return [(title, [cell(entry) for entry in entries]) for title, cell in table]
+    return [(title, [cell(side) for side in sides]) for title, cell in table]
 
 
-def differences(entries: Sequence[Entry]) -> list[str]:
+def differences(sides: Sequence[Side]) -> list[str]:
     """Why these nights cannot be compared fairly; [] if they can."""
     found = []
     for key in COMPARABLE:
-        values = [str(e.night.experiments[0].summary().get(key, "unknown")) for e in entries]
+        values = [str(e.night.experiments[0].summary().get(key, "unknown")) for e in sides]
         if len(set(values)) > 1:
             found.append(f"{key} differs: {', '.join(values)}")
     return found
 
 
-def verdict(entries: Sequence[Entry]) -> str:
+def verdict(sides: Sequence[Side]) -> str:
     """Who leads after equally many experiments, and by how much in units of the noise."""
-    common = min(e.curve[-1].experiments for e in entries)
-    ranked = sorted(entries, key=lambda e: e.best_after(experiments=common) or float("inf"))
+    common = min(e.curve[-1].experiments for e in sides)
+    ranked = sorted(sides, key=lambda e: e.best_after(experiments=common) or float("inf"))
     first, second = ranked[0], ranked[1]
     lead = (second.best_after(experiments=common) or 0.0) - (first.best_after(experiments=common) or 0.0)
-    sigma = max(noise(e.night).sigma for e in entries)
+    sigma = max(noise(e.night).sigma for e in sides)
     if not lead:
         return f"after {common} experiments each: {first.label} and {second.label} are equal"
     text = f"after {common} experiments each: {first.label} leads {second.label} by {lead:.4f} bpb"
@@ -159,7 +159,7 @@ def verdict(entries: Sequence[Entry]) -> str:
     return f"{text}, {lead / sigma:.1f} sigma of one training{doubt}"
 
 
-def draw(entries: Sequence[Entry], path: Path) -> None:
+def draw(sides: Sequence[Side], path: Path) -> None:
     """The picture: best so far over experiments, and over hours."""
     import matplotlib
 
@@ -168,11 +168,11 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), dpi=120, sharey=True)
-    for i, entry in enumerate(entries):
-        best = [p.best for p in entry.curve]
-        for axis, along in zip(axes, ([p.experiments for p in entry.curve], [p.hours for p in entry.curve]), strict=True):
+    for i, side in enumerate(sides):
+        best = [p.best for p in side.curve]
+        for axis, along in zip(axes, ([p.experiments for p in side.curve], [p.hours for p in side.curve]), strict=True):
             colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
-            axis.step(along, best, where="post", color=colour, ls=dashes, lw=1.8, label=entry.label.replace("$", r"\$"))
+            axis.step(along, best, where="post", color=colour, ls=dashes, lw=1.8, label=side.label.replace("$", r"\$"))
     for axis, title in zip(axes, ("experiments", "hours"), strict=True):
         axis.set_xlabel(title)
         axis.grid(alpha=0.25)
@@ -195,22 +195,22 @@ def main(nights: tuple[Path, ...], labels: tuple[str, ...], out: Path | None) ->
         raise click.UsageError("expected at least two nights to compare, got 1")
     if labels and len(labels) != len(nights):
         raise click.UsageError(f"expected {len(nights)} labels, one for each night, got {len(labels)}")
-    entries = [load(path, label) for path, label in zip(nights, labels or [""] * len(nights), strict=True)]
-    if len({e.label for e in entries}) < len(entries):
-        entries = [Entry(f"{e.label} ({e.night.tag})", e.night, e.curve) for e in entries]
+    sides = [load(path, label) for path, label in zip(nights, labels or [""] * len(nights), strict=True)]
+    if len({e.label for e in sides}) < len(sides):
+        sides = [Side(f"{e.label} ({e.night.tag})", e.night, e.curve) for e in sides]
     console = Console()
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("")
-    for entry in entries:
-        table.add_column(Text(entry.label), justify="right")  # as text: a command may have brackets
-    for title, cells in rows(entries):
+    for side in sides:
+        table.add_column(Text(side.label), justify="right")  # as text: a command may have brackets
+    for title, cells in rows(sides):
         table.add_row(title, *map(Text, cells))
     console.print(table)
-    for line in differences(entries):
+    for line in differences(sides):
         console.print(f"not comparable: {line}", style="bold red", markup=False, highlight=False)
-    console.print(verdict(entries), markup=False, highlight=False, soft_wrap=True)
+    console.print(verdict(sides), markup=False, highlight=False, soft_wrap=True)
     if out:
-        draw(entries, out)
+        draw(sides, out)
         console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
     python scripts/operating_curve.py --nights 2000
 
-Three rules judge the same candidates: ours (`agent/decision.py`, the code itself, asked as the driver asks it), plain
+Three rules judge the same candidates: ours (`agent/judgement/decision.py`, the code itself, asked as the driver asks it), plain
 greedy (one trial; a lower score is kept and becomes the score to beat), and "three seeds and bootstrap" (three trials of
 each; kept if the candidate's mean is lower in 95 % of bootstrap resamples). Scores are normal, gains in sigmas.
 """
@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agent.decision import DEFAULT_RULE, Noise, Rule, decide, estimate_noise, fresh
+from agent.judgement.decision import DEFAULT_RULE, Noise, Rule, decide, estimate_noise, fresh
 
 GAINS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 RESAMPLES = np.array(list(itertools.product(range(3), repeat=3)))  # all 27 resamples of three scores: [27, 3]
 
 
 @dataclass
-class Bench:
+class Machine:
     """A machine that trains: gives scores (bpb) around a level, and counts them. `draw(level, sigma)` is the noise."""
 
     sigma: float
@@ -51,55 +51,55 @@ class Bench:
 
 
 class Policy(Protocol):
-    def start(self, bench: Bench) -> None:
+    def start(self, machine: Machine) -> None:
         """Measure the baseline."""
 
-    def keeps(self, bench: Bench) -> bool:
+    def keeps(self, machine: Machine) -> bool:
         """Train the candidate as often as needed and judge it."""
 
 
 class Ours:
-    """`agent.decision`, with the book-keeping of the driver."""
+    """`agent.judgement.decision`, with the book-keeping of the driver."""
 
     def __init__(self, rule: Rule = DEFAULT_RULE, lines_delta: int = 0) -> None:
         self.rule, self.lines_delta = rule, lines_delta
 
-    def start(self, bench: Bench) -> None:
-        self.best = self.baseline = [bench.train_best() for _ in range(self.rule.baseline_trials)]
+    def start(self, machine: Machine) -> None:
+        self.best = self.baseline = [machine.train_best() for _ in range(self.rule.baseline_trials)]
         self.kept = [self.baseline]
         self.candidates: list[list[float]] = []
         self.firsts: list[float] = []
         self.noise: Noise = estimate_noise([self.baseline])
         self.reasons: list[str] = []
 
-    def keeps(self, bench: Bench) -> bool:
-        scores, line = [bench.train_candidate()], self.lines_delta
+    def keeps(self, machine: Machine) -> bool:
+        scores, line = [machine.train_candidate()], self.lines_delta
         while True:
             record = min(self.kept, key=fmean) if line < 0 else None
-            verdict = decide(self.best, scores, self.noise, firsts=self.firsts, lines_delta=line, record=record, rule=self.rule)
-            if verdict.action != "again":
+            decision = decide(self.best, scores, self.noise, firsts=self.firsts, lines_delta=line, record=record, rule=self.rule)
+            if decision.action != "again":
                 break
-            if verdict.remeasure_best:
-                self.best.append(bench.train_best())
+            if decision.remeasure_best:
+                self.best.append(machine.train_best())
             else:
-                scores.append(bench.train_candidate())
+                scores.append(machine.train_candidate())
             self.noise = estimate_noise([self.baseline, *map(fresh, self.candidates), fresh(scores)])
-        self.reasons.append(verdict.reason)
-        if len(scores) > 2 or verdict.action == "keep":  # else it has no say in the noise
+        self.reasons.append(decision.reason)
+        if len(scores) > 2 or decision.action == "keep":  # else it has no say in the noise
             self.candidates.append(scores)
         self.firsts.append(scores[0])
-        if verdict.action == "keep":
+        if decision.action == "keep":
             self.best, self.firsts = scores, []
             self.kept.append(scores)
-        return verdict.action == "keep"
+        return decision.action == "keep"
 
 
 class Greedy:
-    def start(self, bench: Bench) -> None:
-        self.best = bench.train_best()
+    def start(self, machine: Machine) -> None:
+        self.best = machine.train_best()
 
-    def keeps(self, bench: Bench) -> bool:
-        score = bench.train_candidate()
+    def keeps(self, machine: Machine) -> bool:
+        score = machine.train_candidate()
         kept = score < self.best
         self.best = min(self.best, score)
         return kept
@@ -108,11 +108,11 @@ class Greedy:
 class Bootstrap:
     """Three seeds each; kept if the mean is lower in 95 % of all 27 x 27 pairs of resamples."""
 
-    def start(self, bench: Bench) -> None:
-        self.best = np.array([bench.train_best() for _ in range(3)])[RESAMPLES].mean(axis=1)  # [27]
+    def start(self, machine: Machine) -> None:
+        self.best = np.array([machine.train_best() for _ in range(3)])[RESAMPLES].mean(axis=1)  # [27]
 
-    def keeps(self, bench: Bench) -> bool:
-        means = np.array([bench.train_candidate() for _ in range(3)])[RESAMPLES].mean(axis=1)  # [27]
+    def keeps(self, machine: Machine) -> bool:
+        means = np.array([machine.train_candidate() for _ in range(3)])[RESAMPLES].mean(axis=1)  # [27]
         kept = float((means[:, None] < self.best[None, :]).mean()) >= 0.95
         if kept:
             self.best = means
@@ -120,7 +120,7 @@ class Bootstrap:
 
 
 @dataclass
-class Night:
+class SimulatedNight:
     """What became of its candidates: kept or not, own trials of each, trials of the best for each; gains in sigmas."""
 
     kept: list[bool] = field(default_factory=list)
@@ -134,21 +134,23 @@ class Night:
         return self.baseline + sum(self.own) + sum(self.extra)
 
 
-def simulate(policy: Policy, gains: Sequence[float], sigma: float, draw: random.Random, trainings: float = float("inf")) -> Night:
+def simulate(
+    policy: Policy, gains: Sequence[float], sigma: float, draw: random.Random, trainings: float = float("inf")
+) -> SimulatedNight:
     """A night with these true gains (in sigmas, each against the best of its time), or as many as `trainings` pay for."""
-    bench, night = Bench(sigma, draw), Night()
-    policy.start(bench)
-    night.baseline = bench.best_trials
+    machine, night = Machine(sigma, draw), SimulatedNight()
+    policy.start(machine)
+    night.baseline = machine.best_trials
     for gain in gains:
         if night.trainings >= trainings:
             break
-        bench.candidate = bench.best - gain * sigma
-        bench.candidate_trials = bench.best_trials = 0
-        night.kept.append(policy.keeps(bench))
-        night.own.append(bench.candidate_trials)
-        night.extra.append(bench.best_trials)
+        machine.candidate = machine.best - gain * sigma
+        machine.candidate_trials = machine.best_trials = 0
+        night.kept.append(policy.keeps(machine))
+        night.own.append(machine.candidate_trials)
+        night.extra.append(machine.best_trials)
         if night.kept[-1]:
-            bench.best = bench.candidate
+            machine.best = machine.candidate
             night.progress += gain
     return night
 

@@ -19,6 +19,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts 
 ROOT = Path(__file__).resolve().parent.parent
 PINNED = ROOT / "tests" / "pinned"  # copies of the train files for tests that know their text: see CONTRIBUTING.md
 SECONDS = 120
+PLANTED = {  # secrets of an environment
+    "ACME_API_KEY": "sk-ant-planted-0123456789",
+    "GITHUB_TOKEN": "ghp_planted_abcdefgh",
+    "DB_PASSWORD": 'quo"te\\d-pa/ss wörd',
+    "HTTPS_PROXY": "http://user:pr0xy-pass%21word@proxy:3128",
+    "SOME_PRIVATE_KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEF\nZZZZvQIBADANBgkqhkiG9w0BAQEF\n-----END KEY-----",
+}
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import Any
 
-from agent import journal
+from agent.journal import journal
 from agent.loop import main
 
 WHEN, COUNT = os.environ["DOOM"].split()

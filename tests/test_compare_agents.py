@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
-from agent import journal
+from agent.journal import journal
 from scripts import compare_agents
 from scripts.compare_agents import Point
 
-ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"data_hash": "d", "tokenizer_hash": "t", "seq_len": 64, "budget": "30s", "device": "cpu"}
 
 
@@ -105,8 +105,8 @@ def test_the_staircase_starts_at_the_baseline_and_ends_at_the_best(nights: tuple
     points = compare_agents.load(nights[0]).curve
     expected = [(0, 0.1, 1.0), (1, 0.2, 0.95), (2, 0.3, 0.95), (3, 0.4, 0.9)]
     assert [(p.experiments, round(p.hours, 6), p.best) for p in points] == expected
-    entry = compare_agents.Entry("a", compare_agents.load(nights[0]).night, [Point(0, 0.1, 1.0), Point(1, 0.2, 0.9)])
-    assert [entry.best_after(hours=h) for h in (0.05, 0.1, 0.2)] == [None, 1.0, 0.9]
+    side = compare_agents.Side("a", compare_agents.load(nights[0]).night, [Point(0, 0.1, 1.0), Point(1, 0.2, 0.9)])
+    assert [side.best_after(hours=h) for h in (0.05, 0.1, 0.2)] == [None, 1.0, 0.9]
 
 
 def test_the_clock_stands_still_while_no_driver_works(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_a_lead_within_the_noise_is_called_luck(tmp_path: Path) -> None:
 
 def test_nights_of_other_data_are_named_not_comparable(tmp_path: Path) -> None:
     paths = [Told(tmp_path / "a").path, Told(tmp_path / "b", budget="300s", data_hash="e").path]
-    entries = [compare_agents.load(path) for path in paths]
-    assert compare_agents.differences(entries) == ["data_hash differs: d, e", "budget differs: 30s, 300s"]
+    sides = [compare_agents.load(path) for path in paths]
+    assert compare_agents.differences(sides) == ["data_hash differs: d, e", "budget differs: 30s, 300s"]
     assert "not comparable: budget differs: 30s, 300s" in command(*paths).stdout
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import git
 import psutil
 import pytest
+from conftest import ROOT
 
-from agent import doctor, power, sandbox
+from agent import doctor
 from agent.doctor import Finding, check_agents, check_data, check_disk, check_framework, check_git
-
-ROOT = Path(__file__).parent.parent
+from agent.night import power
+from agent.trial import sandbox
 
 
 @pytest.fixture

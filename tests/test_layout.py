@@ -13,6 +13,17 @@ TRAIN_FILES = {"train_mlx", "train_torch"}
 HARNESS = {"prepare_mlx", "harness"}
 PARTS = sorted(path for path in (ROOT / "harness").rglob("*.py") if path.stem != "mlx_cpu")  # for train_mlx.py only
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
+# A folder of agent/, or a file directly in it, imports what stands on an earlier line, and itself.
+FLOORS = (
+    {"errors", "text"},
+    {"process", "coders"},
+    {"git", "journal", "chat"},
+    {"trial", "views"},
+    {"judgement"},
+    {"proposal", "search"},
+    {"night"},
+    {"loop", "doctor", "local"},
+)
 
 
 def imports(path: Path, module_level_only: bool = False, whole: bool = False) -> set[str]:
@@ -70,6 +81,27 @@ def test_a_train_file_imports_the_harness_and_its_framework_only(name: str, more
 @pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_driver_imports_no_framework_no_harness_and_no_train_file(path: Path) -> None:
     assert not imports(path) & (FRAMEWORKS | TRAIN_FILES | HARNESS)
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The folders of agent/, or files directly in it, that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("agent.")}
+
+
+@pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_the_floors_below_it(path: Path) -> None:
+    if path.name == "__init__.py":
+        assert not path.read_text(), "nothing is imported through a folder"
+        return
+    room = path.relative_to(ROOT / "agent").parts[0].removesuffix(".py")
+    floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+    assert rooms_of(path) <= {room}.union(*FLOORS[:floor])
 
 
 def test_no_file_records_a_registry_or_an_absolute_home() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import ROOT
 from model_server import BLOCK, CLOSING, TOKENS_IN, ModelServer, Script
 
 from agent import local
-from agent.endpoint import ChatError
+from agent.chat.endpoint import ChatError
 
-ROOT = Path(__file__).parent.parent
 SOURCE = "LR = 0.1\n"
 GOOD = BLOCK.format(path="train_mlx.py", old="LR = 0.1", new="LR = 0.2") + CLOSING
 
@@ -94,9 +94,9 @@ class Run:
 def test_the_server_is_asked_and_gone_with_its_children(tmp_path: Path) -> None:
     run = Run(tmp_path, [GOOD])
     model = model_folder(tmp_path / "model")
-    code, report = run("--model", str(model))
-    assert (code, report["failure"], run.text) == (0, None, "LR = 0.2\n")
-    assert (report["tokens_in"], report["description"]) == (TOKENS_IN, "double the learning rate")
+    code, reply = run("--model", str(model))
+    assert (code, reply["failure"], run.text) == (0, None, "LR = 0.2\n")
+    assert (reply["tokens_in"], reply["description"]) == (TOKENS_IN, "double the learning rate")
     assert run.facts["model"] == str(model)
     assert run.facts["offline"] == "1"
     assert run.alive() == []
@@ -111,16 +111,16 @@ def test_a_server_that_ignores_term_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_server_that_dies_is_an_agent_error(tmp_path: Path) -> None:
-    code, report = Run(tmp_path, [], mode="dies")("--model", str(model_folder(tmp_path / "model")))
-    assert (code, report["failure"]) == (1, "agent_error")
-    assert "ended with exit code 1 before it was ready" in report["detail"]
+    code, reply = Run(tmp_path, [], mode="dies")("--model", str(model_folder(tmp_path / "model")))
+    assert (code, reply["failure"]) == (1, "agent_error")
+    assert "ended with exit code 1 before it was ready" in reply["detail"]
 
 
 def test_a_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
     run = Run(tmp_path, [], mode="silent")
-    code, report = run("--model", str(model_folder(tmp_path / "model")), "--start-seconds", "2")
-    assert (code, report["failure"]) == (1, "agent_error")
-    assert "not ready after 2 s" in report["detail"]
+    code, reply = run("--model", str(model_folder(tmp_path / "model")), "--start-seconds", "2")
+    assert (code, reply["failure"]) == (1, "agent_error")
+    assert "not ready after 2 s" in reply["detail"]
     assert run.alive() == []
 
 
@@ -200,9 +200,9 @@ def test_a_folder_that_is_not_there(name: str) -> None:
 
 def test_no_model_no_server(tmp_path: Path) -> None:
     run = Run(tmp_path, [])
-    code, report = run("--model", "mlx-community/Qwen2.5-Coder-7B-Instruct-4bit")
-    assert (code, report["failure"]) == (5, "missing")
-    assert "4.3 GB" in report["detail"]
+    code, reply = run("--model", "mlx-community/Qwen2.5-Coder-7B-Instruct-4bit")
+    assert (code, reply["failure"]) == (5, "missing")
+    assert "4.3 GB" in reply["detail"]
     assert not run.facts_file.exists()
 
 
@@ -217,11 +217,11 @@ def test_a_real_server_with_a_tiny_random_model(tmp_path: Path) -> None:
         [sys.executable, "-m", "agent.local", "train_mlx.py", "--model", str(model), "--max-tokens", "12"],
         cwd=tmp_path, env=env, input="Improve it.", capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    report = json.loads(done.stdout.strip().rpartition("\n")[2])
-    assert (done.returncode, report["failure"]) == (1, "agent_error"), done.stderr
-    assert report["detail"].startswith(("no_blocks: ", "cut_off: "))
-    assert report["tokens_in"] > 20
-    assert 0 < report["tokens_out"] <= 24
+    reply = json.loads(done.stdout.strip().rpartition("\n")[2])
+    assert (done.returncode, reply["failure"]) == (1, "agent_error"), done.stderr
+    assert reply["detail"].startswith(("no_blocks: ", "cut_off: "))
+    assert reply["tokens_in"] > 20
+    assert 0 < reply["tokens_out"] <= 24
     left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "mlx_lm.server" in (p.info["cmdline"] or [])]
     assert left == []
 

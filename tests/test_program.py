@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from agent import briefing
-from agent.catalogue import HIGH, KNOBS, SWITCHES
-from agent.coders.base import Report, with_last_lines
-from agent.night import fold
+from agent.coders.coder import Reply, with_last_lines
+from agent.journal.state import fold
+from agent.proposal import briefing
+from agent.search.catalogue import HIGH, KNOBS, SWITCHES
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
 RUN, CLOCK = (ast.parse((ROOT / "harness" / name).read_text(encoding="utf-8")) for name in ("run.py", "clock.py"))
 TRAINER = (ROOT / "train_mlx.py").read_text(encoding="utf-8")
@@ -40,7 +39,7 @@ def prompt() -> str:
         {"event": "verdict", "n": 0, "status": "keep", "reason": "baseline", "val_bpb": 1.5, "description": "baseline",
          "error": None, "usage": {}, "seconds": 0},
     ]  # fmt: skip
-    return briefing.write(fold({"seq": i, "t": 1000.0 + i, **event} for i, event in enumerate(events)), PROGRAM)
+    return briefing.compose(fold({"seq": i, "t": 1000.0 + i, **event} for i, event in enumerate(events)), PROGRAM)
 
 
 def test_it_reaches_the_agent_whole_and_is_short_enough_to_read() -> None:
@@ -60,8 +59,8 @@ def test_the_section_it_points_to_is_in_the_prompt_and_holds_what_it_says() -> N
 
 def test_the_last_lines_it_asks_for_are_those_that_are_read() -> None:
     example = "\n".join(line.strip() for line in PROGRAM.splitlines() if re.match(r"\s+(HYPOTHESIS|DESCRIPTION): ", line))
-    report = with_last_lines(Report(message=f"Done.\n\n{example}"))
-    assert (report.hypothesis, report.description) == ("why it should lower val_bpb", "what was changed, in at most 12 words")
+    reply = with_last_lines(Reply(message=f"Done.\n\n{example}"))
+    assert (reply.hypothesis, reply.description) == ("why it should lower val_bpb", "what was changed, in at most 12 words")
     asked = prompt().split("# What to do now")[1]
     assert "HYPOTHESIS: " in asked
     assert example.splitlines()[1] in asked

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from agent.coders import shapes
-from agent.coders.base import Coder, Job, Login
+from agent.coders.coder import Coder, Job, Login
 
 AWS = ("AWS_PROFILE", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
        "AWS_BEARER_TOKEN_BEDROCK")  # fmt: skip

@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from agent.coders.base import Failure
+from agent.coders.coder import Failure
 
 _RATE = (
     r"(?<!line )\b(?:429|529)\b|rate.?limit|too many requests|usage limit|limit reached|quota|resource.?exhausted|overloaded"

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from agent.coders import shapes
-from agent.coders.base import Coder, Job
 from agent.coders.clis import OPENAI, model
+from agent.coders.coder import Coder, Job
 
 ROOT = str(Path(__file__).resolve().parent.parent.parent)
 # The worktree is the working directory; its copy of our modules must not be the one that runs.

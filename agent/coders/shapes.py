@@ -1,6 +1,6 @@
 """Readers of what the command lines print: one function for each agent's output format.
 
-A reader may raise on a shape it doesn't know; `Coder.report` turns that into an `agent_error`. Text that an agent's model
+A reader may raise on a shape it doesn't know; `Coder.reply` turns that into an `agent_error`. Text that an agent's model
 wrote is never searched for failures: only error fields and standard error are.
 """
 
@@ -12,24 +12,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from agent.coders.base import Job, Report
+from agent.coders.coder import Job, Reply
 from agent.coders.failures import LIMIT_OR_LOGIN, name_failure
 
 
-def plain(stdout: str, log: str, job: Job) -> Report:
+def plain(stdout: str, log: str, job: Job) -> Reply:
     """A program that reports nothing: its output is the message."""
-    report = Report(message=stdout.strip() or None)
-    return _failed(log, report) if LIMIT_OR_LOGIN.search(log) else report
+    reply = Reply(message=stdout.strip() or None)
+    return _failed(log, reply) if LIMIT_OR_LOGIN.search(log) else reply
 
 
-def claude(stdout: str, log: str, job: Job) -> Report:
+def claude(stdout: str, log: str, job: Job) -> Reply:
     """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage."""
     result = _object(stdout)
     if result is None:
         return _failed(log or stdout)
     usage = result.get("usage") or {}
     inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    known = Report(
+    known = Reply(
         tokens_in=_total(usage, *inputs),
         tokens_out=usage.get("output_tokens"),
         cost_usd=result.get("total_cost_usd"),
@@ -40,11 +40,11 @@ def claude(stdout: str, log: str, job: Job) -> Report:
     return known
 
 
-def codex(stdout: str, log: str, job: Job) -> Report:
+def codex(stdout: str, log: str, job: Job) -> Reply:
     """JSON lines: `agent_message` items, `turn.completed` with usage, `turn.failed` and `error` with a message.
 
     Items of type `error` are warnings: a turn that has completed has not failed."""
-    known, errors, completed = Report(), [], False
+    known, errors, completed = Reply(), [], False
     for event in _lines(stdout):
         kind = event.get("type")
         item = event.get("item") or {}
@@ -58,13 +58,13 @@ def codex(stdout: str, log: str, job: Job) -> Report:
     return known if completed else _failed("\n".join(errors) or log or stdout, known)
 
 
-def gemini(stdout: str, log: str, job: Job) -> Report:
+def gemini(stdout: str, log: str, job: Job) -> Reply:
     """One JSON object: `response`, `stats.models.*.tokens`; on failure an `error` object, on standard error."""
     result = _object(stdout)
     if result is None:
         error = (_object(log) or {}).get("error")
         return _failed(f"{error.get('code')} {error.get('message')}" if error else log or stdout)
-    known = Report(message=_text(result.get("response")))
+    known = Reply(message=_text(result.get("response")))
     for model in (result.get("stats") or {}).get("models", {}).values():
         known = _add(known, _total(model["tokens"], "prompt"), _total(model["tokens"], "candidates", "thoughts"))
     if error := result.get("error"):
@@ -74,9 +74,9 @@ def gemini(stdout: str, log: str, job: Job) -> Report:
     return known
 
 
-def opencode(stdout: str, log: str, job: Job) -> Report:
+def opencode(stdout: str, log: str, job: Job) -> Reply:
     """JSON lines: `text`, `step_finish` with tokens and cost, `error` with status and headers."""
-    known, error, cost, finished = Report(), "", 0.0, False
+    known, error, cost, finished = Reply(), "", 0.0, False
     for event in _lines(stdout):
         part = event.get("part") or {}
         if event.get("type") == "text":
@@ -95,14 +95,14 @@ def opencode(stdout: str, log: str, job: Job) -> Report:
     return known if finished and not error else _failed(error or log or stdout, known)
 
 
-def qwen(stdout: str, log: str, job: Job) -> Report:
+def qwen(stdout: str, log: str, job: Job) -> Reply:
     """A JSON array whose last element is the result. An API error is a result like any other, marked in its text."""
     start = re.search(r"^\[", stdout, re.M)
     if start is None:
         return _failed(log or stdout)
     result = json.loads(stdout[start.start() :])[-1]
     usage = result.get("usage") or {}
-    known = Report(
+    known = Reply(
         tokens_in=_total(usage, "input_tokens"),
         tokens_out=_total(usage, "output_tokens"),
         message=_text(result.get("result")),
@@ -112,9 +112,9 @@ def qwen(stdout: str, log: str, job: Job) -> Report:
     return known
 
 
-def copilot(stdout: str, log: str, job: Job) -> Report:
+def copilot(stdout: str, log: str, job: Job) -> Reply:
     """JSON lines: `assistant.message`, `session.error`; tokens in the usage file."""
-    known, error, ended = Report(), "", False
+    known, error, ended = Reply(), "", False
     for event in _lines(stdout):
         data = event.get("data") or {}
         if event.get("type") == "assistant.message" and _text(data.get("content")):
@@ -134,9 +134,9 @@ _AIDER_TOKENS = re.compile(
 )
 
 
-def aider(stdout: str, log: str, job: Job) -> Report:
+def aider(stdout: str, log: str, job: Job) -> Reply:
     """Plain text: `Tokens: 1.2k sent, 50 received. Cost: $0.01 message, ...` after every answer."""
-    known = Report(message=_text(stdout.rpartition(" to the chat.\n")[2]))
+    known = Reply(message=_text(stdout.rpartition(" to the chat.\n")[2]))
     cost, end = 0.0, 0
     for line in _AIDER_TOKENS.finditer(stdout):
         known = _add(known, _abbreviated(line[1], line[2]), _abbreviated(line[3], line[4]))
@@ -147,36 +147,36 @@ def aider(stdout: str, log: str, job: Job) -> Report:
     return _failed("\n".join(errors) or log or stdout, known)
 
 
-def goose(stdout: str, log: str, job: Job) -> Report:
+def goose(stdout: str, log: str, job: Job) -> Reply:
     """One JSON object with `messages`, as documented; its totals don't tell input from output."""
     result = _object(stdout)
     if result is None:
         return _failed(log or stdout)
     said = [part.get("text") for message in result.get("messages") or [] if message.get("role") == "assistant"
             for part in message.get("content") or []]  # fmt: skip
-    return Report(message=_text("\n".join(text for text in said if text)))
+    return Reply(message=_text("\n".join(text for text in said if text)))
 
 
-def own(stdout: str, log: str, job: Job) -> Report:
-    """This project's own agents: the last line of standard output is a Report as JSON."""
+def own(stdout: str, log: str, job: Job) -> Reply:
+    """This project's own agents: the last line of standard output is a Reply as JSON."""
     last = stdout.strip().rpartition("\n")[2]
     if not last.startswith("{"):
         return _failed(log or stdout)
     fields = json.loads(last)
-    return Report(**{key: value for key, value in fields.items() if key in Report.__dataclass_fields__})
+    return Reply(**{key: value for key, value in fields.items() if key in Reply.__dataclass_fields__})
 
 
-def _failed(text: str, known: Report | None = None) -> Report:
+def _failed(text: str, known: Reply | None = None) -> Reply:
     named = name_failure(text)
     detail = named.detail or "it said nothing"
-    return replace(known or Report(), failure=named.failure, detail=detail, wait_seconds=named.wait_seconds)
+    return replace(known or Reply(), failure=named.failure, detail=detail, wait_seconds=named.wait_seconds)
 
 
-def _add(report: Report, tokens_in: int | None, tokens_out: int | None) -> Report:
+def _add(reply: Reply, tokens_in: int | None, tokens_out: int | None) -> Reply:
     return replace(
-        report,
-        tokens_in=(report.tokens_in or 0) + (tokens_in or 0),
-        tokens_out=(report.tokens_out or 0) + (tokens_out or 0),
+        reply,
+        tokens_in=(reply.tokens_in or 0) + (tokens_in or 0),
+        tokens_out=(reply.tokens_out or 0) + (tokens_out or 0),
     )
 
 

@@ -1,0 +1,186 @@
+"""What every coding agent is described with: a job goes in, a command comes out, its output is read into a reply.
+
+Nothing here starts a process: `agent/process/child.py` does, with the `Command` an adapter returns.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from agent.errors import UsageError
+
+Failure = Literal["rate_limit", "login", "missing", "agent_error"]
+
+# What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
+BASE_ENV = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR",
+    "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS",
+)  # fmt: skip
+PLAIN_OUTPUT = {"TERM": "dumb", "NO_COLOR": "1"}  # colours and spinners would only have to be stripped from the logs
+
+
+class CoderError(UsageError):
+    """An agent that can't be asked: unknown, not installed, or given a job it can't do. The message says the mend."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment's request to a coding agent."""
+
+    worktree: Path  # its working directory, and all it may write to
+    train_file: str  # the file to edit, relative to the worktree
+    prompt: str
+    scratch: Path  # an existing directory outside the worktree, fresh for every job: prompt file, histories, usage
+    model: str | None = None
+    base_url: str | None = None  # chat only
+    max_cost_usd: float | None = None  # passed on where the CLI has such a limit
+    pass_env: tuple[str, ...] = ()  # further variables of the user's environment, by name
+    extra_args: tuple[str, ...] = ()  # further arguments for the CLI, as the user wrote them
+
+    @property
+    def prompt_file(self) -> Path:
+        return self.scratch / "prompt.md"
+
+    def scratch_file(self, name: str) -> str:
+        return str(self.scratch / name)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the spawner runs, with the worktree as working directory."""
+
+    argv: list[str]
+    env: dict[str, str]  # the whole environment: nothing is inherited
+    stdin: str  # "" where the CLI takes its prompt another way: standard input is then empty, never the terminal
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an agent's output says. It is evidence: whether the train file changed is what decides."""
+
+    tokens_in: int | None = None  # as billed: cached tokens included; None where the CLI doesn't say
+    tokens_out: int | None = None
+    cost_usd: float | None = None
+    message: str | None = None  # the last message, stripped
+    hypothesis: str | None = None
+    description: str | None = None
+    failure: Failure | None = None
+    detail: str | None = None  # the line that names the failure, for the log and for the human
+    wait_seconds: float | None = None  # with `rate_limit`: how long, where the answer says
+
+
+Reader = Callable[[str, str, Job], Reply]  # standard output, log (standard error), the job that was run
+
+
+@dataclass(frozen=True)
+class Login:
+    """A file below the user's HOME that exists once somebody has logged in, and text that must be in it."""
+
+    path: str  # relative to HOME, or to the variable named in `below`
+    needle: str = ""
+    below: str = "HOME"
+
+
+@dataclass(frozen=True)
+class Coder:
+    """A coding agent as data. `command` and `reply` are all that the driver calls."""
+
+    name: str
+    binary: str  # looked up on the user's PATH; an absolute path is taken as it is
+    arguments: Callable[[Job], list[str]]  # everything after the binary
+    reader: Reader
+    install_hint: str  # the command that installs it
+    login_hint: str  # the command that mends an expired login
+    env_names: tuple[str, ...] = ()  # its own variables in the user's environment
+    env_set: Mapping[str, str] = field(default_factory=dict)
+    settings: Callable[[Job], dict[str, str]] | None = None  # variables made for the job; it may write to the scratch
+    login_env: tuple[str, ...] = ()  # any of these set means logged in
+    login_files: tuple[Login, ...] = ()
+    prompt_on_stdin: bool = True
+    idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
+    leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
+    extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
+    edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
+
+    def command(self, job: Job, environ: Mapping[str, str]) -> Command:
+        """The command for `job`, from the user's environment. Writes `job.prompt_file`.
+
+        Raises CoderError where the program isn't on the PATH of `environ`."""
+        path = self.find(environ)
+        if path is None:
+            raise CoderError(f"agent {self.name}: no program {self.binary!r} on PATH; install it: {self.install_hint}")
+        job.prompt_file.write_text(job.prompt, encoding="utf-8")
+        names = (*BASE_ENV, *self.env_names, *job.pass_env)
+        env = {name: environ[name] for name in names if name in environ}
+        env |= PLAIN_OUTPUT | dict(self.env_set) | (self.settings(job) if self.settings else {})
+        extra = job.extra_args if self.extra_args_last else ()
+        return Command([path, *self.arguments(job), *extra], env, job.prompt if self.prompt_on_stdin else "")
+
+    def reply(self, stdout: str, log: str, job: Job) -> Reply:
+        """What the finished agent said. Never raises: output that can't be read is an `agent_error`."""
+        try:
+            reply = self.reader(stdout, log, job)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            detail = f"{self.name}: output of an unknown shape ({type(error).__name__}: {error})"
+            return Reply(failure="agent_error", detail=detail)
+        if reply == Reply():
+            reply = Reply(failure="agent_error", detail=f"{self.name} said nothing")
+        return with_last_lines(reply)
+
+    def find(self, environ: Mapping[str, str]) -> str | None:
+        """The program's path, or None where it isn't installed."""
+        return shutil.which(self.binary, path=environ.get("PATH", ""))
+
+    def logged_in(self, environ: Mapping[str, str]) -> bool:
+        """Whether there is a sign of a login. A sign only: an expired one is found out by the first experiment."""
+        if any(environ.get(name) for name in self.login_env):
+            return True
+        return any(_has_login(login, environ) for login in self.login_files)
+
+
+def _has_login(login: Login, environ: Mapping[str, str]) -> bool:
+    root = environ.get(login.below)
+    if not root:
+        return False
+    try:
+        return login.needle in (Path(root) / login.path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+_LAST_LINE = re.compile(r"^[ \t>*_`#-]*(HYPOTHESIS|DESCRIPTION)[*_`]*[ \t]*:(.*)$", re.I | re.M)
+
+
+def with_last_lines(reply: Reply) -> Reply:
+    """Fills in `hypothesis` and `description` from the last HYPOTHESIS: and DESCRIPTION: line of the message."""
+    found = {key.lower(): _unquoted(text) for key, text in _LAST_LINE.findall(reply.message or "")}
+    return replace(
+        reply,
+        hypothesis=reply.hypothesis or found.get("hypothesis"),
+        description=reply.description or found.get("description"),
+    )
+
+
+def _unquoted(text: str) -> str | None:
+    text = text.strip(" \t\r*")
+    if text.startswith("`") and text.endswith("`") and text.count("`") == 2:
+        text = text[1:-1].strip()
+    return text or None
+
+
+def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> float | None:
+    """What the agent cost: as reported, else from its tokens at `price_in`/`price_out` USD per million tokens.
+
+    None where neither the cost nor both tokens and prices are known: unknown is not free."""
+    if reply.cost_usd is not None:
+        return reply.cost_usd
+    if price_in is None or price_out is None or reply.tokens_in is None or reply.tokens_out is None:
+        return None
+    return (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6

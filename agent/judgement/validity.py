@@ -1,0 +1,52 @@
+"""Whether the result of a trial counts: not if the machine slept, or was faster or slower than usual."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+
+from agent.errors import NightError
+from agent.journal.state import Experiment, Night
+from agent.text import one_line
+from agent.trial.order import TrialResult
+
+MOST_INTERRUPTIONS = 5  # of one trial, in a row
+MOST_REPEATS = 2  # of one trial, in a row, because the machine was not alike at its beginning and its end
+REPEATS_OF_A_NIGHT = 4, 10  # so many and one in so many trials: a machine that is never quiet is the night's noise, no event
+SHORTEST_PROBED = 30.0  # seconds of training; in a shorter one the harness measures the machine's speed too briefly
+SLOWER = 0.10  # below the median of the night's trainings: as the harness's own bound for a change within one
+TRIALS_BEFORE = 3  # that the median needs
+
+
+def validated(night: Night, experiment: Experiment, result: TrialResult, budget_seconds: float | None) -> TrialResult:
+    """The result of a trial, or that it counts for nothing: `disturbed` where the machine grew faster or slower meanwhile by
+    more than the harness finds harmless, or was slower than the night's all along, so that neither heat nor another program
+    decides. Within bounds: then it is taken, and its summary says so.
+
+    NightError if the machine sleeps through every attempt."""
+    if result.status == "interrupted" and experiment.repeats.get("interrupted", 0) + 1 >= MOST_INTERRUPTIONS:
+        raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
+    few, one_in = REPEATS_OF_A_NIGHT
+    result = _against_the_night(night, result)
+    disturbed = result.status == "ok" and (budget_seconds or 0.0) >= SHORTEST_PROBED and disturbance(result)
+    if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
+        return result
+    message = f"the machine's speed changed, {disturbed}"
+    return replace(result, status="disturbed", error={"kind": "disturbed", "message": message, "step": None, "tail": ""})
+
+
+def disturbance(result: TrialResult) -> str:
+    """What is known about the machine during a training, "" if it was quiet."""
+    return one_line(str(result.summary.get("speed_warning", "")))
+
+
+def _against_the_night(night: Night, result: TrialResult) -> TrialResult:
+    """With a warning in its summary where the machine was slow from beginning to end: only the night can tell."""
+    trials = (trial for experiment in night.experiments for trial in experiment.trials)
+    before = [rate for trial in trials if isinstance(rate := trial.summary.get("products_per_second"), float)]
+    rate = result.summary.get("products_per_second")
+    if not isinstance(rate, float) or disturbance(result) or len(before) < TRIALS_BEFORE:
+        return result
+    change = rate / max(median(before), 1e-9) - 1
+    warning = {"speed_warning": f"{change:+.0%} against the night's median: heat, or another program"} if change < -SLOWER else {}
+    return replace(result, summary={**result.summary, **warning})

@@ -1,0 +1,265 @@
+"""The night's steps. Each looks at the journal, does the next thing, writes it down; each may be repeated after a crash.
+
+Nothing is undone before what it was has been journalled, and the branch moves only after a verdict. So a driver that is
+killed anywhere finds its way: fold the journal, put git where the journal says it is, go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.errors import BaselineError, Stopped
+from agent.git import guard
+from agent.git.worktree import Worktree
+from agent.journal.folder import prune, sweep
+from agent.journal.journal import Journal
+from agent.journal.settings import Settings
+from agent.journal.state import REPEATED, Experiment, apply, fold
+from agent.judgement import novelty, validity
+from agent.judgement.decision import Rule, judge
+from agent.night import limits
+from agent.night.hooks import Hooks
+from agent.night.limits import Stopper
+from agent.proposal import briefing
+from agent.proposal.ask import Desk, Proposal, ask
+from agent.proposal.digest import family
+from agent.text import clean
+from agent.trial.lab import Lab, lay_harness
+from agent.trial.order import TrialResult
+from agent.trial.trial import check_import, run_trial, score_run
+from agent.views import results
+from agent.views.terminal import Console
+
+
+@dataclass
+class Engine:
+    """One driver session on one night."""
+
+    journal: Journal
+    worktree: Worktree
+    lab: Lab
+    desk: Desk
+    settings: Settings
+    stopper: Stopper
+    console: Console
+    program: Path  # read again for every experiment, so that the human can steer
+
+    def __post_init__(self) -> None:
+        self.night = fold(self.journal.events)
+        self.rule = Rule(baseline_trials=self.settings.baseline_seeds, experiments=self.settings.experiments or Rule.experiments)
+        self.began = time.monotonic()
+        self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Journal an event, without secrets, and move the state on by it."""
+        apply(self.night, self.journal.append(event, **clean(fields)))
+
+    def recover(self) -> None:
+        """Make processes, git and views agree with the journal."""
+        for pid in sweep(self.lab.folder):
+            self.console.say(f"ended process {pid}, left by a driver that was killed")
+        at = self.night.leader.commit if self.night.best is not None else self.night.base
+        self.worktree.open(at or self.night.base)
+        for experiment in self.night.experiments:
+            if experiment.commit:
+                self.worktree.keep_ref(experiment.n, experiment.commit)
+        results.write_results(self.night, self.lab.folder / "results.tsv")
+        prune(self.night, self.lab.folder)
+
+    def run(self) -> tuple[str, str]:
+        """Work until a limit or a request ends the night: its name and its words."""
+        if self.night.best is None:
+            self.baseline()
+        while True:
+            if self.night.open is None:
+                if self.stopper.finishing():
+                    return "stopped", "stopped by request"
+                free = shutil.disk_usage(self.lab.folder).free / 1e9
+                seconds = time.monotonic() - self.began
+                if reason := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
+                    return reason
+                if wait := limits.pause(self.night, self.settings):
+                    kind, length = self.night.streak()
+                    self.console.say(f"{length} experiments in a row ended as {kind}; pausing {wait:.0f} s")
+                    self.stopper.sleep(wait, lambda left: self.console.show(f"pausing, {left:.0f} s left"))
+                    if self.stopper.finishing():
+                        continue
+            if reason := self.experiment():
+                return reason
+
+    def baseline(self) -> None:
+        """Measure the unchanged train file with several seeds. BaselineError if it does not train."""
+        if self.night.open is None:
+            self.record("experiment", n=0, parent=self.night.base)
+        experiment = self.night.experiments[0]
+        self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
+        if experiment.commit is None:
+            self.worktree.keep_ref(0, self.night.base)  # also if the user rebases it away
+            self.candidate(experiment, self.night.base, Proposal("changed", "baseline"))
+        while len(experiment.scores) < self.settings.baseline_seeds:
+            result = self.trial(experiment)
+            if result.status != "ok":
+                error = result.error or {}
+                self.record("note", text=f"the baseline ended as {result.status}: {error.get('message')}")
+                raise BaselineError(
+                    f"the unchanged {self.lab.train_file} ended as {result.status}: {error.get('message')}\n"
+                    f"{error.get('tail', '')}\nmend it, commit it, and start a night with "
+                    f"another --tag; full output: {self.lab.folder / 'logs'}"
+                )
+            if self.stopper.finishing() and len(experiment.scores) < self.settings.baseline_seeds:
+                raise Stopped
+        self.verdict(experiment, "keep", "baseline", None)
+
+    def experiment(self) -> tuple[str, str] | None:
+        """One experiment from proposal to verdict; a reason if the night cannot go on."""
+        if self.night.open is None:
+            self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
+        experiment = self.night.experiments[-1]
+        self.console.stage(f"experiment {experiment.n} (best {self.night.leader.mean:.4f}): the agent is at work")
+        if experiment.commit is None and (reason := self.propose(experiment)):
+            return reason
+        if experiment.status is None and experiment.commit is not None:
+            self.judge(experiment)
+        return None
+
+    def propose(self, experiment: Experiment) -> tuple[str, str] | None:
+        """Get a candidate (or a verdict without one); a reason to end the night if no agent can be asked."""
+        n, parent = experiment.n, experiment.parent
+        self.worktree.reset(parent)
+        if found := self.worktree.orphan(n, parent):  # committed by a driver that was killed before it could say so
+            self.worktree.show(parent, found[0], self.lab.train_file)
+            self.candidate(experiment, found[0], Proposal("changed", found[1]))
+            return None
+        cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
+        prompt = briefing.compose(self.night, briefing.program(self.program), self.hooks.before_experiment(self.night, experiment))
+        proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
+        if proposal.kind == "changed":
+            commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
+            self.candidate(experiment, commit, proposal)
+            return None
+        spent = {"usage": proposal.usage, "seconds": proposal.seconds}
+        if proposal.kind in ("rate_limit", "login", "missing"):
+            self.record("agent_failed", n=n, kind=proposal.kind, wait=proposal.wait, message=proposal.message, **spent)
+            return self._no_agent(proposal.kind, proposal.message)
+        self.verdict(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
+        return None
+
+    def candidate(self, experiment: Experiment, commit: str, proposal: Proposal) -> None:
+        """Journal what the worktree now holds as the candidate of this experiment."""
+        source, about = novelty.source(self.worktree.path / self.lab.train_file), proposal.description
+        self.record(
+            "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about,
+            hypothesis=proposal.hypothesis, family=family(about, self.worktree.diff(experiment.parent, commit)),
+            usage=proposal.usage, seconds=round(proposal.seconds, 1),
+        )  # fmt: skip
+        if experiment.n:
+            self.console.say(f"experiment {experiment.n}: {about}")
+
+    def judge(self, experiment: Experiment) -> None:
+        """Train and score the candidate until there is a verdict."""
+        best = self.night.leader
+        self.lay(experiment)
+        if not experiment.scores and (early := self.early_verdict(experiment)):
+            return self.verdict(experiment, *early)
+        while True:
+            subject = experiment
+            if experiment.scores:
+                decision = judge(self.night, experiment, self.rule)
+                if decision.action != "again":
+                    gain = f"{decision.reason}, gain {decision.gain:+.4f}"
+                    return self.verdict(experiment, decision.action, gain, None)
+                subject = best if decision.remeasure_best else experiment
+                who = "the best is measured again" if subject is best else "trained again with another seed"
+                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
+            result = self.trial(subject)
+            if result.status == "ok":
+                continue
+            if subject is best:
+                return self.verdict(experiment, "discard", f"the best could not be measured again: {result.status}", result.error)
+            return self.verdict(experiment, result.status, (result.error or {}).get("message", ""), result.error)
+
+    def early_verdict(self, experiment: Experiment) -> novelty.EarlyVerdict | None:
+        """The verdict on a candidate that need not be trained: it is no change, was trained before, or does not start."""
+        return (
+            novelty.early_verdict(self.night, experiment)
+            or novelty.broken(self.lab.worktree / self.lab.train_file)
+            or novelty.not_importable(check_import(self.lab))
+        )
+
+    def lay(self, experiment: Experiment) -> None:
+        """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""
+        self.worktree.show(self._branch(), experiment.commit or "", self.lab.train_file)
+        guard.scrub(self.worktree.path, experiment.commit or "")  # byte by byte: git believes sizes and times
+        lay_harness(self.worktree.repository, self.night.base, self.lab.folder)
+
+    def trial(self, experiment: Experiment) -> TrialResult:
+        """Train and score one experiment's file with its next seed; repeated if the machine slept, or was not itself."""
+        k = len([trial for trial in experiment.trials if trial.status != "running"])
+        seed = self.night.seed + k  # trial k of every candidate has the same seed: a pair
+        run_dir = self.lab.folder / "trials" / f"{experiment.n:04d}-{seed}"
+        name, baseline = experiment.name, self.night.experiments[0].summary() if experiment.n or k else {}
+        while True:
+            self.lay(experiment)
+            self.console.stage(f"{name}, trial {k + 1}" + f": {experiment.description}" * (experiment.n > 0))
+            self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
+            result = run_trial(self.lab, run_dir, seed, baseline)
+            result = validity.validated(self.night, experiment, result, self.lab.budget_seconds)
+            self.record(
+                "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
+                summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
+            )  # fmt: skip
+            if result.status == "ok":
+                unquiet = f"; the machine's speed: {words}" if (words := validity.disturbance(result)) else ""
+                self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s{unquiet})")
+            if result.status not in REPEATED:
+                return result
+            self.console.say(f"{name}, trial {k + 1} is repeated: {(result.error or {}).get('message')}")
+
+    def verdict(
+        self, experiment: Experiment, status: str, reason: str, error: dict[str, Any] | None, description: str = "",
+        spent: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Journal the end of an experiment, then let git and the views follow."""
+        mean = experiment.mean
+        self.record(
+            "verdict", n=experiment.n, status=status, reason=reason, val_bpb=mean, description=description, error=error,
+            **(spent or {"usage": {}, "seconds": 0.0}),
+        )  # fmt: skip
+        self.worktree.reset(self._branch())
+        results.write_results(self.night, self.lab.folder / "results.tsv")
+        prune(self.night, self.lab.folder)
+        shown = f" {mean:.4f}" if mean is not None else ""
+        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+        self.hooks.after_experiment(self.night, experiment)
+
+    def held_out(self) -> None:
+        """Score baseline and best on the held-out test text, once each."""
+        for n in sorted({0, self.night.leader.n}):
+            experiment = self.night.experiments[n]
+            folders = ((t, self.lab.folder / "trials" / t.folder) for t in experiment.trials if t.status == "ok")
+            trial, folder = next((found for found in folders if found[1].is_dir()), (None, Path()))
+            if n in self.night.tests or trial is None:
+                continue
+            self.console.stage(f"held-out test of {experiment.name}")
+            result = score_run(self.lab, folder, "test")
+            if result.status == "interrupted":
+                return
+            self.record(
+                "test_score", n=n, split="test", val_bpb=trial.val_bpb, test_bpb=result.val_bpb, summary=result.summary,
+                error=result.error,
+            )  # fmt: skip
+
+    def _branch(self) -> str:
+        return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
+
+    def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
+        wait = limits.without_agent(self.night, self.settings, kind, message, time.monotonic() - self.began)
+        if isinstance(wait, tuple):
+            return wait
+        self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
+        self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
+        return ("stopped", "stopped by request") if self.stopper.finishing() else None

@@ -1,0 +1,145 @@
+"""When a night is over, when it pauses, and how it is asked to stop.
+
+The limits are pure functions of the state. A night is asked to stop by Ctrl-C, a signal, or `--stop` in another terminal. Once:
+after this experiment; twice: now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from agent.errors import Stopped
+from agent.journal.settings import Settings
+from agent.journal.state import FAILURES, Night
+
+LONGEST_PAUSE = 600.0  # seconds, between failing experiments
+LONGEST_WAIT = 1800.0  # seconds, for a rate limit that does not say how long it lasts
+FIRST_WAIT = 60.0
+GIVE_UP_WAITS = 50  # a day of half hours: whoever limits the rate has no more for us
+
+
+def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: float) -> tuple[str, str] | None:
+    """Name and words of the limit that ends the night before its next experiment, None if it goes on."""
+    done = len(night.done)
+    best = night.leader.mean
+    if settings.experiments is not None and done >= settings.experiments:
+        return "experiments", f"{done} experiments done, as asked"
+    if settings.hours is not None and session_seconds >= settings.hours * 3600:
+        return "hours", f"{settings.hours:g} hours are over"
+    if settings.max_cost is not None and night.cost >= settings.max_cost:
+        return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}"
+    if settings.max_cost is not None and night.unpriced and settings.price_in is None:
+        return "max_cost", "the agent tells no cost, so --max-cost cannot be held; give --price-in and --price-out, or drop it"
+    if settings.target is not None and best is not None and best <= settings.target:
+        return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"
+    if settings.patience is not None and night.since_keep() >= settings.patience:
+        return "patience", f"nothing kept in {night.since_keep()} experiments"
+    if free_gb < settings.disk_gb:
+        return "disk", f"{free_gb:.1f} GB free on the disk, {settings.disk_gb:g} GB wanted; free some and resume"
+    kind, length = night.streak()
+    if kind in FAILURES and length >= 2 * settings.breaker:
+        return "failures", f"{length} experiments in a row ended as {kind}; see the logs, mend it and resume"
+    return None
+
+
+def pause(night: Night, settings: Settings) -> float:
+    """Seconds to wait before the next experiment: 0, unless failures of one kind come in a row."""
+    kind, length = night.streak()
+    if kind not in FAILURES or length < settings.breaker:
+        return 0.0
+    return float(min(settings.backoff * 2.0 ** (length - settings.breaker), LONGEST_PAUSE))
+
+
+def rate_limit_wait(night: Night, settings: Settings) -> float | None:
+    """Seconds to wait after the newest rate limit; None once waiting has not helped for a day."""
+    failures = [f for f in night.agent_failures if f["kind"] == "rate_limit"]
+    if len(failures) >= GIVE_UP_WAITS:
+        return None
+    told = failures[-1].get("wait") if failures else None
+    if told is not None:
+        return float(max(told, 1.0))
+    return float(min(FIRST_WAIT * 2.0 ** (len(failures) - 1), LONGEST_WAIT))
+
+
+def without_agent(night: Night, settings: Settings, kind: str, message: str, session_seconds: float) -> tuple[str, str] | float:
+    """No agent could be asked: name and words of why the night ends, or the seconds to wait."""
+    if kind != "rate_limit":
+        return kind, message
+    wait = rate_limit_wait(night, settings)
+    if wait is None:
+        return "rate_limit", f"the rate limit has not lifted in {GIVE_UP_WAITS} attempts: {message}"
+    if settings.hours is not None and session_seconds + wait > settings.hours * 3600:
+        return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
+    return wait
+
+
+_ONCE, _NOW = "after this experiment\n", "now\n"
+
+
+class Stopper:
+    """Collects requests to stop. `now` is cheap enough to be asked several times a second."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self._file = folder / "stop"
+        self._say = say
+        self._requests = 0
+        self._told = 0
+
+    def install(self) -> None:
+        """Take the signals. SIGINT asks once, then at once; SIGTERM and a closed terminal ask at once."""
+        self._file.unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, self._interrupted)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                signal.signal(number, self._ended)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._requests += 1
+
+    def _ended(self, number: int, frame: FrameType | None) -> None:
+        self._requests += 2
+
+    def _count(self) -> int:
+        requests = self._requests
+        with contextlib.suppress(OSError):
+            requests += 2 if "now" in self._file.read_text() else 1
+        if self._told < min(requests, 2):  # said here, not in the signal handler, which must not print
+            self._told = min(requests, 2)
+            words = "stopping after this experiment; once more stops now (the night can be resumed)", "stopping now"
+            self._say(words[self._told - 1])
+        return requests
+
+    def finishing(self) -> bool:
+        """Whether to begin no further experiment."""
+        return self._count() >= 1
+
+    def now(self) -> bool:
+        """Whether to leave everything as it is, at once."""
+        return self._count() >= 2
+
+    def sleep(self, seconds: float, show: Callable[[float], None] = lambda left: None) -> None:
+        """Wait, awake to requests: a first one ends the wait, a second raises Stopped."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self.now():
+                raise Stopped
+            if self.finishing():
+                return
+            show(left)
+            time.sleep(min(left, 0.2))
+
+
+def request_stop(folder: Path) -> str:
+    """Leave a request for the driver of this night; a second one asks it to stop at once. Says what was asked."""
+    file = folder / "stop"
+    word = _NOW if file.exists() else _ONCE
+    draft = folder / f".stop-{os.getpid()}"
+    draft.write_text(word)
+    os.replace(draft, file)
+    return word.strip()

@@ -1,0 +1,74 @@
+"""A laptop at night: keep it awake where the system lets us, say so where it will not stay awake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.process import child
+from agent.process.environment import clean_env
+
+
+@contextlib.contextmanager
+def stay_awake() -> Iterator[None]:
+    """Hold off idle sleep on macOS while the block runs; it ends with this process whatever happens."""
+    if sys.platform != "darwin" or shutil.which("caffeinate") is None:
+        yield
+        return
+    over = threading.Event()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
+        bounds = child.Bounds(wall_seconds=14 * 86400.0)
+        keeper = threading.Thread(
+            target=lambda: child.run(
+                command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stop=over.is_set
+            ),
+            daemon=True,
+        )
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join(10)
+
+
+def battery() -> str:
+    """"" for a machine without one (or where nobody can say), else `in use` or `plugged in`."""
+    if sys.platform == "darwin" and (said := _pmset()):
+        if "InternalBattery" not in said:
+            return ""  # a desktop, perhaps with a UPS: no lid, no slower chip
+        return "in use" if re.search("drawing from 'Battery Power'", said) else "plugged in"
+    import psutil
+
+    try:
+        found = psutil.sensors_battery()
+    except (OSError, RuntimeError, AttributeError, NotImplementedError):
+        return ""
+    return "" if found is None else "in use" if found.power_plugged is False else "plugged in"
+
+
+def _pmset() -> str:
+    """What macOS says of its power supply, "" if it says nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, bounds = Path(scratch) / "out", child.Bounds(wall_seconds=10)
+        command = ["pmset", "-g", "batt"]
+        outcome = child.run(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stdout_to=out)
+        return out.read_text("utf-8", "replace") if outcome.ok else ""
+
+
+def battery_warning() -> list[str]:
+    """What to tell the user of a laptop about its power supply and its lid."""
+    state, found = battery(), []
+    if state == "in use":
+        found.append("running on battery: trainings are slower and less alike, and the night may not end by itself; plug it in")
+    if state and sys.platform == "darwin":
+        found.append("keep the lid open: a closed lid sends a Mac to sleep whatever we ask, unless a display is attached to it")
+    return found

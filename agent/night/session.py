@@ -1,0 +1,98 @@
+"""One session of a driver: from the data being there to the line that says what was won."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from agent.coders.table import choose
+from agent.errors import NightError, Stopped
+from agent.git.worktree import Repository, Worktree
+from agent.journal.journal import Journal
+from agent.journal.settings import Settings
+from agent.journal.state import fold
+from agent.night import setup
+from agent.night.engine import Engine
+from agent.night.limits import Stopper
+from agent.process import child
+from agent.process.environment import clean_env
+from agent.proposal.ask import Desk
+from agent.trial import sandbox
+from agent.trial.lab import Lab, lay_harness
+from agent.trial.rights import held_out_places
+from agent.views import results
+from agent.views.terminal import Console
+
+REPORT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+
+
+def run_session(
+    journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any]
+) -> int:
+    folder, root = journal.folder, repository.root
+    night = fold(journal.events)
+    if journal.torn:
+        console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
+    if not night.base:
+        harness = lay_harness(repository, repository.head, folder)
+        console.stage("preparing data")
+        entry = setup.dataset(
+            harness, root, options["dataset"], options["preset"], folder / "logs" / "prepare.log", stopper.now, console.show
+        )
+        entry["budget"] = options["budget"] or entry["budget"]
+        night = setup.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
+    setup.require_data(night.dataset)
+    setup.keep_tier(night)
+    harness = lay_harness(repository, night.base, folder)
+    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    settings = Settings.from_json(night.settings).updated(given)
+    if settings.experiments is None and settings.hours is None:
+        settings = settings.updated({"hours": 8.0})
+    coder, about = choose(settings.to_json())
+    boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
+    journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
+    lab = Lab(
+        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
+        train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
+        vocab_size=int(night.dataset["vocab_size"]), hidden=held_out_places(night.dataset, root, worktree.common, worktree.path),
+        startup_seconds=settings.startup,
+        memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
+        show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
+    )  # fmt: skip
+    desk = Desk(folder, worktree.path, night.train_file, coder, settings, stopper.now)
+    engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
+    data = f"data {night.dataset['id']}, budget {lab.budget}"
+    console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
+    console.say(f"sandbox of trainings: {boxed}")
+    engine.recover()
+    try:
+        name, words = engine.run()
+        if name != "stopped" or not stopper.now():
+            engine.held_out()
+    except (Stopped, NightError) as error:
+        words = str(error) or "stopped at once by request"
+        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
+        engine.hooks.night_end(engine.night, words)
+        raise
+    engine.record("night_end", reason=name, text=words)
+    engine.hooks.night_end(engine.night, words)
+    worktree.close()
+    (folder / "stop").unlink(missing_ok=True)
+    drawn = ""
+    if options["picture"]:
+        console.stage("drawing the picture")
+        drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
+    console.say(f"the night ends: {words}")
+    console.say(f"results: {folder / 'results.tsv'}{drawn}")
+    console.say(results.last_line(engine.night))
+    return 0 if name not in ("failures", "login", "missing", "rate_limit") else 1
+
+
+def _picture(folder: Path, cwd: Path) -> bool:
+    """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
+    return child.run(
+        [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
+        bounds=child.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
+    ).ok  # fmt: skip

@@ -1,0 +1,126 @@
+"""Everything between the command line and the first step: which night, its data, its harness, its settings, its lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from agent.errors import DataError, Stopped, UsageError
+from agent.git.worktree import Repository, Worktree
+from agent.journal.journal import Journal
+from agent.journal.state import Night, fold
+from agent.process import child
+from agent.process.environment import clean_env, data_home
+from agent.trial.lab import FROZEN, HARNESS, frozen
+from agent.trial.order import parse_budget
+
+TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
+PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
+DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
+
+
+def dataset(
+    harness: Path, cwd: Path, name: str | None, preset: str | None, log: Path, stop: Callable[[], bool],
+    show: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The dataset of a new night: the named one, prepared if it is missing, else the last one prepared.
+
+    DataError with the harness's own words if it cannot be made ready.
+    """
+    current = data_home() / "current.json"
+    if name is None and preset is None and current.is_file():
+        found = _entry(current)
+        if Path(found["train_dir"]).is_dir() and Path(found["held_dir"]).is_dir():
+            return found
+    with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
+        answer = Path(scratch) / "dataset.json"
+        options = [*(("--dataset", name) if name else ()), *(("--preset", preset) if preset else ())]
+        shown = _LastLine(log, show)
+        outcome = child.run(
+            [sys.executable, "-B", str(harness), "--json", str(answer), *options], cwd=cwd, env=clean_env(network=True), log=log,
+            bounds=child.Bounds(wall_seconds=PREPARE_SECONDS), stop=stop, watch=shown, pidfile=log.parent.parent / "prepare.pid",
+        )  # fmt: skip
+        if outcome.reason == "stopped":
+            raise Stopped
+        if not outcome.ok:
+            ending = f"{outcome.reason}, exit code {outcome.exit_code}"
+            raise DataError(f"the data could not be prepared ({ending}):\n{outcome.tail(1000)}")
+        return _entry(answer)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return {**{key: entry[key] for key in DATASET_KEYS}, "name": entry.get("dataset")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected a dataset as JSON, got {error!r}; run python {HARNESS} again") from None
+
+
+class _LastLine:
+    """A `watch` that shows what a child printed last."""
+
+    def __init__(self, log: Path, show: Callable[[str], None]) -> None:
+        self._log, self._show = log, show
+
+    def __call__(self) -> None:
+        try:
+            lines = self._log.read_bytes()[-2000:].decode("utf-8", "replace").replace("\r", "\n").split("\n")
+        except OSError:
+            return
+        if words := [line for line in lines if line.strip()]:
+            self._show(words[-1][:150])
+
+
+def require_data(entry: Mapping[str, Any]) -> None:
+    """DataError if the night's data is not where it was."""
+    for key in ("train_dir", "held_dir"):
+        if not Path(entry[key]).is_dir():
+            again = f"python {HARNESS} --dataset {entry.get('name') or 'NAME'} --preset {entry['preset']}"
+            raise DataError(f"the night's data is gone: expected {entry[key]}; prepare it again: {again}")
+
+
+def begin(
+    journal: Journal, repository: Repository, tag: str, train_file: str, entry: Mapping[str, Any], seed: int
+) -> Night:  # fmt: skip
+    """Journal the start of a new night and return its state."""
+    base = repository.head
+    contents = {train_file: repository.file_at(base, train_file), **frozen(repository, base)}
+    sources = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    memory = round(psutil.virtual_memory().total / 2**30)
+    machine = {
+        "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
+        "tier": os.environ.get(TIER, ""),
+    }  # fmt: skip
+    journal.append(
+        "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=dict(entry), sources=sources, machine=machine
+    )
+    return fold(journal.events)
+
+
+def keep_tier(night: Night) -> None:
+    """The tier that was asked for when the night began: a resume trains the same constants."""
+    os.environ.pop(TIER, None)
+    if tier := night.machine.get("tier"):
+        os.environ[TIER] = tier
+
+
+def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:
+    """UsageError where a new night cannot start; else what the user should know about their checkout."""
+    if budget is not None:
+        parse_budget(budget)
+    if Path(train_file).name != train_file:
+        raise UsageError(f"--train-file {train_file}: expected a file at the top of the repository")
+    for name in (HARNESS, train_file):
+        repository.file_at(repository.head, name)
+    worktree.check_free()
+    changed = repository.changed(*FROZEN, train_file)
+    return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

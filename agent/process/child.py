@@ -1,0 +1,310 @@
+"""The one spawner: every child of the driver is started, watched, bounded and ended here.
+
+A child runs under `agent/process/supervise.py`, which ends its whole family when it exits, when this module says so, or when the
+driver dies. What is bounded: wall clock, silence, output, memory, bytes in directories.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from agent.process import supervise
+from agent.process.leftovers import Record, end_processes
+from agent.process.output import BoundedLog
+from agent.text import safe_tail, secrets_in
+
+TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
+SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
+GRACE_SECONDS = 1.0  # between TERM and KILL
+_CHUNK = 256 * 1024
+FLOOD = 100  # a child that prints more than this many times `log_bytes` is ended
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a child may use; None is no limit."""
+
+    wall_seconds: float
+    idle_seconds: float | None = None  # without a byte of output
+    log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
+    memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
+    directories: tuple[Path, ...] = ()
+    directory_bytes: int | None = None  # in all of them together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended.
+
+    `reason` is `exited`, or what made the driver end it: `wall`, `idle`, `log`, `memory`, `disk`, `stopped`, or the word that
+    `watch` returned; or `missing`: it could not be started, and the log says why.
+    """
+
+    exit_code: int | None  # None if it died by a signal or never ran
+    signal: int | None
+    reason: str
+    seconds: float  # awake, by the monotonic clock
+    peak_rss_mb: float  # resident memory of the family, sampled; on Apple GPUs this leaves out most of Metal's buffers
+    log: Path
+    suspended_seconds: float  # for which the machine slept meanwhile
+
+    @property
+    def ok(self) -> bool:
+        return self.reason == "exited" and self.exit_code == 0
+
+    def tail(self, max_chars: int = 2000) -> str:
+        """The end of the log as safe text: no control characters, no secrets."""
+        return safe_tail(self.log, max_chars)
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    bounds: Bounds,
+    stdin: str | None = None,
+    stdout_to: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[], str | None] = lambda: None,
+    pidfile: Path | None = None,
+    grace: float = GRACE_SECONDS,
+) -> Outcome:
+    """Run a command to its end or to a limit; nothing of its family is alive when this returns.
+
+    `env` is the child's whole environment (`clean_env`). Standard output and error go to `log`, or only the error if
+    `stdout_to` names a file for the output. `stop` and `watch` are asked several times a second. With `pidfile`,
+    `end_leftovers` finds what a killed driver has left. Raises OSError if the files cannot be written, and whatever `stop` or
+    `watch` raise (the child is ended first).
+    """
+    return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
+
+
+class _Child:
+    def __init__(
+        self, argv: list[str], cwd: Path, env: dict[str, str], log: Path, bounds: Bounds, stdin: str | None,
+        stdout_to: Path | None, pidfile: Path | None, grace: float,
+    ) -> None:  # fmt: skip
+        self.argv, self.cwd, self.env, self.stdin, self.bounds, self.grace = argv, cwd, env, stdin, bounds, grace
+        secrets = {**secrets_in(os.environ), **secrets_in(env)}
+        self.log_path = log
+        self.log = BoundedLog(log, bounds.log_bytes, secrets)
+        self.out = self.log if stdout_to is None else BoundedLog(stdout_to, bounds.log_bytes, secrets)
+        self.marker = self.env[supervise.MARKER] = uuid.uuid4().hex
+        self.record = Record(pidfile, self.marker)
+        self.reason: str | None = None
+        self.supervised = True  # until the supervisor has gone
+        self.status = b""  # what it told
+        self.peak_mb = 0.0
+        self.started = self.heard = time.monotonic()
+        self.asleep = seconds_asleep()
+
+    def follow(self, stop: Callable[[], bool], watch: Callable[[], str | None]) -> Outcome:
+        try:
+            problem = self._problem()
+            if problem:
+                return self._missing(problem)
+            with contextlib.ExitStack() as self.open:
+                self._spawn()
+                try:
+                    self._loop(stop, watch)
+                finally:
+                    self._end()
+                return self._outcome()
+        finally:
+            self.log.close()
+            self.out.close()
+            self.record.clear()
+
+    def _problem(self) -> str | None:
+        if not self.cwd.is_dir():
+            return f"the working directory {self.cwd} does not exist"
+        program = str(self.cwd / self.argv[0]) if os.sep in self.argv[0] else self.argv[0]
+        if shutil.which(program, path=self.env.get("PATH", os.defpath)) is None:
+            where = "an executable file" if os.sep in program else "a program on PATH"
+            return f"expected {self.argv[0]!r} to be {where}, found none; install it, or give its full path"
+        return None
+
+    def _missing(self, problem: str) -> Outcome:
+        self.log.write(f"cannot start {self.argv[0]}: {problem}\n".encode("utf-8", "replace"))
+        return Outcome(None, None, "missing", 0.0, 0.0, self.log_path, 0.0)
+
+    def _spawn(self) -> None:
+        self.selector = self.open.enter_context(selectors.DefaultSelector())
+        self.control = self.open.enter_context(contextlib.ExitStack())  # closing it tells the supervisor to end the family
+        self.record.write()  # before the child exists: the marker is enough to find it
+        with contextlib.ExitStack() as theirs:
+            status, status_theirs = os.pipe()
+            theirs.callback(os.close, status_theirs)
+            self.open.callback(os.close, status)
+            control_theirs, control = os.pipe()
+            theirs.callback(os.close, control_theirs)
+            self.control.callback(os.close, control)
+            source = subprocess.DEVNULL
+            if self.stdin is not None:  # a file, not a pipe: a child that does not read cannot block the driver
+                file = theirs.enter_context(tempfile.TemporaryFile())
+                file.write(self.stdin.encode("utf-8", "replace"))
+                file.seek(0)
+                source = file.fileno()
+            words = (status_theirs, control_theirs, self.grace, Path(psutil.__file__).parent.parent)
+            command = [sys.executable, "-I", supervise.__file__, *map(str, words)]
+            self.process = subprocess.Popen(
+                [*command, *self.argv], cwd=self.cwd, env=self.env, stdin=source, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if self.out is self.log else subprocess.PIPE,
+                pass_fds=(status_theirs, control_theirs), start_new_session=True, bufsize=0,
+            )  # fmt: skip
+        self.started = self.heard = time.monotonic()
+        self.asleep = seconds_asleep()
+        self.family = psutil.Process(self.process.pid)
+        self.record.write(self.process.pid)
+        self._follow_pipe(status, None)
+        for pipe, sink in [(self.process.stdout, self.out), (self.process.stderr, self.log)]:
+            if pipe is not None:
+                self.open.callback(pipe.close)
+                self._follow_pipe(pipe.fileno(), sink)
+
+    def _follow_pipe(self, descriptor: int, sink: BoundedLog | None) -> None:
+        os.set_blocking(descriptor, False)
+        self.selector.register(descriptor, selectors.EVENT_READ, sink)
+
+    def _loop(self, stop: Callable[[], bool], watch: Callable[[], str | None]) -> None:
+        next_tick = next_sample = 0.0
+        while self._read(TICK_SECONDS) and self.reason is None:
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK_SECONDS
+                self.reason = self._over_limit(now) or ("stopped" if stop() else watch())
+            if now >= next_sample and self.reason is None:
+                next_sample = now + SAMPLE_SECONDS
+                self.reason = self._sample()
+
+    def _read(self, timeout: float) -> bool:
+        """Take what the pipes hold; whether the supervisor still lives."""
+        for key, _ in self.selector.select(timeout):
+            sink: BoundedLog | None = key.data
+            try:
+                chunk = os.read(key.fd, _CHUNK)
+            except BlockingIOError:
+                continue
+            if not chunk:
+                self.selector.unregister(key.fd)
+                self.supervised = self.supervised and sink is not None
+            elif sink is None:
+                self.status = (self.status + chunk)[-_CHUNK:]
+                self.record.write(self.process.pid, *[pid for pid in [self._told("pid")] if isinstance(pid, int)])
+            else:
+                sink.write(chunk)
+                self.heard = time.monotonic()
+        return self.supervised
+
+    def _told(self, name: str) -> object:
+        """A fact from the supervisor, None if it did not tell. A child may find the pipe and write to it as well."""
+        told = None
+        for line in self.status.split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError, RecursionError):
+                facts = json.loads(line)
+                told = facts.get(name, told) if isinstance(facts, dict) else told
+        return told
+
+    def _over_limit(self, now: float) -> str | None:
+        bounds = self.bounds
+        if now - self.started > bounds.wall_seconds:
+            return "wall"
+        if bounds.idle_seconds is not None and now - self.heard > bounds.idle_seconds:
+            return "idle"
+        if max(self.log.received, self.out.received) > FLOOD * bounds.log_bytes:
+            return "log"
+        return None
+
+    def _sample(self) -> str | None:
+        bounds = self.bounds
+        resident = sum(resident_bytes(process) for process in descendants(self.family))
+        self.peak_mb = max(self.peak_mb, resident / 2**20)
+        if bounds.memory_bytes is not None and resident > bounds.memory_bytes:
+            return "memory"
+        if bounds.directory_bytes is not None:
+            return "disk" if sum(map(directory_bytes, bounds.directories)) > bounds.directory_bytes else None
+        return None
+
+    def _end(self) -> None:
+        """End the family, if it has not ended by itself, and take the last of its output."""
+        self.control.close()
+        deadline = time.monotonic() + self.grace + supervise.KILL_SECONDS + 2.0
+        while self.supervised and time.monotonic() < deadline:
+            self._read(TICK_SECONDS)
+        if self._told("left") != 0:  # the supervisor was killed or stopped by its own child, or could not end it
+            end_processes([*descendants(self.family), self.family], self.marker)
+        self.process.wait()
+        deadline = time.monotonic() + 1.0
+        while len(self.selector.get_map()) and time.monotonic() < deadline:  # an escaped member may hold a pipe open
+            if not self.selector.select(0):
+                break
+            self._read(0)
+
+    def _outcome(self) -> Outcome:
+        seconds, slept = time.monotonic() - self.started, seconds_asleep() - self.asleep
+        problem, code, peak_kb = self._told("missing"), self._told("exit"), self._told("peak_kb")
+        if problem is not None:
+            return self._missing(str(problem))
+        status = code if isinstance(code, int) else -signal.SIGKILL  # of the supervisor itself
+        if os.path.basename(self.argv[0]) == "bwrap" and 128 < status < 128 + signal.NSIG:
+            status = 128 - status  # the sandbox reports a signal of its child as a shell does
+        return Outcome(
+            exit_code=status if status >= 0 else None,
+            signal=-status if status < 0 else None,
+            reason=self.reason or "exited",
+            seconds=seconds,
+            peak_rss_mb=max(self.peak_mb, peak_kb / 1024 if isinstance(peak_kb, float) else 0.0),
+            log=self.log_path,
+            suspended_seconds=round(max(0.0, slept), 1),
+        )
+
+
+def seconds_asleep() -> float:
+    """Seconds the machine has been suspended since it started: only the difference of two readings means something."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    if sys.platform == "darwin":
+        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+    return time.time() - time.monotonic()  # also moves when the clock is set
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes that the files below a directory take; files that vanish meanwhile do not count."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_blocks * 512  # what a sparse file really takes
+    return total
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below this one; none if it is gone."""
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    """Resident memory; zero if the process is gone."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0

@@ -1,0 +1,37 @@
+"""The environment a child is given: what it needs, and no secret unless it is a coding agent's; and where the data lies."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.process.supervise import MARKER
+from agent.text import is_secret_name
+
+# Enough for Python, a C++ compiler (MLX compiles kernels on Linux), GPUs and BLAS libraries; HOME for their caches.
+_ALLOWED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TERM|COLUMNS|VIRTUAL_ENV|CONDA_PREFIX|XDG_CACHE_HOME"
+    r"|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|SDKROOT|DEVELOPER_DIR|CC|CXX|CUDA_\w+|MLX_\w+|MTL_\w+|METAL_\w+|PYTORCH_\w+|OMP_\w+"
+    r"|MKL_\w+|OPENBLAS_\w+|VECLIB_\w+|AUTORESEARCH_\w+"
+)
+_DOWNLOADS = re.compile(r"(https?|all|no|ftp)_proxy|HF_\w+|HUGGINGFACE_\w+|SSL_CERT_\w+|(REQUESTS|CURL)_CA_BUNDLE", re.IGNORECASE)
+
+
+def clean_env(extra: Mapping[str, str] | None = None, *, keep_secrets: bool = False, network: bool = False) -> dict[str, str]:
+    """An environment for a child: an allow-list of the driver's own, and `extra`.
+
+    `keep_secrets` passes the driver's whole environment: for coding agents, which bring their own keys. `network` adds proxies
+    and Hugging Face's variables, its token among them: for downloads only.
+    """
+    kept = {}
+    for name, value in os.environ.items():
+        harmless = _ALLOWED.fullmatch(name) is not None and not is_secret_name(name)
+        if keep_secrets or harmless or (network and _DOWNLOADS.fullmatch(name)):
+            kept[name] = value
+    kept.pop(MARKER, None)  # names the driver's own family, if something supervises the driver
+    return {**kept, **(extra or {})}
+
+
+def data_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the harness keeps its data."""
+    return Path(environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")

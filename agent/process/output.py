@@ -1,0 +1,54 @@
+"""The output of a child on disk: bounded, without secrets; and its end as text that is safe to show."""
+
+from collections import deque
+from pathlib import Path
+
+from agent.text import Redactor
+
+_TAIL_BYTES = 256 * 1024  # of a log that overflows, at most this much of its end is kept (in memory until the child ends)
+
+
+class BoundedLog:
+    """A file that takes any amount of output and keeps its head and its tail: never more than `limit` bytes and one line.
+
+    The head is on disk as soon as it is written; past the bound the tail waits in memory until `close`.
+    """
+
+    def __init__(self, path: Path, limit: int, secrets: dict[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.received = 0  # bytes that came, kept or not
+        self._file = path.open("wb", buffering=0)
+        self._redactor = Redactor(secrets)
+        self._tail: deque[bytes] = deque()
+        self._tail_limit = min(limit // 2, _TAIL_BYTES)
+        self._tail_size = 0
+        self._head_left = limit - self._tail_limit
+        self._dropped = 0
+
+    def write(self, chunk: bytes) -> None:
+        self.received += len(chunk)
+        self._keep(self._redactor.feed(chunk))
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self._keep(self._redactor.end())
+        tail = b"".join(self._tail)
+        cut = max(0, len(tail) - self._tail_limit)
+        self._dropped += cut
+        if self._dropped:
+            self._file.write(b"\n[... %d bytes left out ...]\n" % self._dropped)
+        self._file.write(tail[cut:])
+        self._file.close()
+
+    def _keep(self, clean: bytes) -> None:
+        head, rest = clean[: self._head_left], clean[self._head_left :]
+        if head:
+            self._file.write(head)
+            self._head_left -= len(head)
+        if rest:
+            self._tail.append(rest)
+            self._tail_size += len(rest)
+            while self._tail_size - len(self._tail[0]) >= self._tail_limit:
+                self._dropped += len(self._tail[0])
+                self._tail_size -= len(self._tail.popleft())

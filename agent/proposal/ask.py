@@ -1,0 +1,177 @@
+"""Asking a coding agent for one change: a fresh process, a prompt, an edited file; judged by the file, not by its words."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.coders.coder import Coder, CoderError, Job, Reply, cost_usd
+from agent.coders.table import arguments
+from agent.errors import Stopped
+from agent.git import guard
+from agent.journal.settings import Settings
+from agent.process import child
+from agent.text import one_line, redact
+
+WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What came of it. `kind` is changed, noop, violation, agent_error; or rate_limit, login, missing: ask again later."""
+
+    kind: str
+    description: str = ""
+    hypothesis: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    wait: float | None = None  # seconds, with rate_limit, where the agent says
+    tail: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)  # cost in US dollars, tokens
+
+    def error(self) -> dict[str, Any]:
+        """As the journal keeps it."""
+        return {"kind": self.kind, "message": redact(one_line(self.message, 500)), "step": None, "tail": self.tail}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where agents of a night work."""
+
+    folder: Path  # runs/<tag>
+    worktree: Path
+    train_file: str
+    coder: Coder
+    settings: Settings
+    stop: Callable[[], bool]
+
+
+def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float | None) -> Proposal:
+    """Have the agent edit the worktree, which is clean at commit `base`. Stopped if the user wants to stop at once."""
+    train_file = desk.worktree / desk.train_file
+    before, seen = train_file.read_bytes(), guard.remember(desk.worktree)
+    out, log = (desk.folder / "logs" / f"{n:04d}.agent.{kind}" for kind in ("out", "log"))
+    out.parent.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=desk.folder))
+    left = [path for path in (seen.admin.parent.parent / name for name in desk.coder.leaves) if not path.exists()]
+    settings = desk.settings
+    job = Job(
+        worktree=desk.worktree, train_file=desk.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
+        base_url=settings.base_url, max_cost_usd=cost_left, pass_env=settings.agent_env,
+        extra_args=arguments(settings.agent_args),
+    )  # fmt: skip
+    try:
+        command = desk.coder.command(job, os.environ)
+        env = {
+            **command.env, "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
+            "AUTORESEARCH_EXPERIMENT": str(n),
+        }  # fmt: skip
+        outcome = child.run(
+            command.argv, cwd=desk.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
+            bounds=child.Bounds(settings.max_agent_minutes * 60, desk.coder.idle_seconds), pidfile=desk.folder / "agent.pid",
+        )  # fmt: skip
+        if outcome.reason == "stopped":
+            raise Stopped
+        reply = desk.coder.reply(_text(out), _text(log), job)
+    except CoderError as error:
+        return Proposal("missing", message=str(error))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for path in left:
+            path.unlink(missing_ok=True)
+    cost = cost_usd(reply, settings.price_in, settings.price_out)
+    usage = {
+        "cost": cost, "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in,
+        "tokens_out": reply.tokens_out,
+    }  # fmt: skip
+    violations = [str(violation) for violation in guard.check(desk.worktree, base, desk.train_file, seen)]
+    if not violations and _holds_secret(train_file):
+        violations = [f"{desk.train_file}: holds the value of a variable that looks like a key"]
+    proposal = _judge(desk, outcome, reply, usage, violations, before)
+    if violations:
+        guard.scrub(desk.worktree, base, seen)
+    return proposal
+
+
+def _judge(
+    desk: Desk, outcome: child.Outcome, reply: Reply, usage: dict[str, Any], violations: list[str], before: bytes
+) -> Proposal:  # fmt: skip
+    after = (desk.worktree / desk.train_file).read_bytes() if not violations else before
+    derived = _describe(before, after) if after != before else ""
+
+    def proposal(kind: str, message: str = "") -> Proposal:
+        about = one_line(redact(reply.description or derived or reply.hypothesis or ""), 200)
+        why = one_line(redact(reply.hypothesis or derived), 300)
+        return Proposal(kind, about, why, message, outcome.seconds, reply.wait_seconds, outcome.tail(1500), usage)
+
+    if outcome.reason == "missing":
+        return proposal("missing", f"{outcome.tail(300)}; {desk.coder.install_hint}")
+    if violations:
+        return proposal("violation", "; ".join(violations[:5]))
+    last = one_line(outcome.tail(300), 300)
+    detail = reply.detail or one_line(reply.message or "", 300) or last
+    ended = outcome.reason != "exited"
+    if ended and (after != before or reply.failure not in WAITING):
+        silent = "said nothing for" if outcome.reason == "idle" else "was ended by the limit " + outcome.reason + " after"
+        seconds = desk.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds
+        return proposal("agent_error", f"the agent {silent} {seconds:.0f} s")
+    if after != before:
+        return proposal("changed")
+    if reply.failure == "login":
+        return proposal("login", f"{detail}; {desk.coder.login_hint}")
+    if reply.failure in ("rate_limit", "missing"):
+        return proposal(reply.failure, detail)
+    if outcome.exit_code != 0:
+        ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {outcome.signal}"
+        return proposal("agent_error", f"the agent failed with {ending} and changed nothing: {last or detail}")
+    if reply.failure:
+        return proposal(reply.failure, detail)
+    return proposal("noop", f"the agent left {desk.train_file} as it was: {detail}")
+
+
+_ASSIGNED = re.compile(r"(\w+) = (.*)")
+
+
+def _describe(before: bytes, after: bytes) -> str:
+    """A change in the words of its diff: `LR 0.1 -> 0.2`, or its first lines; for an agent that did not say what it did."""
+    old, new = (text.decode("utf-8", "replace").splitlines() for text in (before, after))
+    if len(old) + len(new) > 20_000:  # comparing takes their product
+        return f"a file of {len(new)} lines, of {len(old)}"
+    found, gone, come = [], 0, 0
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        if tag == "equal":
+            continue
+        gone, come = gone + j - i, come + m - k
+        pairs = zip(old[i:j], new[k:m], strict=True) if j - i == m - k else [("\n".join(old[i:j]), "\n".join(new[k:m]))]
+        found += [_words(*(text.strip() for text in pair)) for pair in pairs]
+    found = [words for words in found if words]
+    more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+    return f"{'; '.join(one_line(part, 80) for part in found[:2]) or 'whitespace'}{more}, +{come} -{gone} lines"
+
+
+def _words(old: str, new: str) -> str:
+    was, now = (_ASSIGNED.fullmatch(text.split("  #")[0].strip()) for text in (old, new))
+    if was and now and was[1] == now[1]:
+        return f"{was[1]} {was[2]} -> {now[2]}" if was[2] != now[2] else ""
+    return f"+ {new.splitlines()[0]}" if new else f"- {old.splitlines()[0]}" if old else ""
+
+
+def _holds_secret(path: Path) -> bool:
+    """Candidates are committed, and commits are pushed: a key must not get into one."""
+    text = path.read_bytes().decode("utf-8", "replace")
+    return redact(text) != text
+
+
+def _text(path: Path) -> str:
+    """All that was kept of an output: the spawner bounds the file, and the result is on its last line."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""

@@ -1,0 +1,52 @@
+"""`python -m agent.search`: one change of the train file, by no language model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from agent.search.changes import changes
+from agent.search.proposer import night_tier, propose, read_night
+from agent.search.trainfile import TrainFile
+
+
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Edit the train file, say what and why. Exit codes: 0 done, 1 nothing is left to try, 2 no file to edit."""
+    parser = argparse.ArgumentParser(prog="agent.search", description="Propose a change of the train file, by no language model.")
+    parser.add_argument("--random", action="store_true", help="draw uniformly from the catalogue, learn nothing")
+    parser.add_argument("--model", choices=("bandit", "random"), default="bandit", help="the same, as the driver's --model")
+    parser.add_argument("--train-file", default=environ.get("AUTORESEARCH_TRAIN_FILE") or "train_mlx.py")
+    parser.add_argument("--list", action="store_true", help="print what could be tried, change nothing")
+    options = parser.parse_args(arguments)
+    path = Path(options.train_file)
+    state = read_night(environ.get("AUTORESEARCH_JOURNAL"))
+    try:
+        source = path.read_bytes()
+        file = TrainFile(source, night_tier(source, state, environ))
+    except (OSError, SyntaxError, ValueError) as error:
+        print(f"error: {path} can't be read as Python: {error}", file=sys.stderr)
+        return 2
+    if file.lacking:
+        print(f"no entry for this machine's tier {file.tier!r} in {', '.join(file.lacking)}: left alone")
+    if options.list:
+        print("\n".join(map(str, changes(file, state.dataset.get("seq_len") if state else None))))
+        return 0
+    turn = environ.get("AUTORESEARCH_EXPERIMENT") or (len(state.experiments) if state else 0)
+    draw = random.Random(f"{environ.get('AUTORESEARCH_SEED', '0')} {turn}")
+    found = propose(file, state, draw, learn=not (options.random or options.model == "random"))
+    if found is None:
+        print(f"error: nothing in the catalogue is left to try on this {path.name}", file=sys.stderr)
+        return 1
+    chosen, data = found
+    path.write_bytes(data)
+    print("HYPOTHESIS: " + "; ".join(change.why for change in chosen))
+    print("DESCRIPTION: " + " + ".join(map(str, chosen)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

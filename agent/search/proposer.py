@@ -1,0 +1,113 @@
+"""The built-in proposer, without a language model: `python -m agent.search`, the control of every claim about agents.
+
+It is started like any coding agent: in a private worktree, with the briefing on standard input (which it does not need), and
+it edits the train file and exits. It reads the file by its syntax tree, the night by its journal, and picks one change of the
+catalogue by Thompson sampling (`agent/search/bandit.py`). What was trained before is never proposed again: the journal has the
+identity of every source. Now and then, and more often the longer nothing was kept, two changes go together, rather coupled ones.
+
+`--random` draws uniformly from the same catalogue and learns nothing: the control of the control.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.errors import JournalError
+from agent.journal.journal import read_events
+from agent.journal.state import Night, fold
+from agent.judgement.novelty import SourceError, fingerprint
+from agent.search.bandit import Bandit, Uniform, lessons
+from agent.search.catalogue import COUPLED
+from agent.search.changes import Change, changes, trains
+from agent.search.trainfile import TrainFile
+
+PAIRS = 0.12  # of proposals, right after a keep
+MOST_PAIRS = 0.4
+LAST_PAIRS = 200  # pairs that are drawn once every single change was tried
+
+Found = tuple[list[Change], bytes]
+
+
+def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn: bool = True) -> Found | None:
+    """A change (or two) and the file with it; None if everything in the catalogue was tried."""
+    seq_len = state.dataset.get("seq_len") if state else None
+    options = changes(file, seq_len)
+    tried = {e.ast for e in state.experiments if e.ast} if state else set()
+    tried.add(identity(file.data))
+    bandit = (Bandit if learn else Uniform)(lessons(state) if state and learn else (), draw)
+    stuck = state.since_keep() if state and learn else 0
+    pairs = min(MOST_PAIRS, PAIRS + 0.02 * stuck)
+    left, patience = list(options), LAST_PAIRS
+    while options and patience:
+        chosen = [bandit.pick(left or options)]
+        first = chosen[0]
+        others = [c for c in options if c.key != first.key]
+        if others and (not left or draw.random() < pairs):
+            coupled = [c for c in others if c.key in COUPLED.get(first.key.partition("[")[0], ())]
+            chosen.append(bandit.pick(coupled if coupled and learn and draw.random() < 0.5 else others))
+        try:
+            data = file.apply(edit for change in chosen for edit in change.edits)
+        except (ValueError, SyntaxError):
+            data = b""  # two changes of one place
+        if data and identity(data) not in tried and (len(chosen) == 1 or _trains(data, file.tier, seq_len)):
+            return chosen, data
+        if len(chosen) == 1 and left:
+            left.remove(first)
+        patience -= not left
+    return None
+
+
+def _trains(data: bytes, tier: str, seq_len: int | None) -> bool:
+    """Whether two changes, each sane alone, are so together."""
+    return trains({name: c.value for name, c in TrainFile(data, tier).constants.items()}, seq_len)
+
+
+def identity(data: bytes) -> str:
+    """The identity of a source as the driver knows it; "" if it does not parse."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "candidate.py")
+        path.write_bytes(data)
+        try:
+            return fingerprint(path).identity
+        except SourceError:
+            return ""
+
+
+def night_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -> str:
+    """The size of machine whose entries the trainer uses: told, or as the journal says, or by the look of this machine."""
+    if told := environ.get("AUTORESEARCH_TIER"):
+        return told
+    tier = str(state.dataset.get("device") or "") if state else ""
+    tier = tier or _this_machine()
+    depth = state.leader.summary().get("depth") if state and state.best is not None else None
+    depths = TrainFile(source, tier).tables.get("DEPTH", {})
+    if depth is None or depths.get(tier) == depth:
+        return tier
+    fitting = [name for name, value in depths.items() if value == depth]
+    return fitting[0] if len(fitting) == 1 else tier  # a CUDA machine whose framework has only the CPU, for example
+
+
+def _this_machine() -> str:
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return "mac-max" if memory >= 34 << 30 else "mac"
+    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+
+
+def read_night(path: str | None) -> Night | None:
+    """The night of a journal, None without one; a damaged one is said and passed over."""
+    if not path:
+        return None
+    try:
+        events, _ = read_events(Path(path))
+        return fold(events) if events else None
+    except (JournalError, OSError, KeyError) as error:
+        print(f"the journal can't be read ({error}); the priors alone decide")
+        return None

@@ -1,0 +1,85 @@
+"""How a trial ended, read from evidence: exit code, signal, the limit that the spawner had to enforce, metrics, `error.json`.
+
+Log text is never parsed, with one exception: Metal's out-of-memory message, because Metal aborts the process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from agent.errors import DataError
+from agent.process import child
+from agent.text import one_line, redact
+from agent.trial.lab import GIB, Lab
+from agent.trial.metrics import Watch
+from agent.trial.order import TrialResult
+
+TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "violation"}
+REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
+METAL_MEMORY = "kIOGPUCommandBufferCallbackErrorOutOfMemory"
+
+
+def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tuple[str, str]:
+    """Kind of failure of a training, "" if it ended well, and what is known about it."""
+    watch()  # what it wrote in its last instant
+    if outcome.reason == "missing":
+        raise DataError(f"the trainer cannot be started: {outcome.tail(300)}")
+    if outcome.reason == "nan" or watch.message:
+        return "nan", watch.message
+    if outcome.reason != "exited":
+        limits = {
+            "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
+            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB, or filled the disk",
+            "memory": "used more memory than allowed", "log": "printed without end",
+        }  # fmt: skip
+        return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
+    kind, message = _error_file(run_dir / "error.json")
+    if outcome.signal is not None:
+        # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night, and Metal
+        # aborts the process where memory ends: a word in its log is all that it leaves
+        aborted = outcome.signal == signal.SIGABRT
+        killed = "oom" if outcome.signal == signal.SIGKILL or (aborted and METAL_MEMORY in outcome.tail(5000)) else "crash"
+        words = message or (last_words(outcome) if aborted else "")
+        return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {words}".strip()
+    if outcome.exit_code:
+        return TRAINER_CODES.get(outcome.exit_code, "crash"), message or f"exit code {outcome.exit_code}: {last_words(outcome)}"
+    if not (run_dir / "train.json").is_file():
+        return "crash", "exit code 0, but no train.json: the training did not come to its end"
+    return "", ""
+
+
+def _error_file(path: Path) -> tuple[str, str]:
+    """Kind and message of the harness's error file, "" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return _error_record(file.read(65536)) or ("", "")
+    except OSError:
+        return "", ""
+
+
+def scorer_word(log: Path) -> tuple[str, str]:
+    """The last error record on the scorer's standard error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(filter(None, map(_error_record, reversed(lines))), ("", ""))
+
+
+def _error_record(text: str | bytes) -> tuple[str, str] | None:
+    """Kind and message of JSON {"kind", "message"}. The candidate may have written it: only known kinds count, others are ""."""
+    try:
+        record = json.loads(text)
+        kind, message = str(record["kind"]), one_line(str(record["message"]), 500)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (kind if kind in TRAINER_CODES.values() else ""), message
+
+
+def failed(kind: str, message: str, outcome: child.Outcome, step: int | None = None) -> TrialResult:
+    error = {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
+    return TrialResult(kind, outcome.seconds, error=error)
+
+
+def last_words(outcome: child.Outcome) -> str:
+    """The last line that was printed, for people."""
+    return next((line for line in reversed(outcome.tail(1000).splitlines()) if line.strip()), "")

@@ -1,0 +1,161 @@
+"""The report of a night, from its journal and nothing else: a picture of the progress, and what happened in plain text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.errors import UsageError
+from agent.journal.journal import read_events
+from agent.journal.state import FAILURES, Experiment, Night, fold
+from agent.views import results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASELINE, KEEP, DISCARD, FAILED = "#24292f", "#1a7f37", "#9aa4ad", "#cf222e"
+# Where the name of a keep may stand, from its point: points to the side, how it is aligned, points down. Below and to the left of
+# a staircase that falls there is nothing.
+PLACES = [(-side, "right", down) for down in range(7, 70, 11) for side in (3, 20)]
+PLACES += [(side, "left", down) for down in (*range(7, 70, 11), -9, -20, -31) for side in (3, 20)]
+Point = tuple[float, float]
+
+
+def load(folder: Path) -> Night:
+    """The night in a folder. UsageError if there is none."""
+    events, _ = read_events(folder / "journal.jsonl")
+    if not events:
+        raise UsageError(f"there is no night in {folder}: expected a journal.jsonl")
+    return fold(events)
+
+
+def draw(night: Night, path: Path) -> None:
+    """The picture: every score in the order of experiments, the best so far as a staircase, failures on the lower edge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(10, 5.6), dpi=120)
+    scored = [e for e in night.experiments if e.val_bpb is not None and e.status is not None]
+    losses = [e for e in scored if e.status == "discard"]
+    kept = [e for e in scored if e.status == "keep" and e.mean is not None]
+    failed = [e for e in night.experiments if e.status in FAILURES]
+    last = max((e.n for e in night.experiments), default=0)
+    axes.set_xlim(-0.02 * max(last, 4), 1.02 * max(last, 4))
+    beyond: list[Experiment] = []
+    if kept:
+        spread = kept[0].scores
+        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), spread, [e.val_bpb or 0.0 for e in losses])
+        axes.set_ylim(low, high)
+        beyond = [e for e in losses if (e.val_bpb or 0.0) > high]
+        if len(spread) > 1:
+            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"{len(spread)} seeds of the baseline")
+    edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
+
+    def dots(group: list[Experiment], colour: str, label: str) -> None:
+        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=30, color=colour, label=label, zorder=3)
+
+    def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
+        if group:
+            axes.plot([e.n for e in group], [height] * len(group), sign, color=colour, ms=5, transform=edge, label=label)
+
+    dots([e for e in losses if e not in beyond], DISCARD, f"discarded ({len(losses)})")
+    marks(beyond, "^", 0.985, DISCARD, f"of these above the picture ({len(beyond)})")
+    marks(failed, "x", 0.02, FAILED, f"failed ({len(failed)})")
+    dots(kept[:1], BASELINE, "baseline")
+    dots(kept[1:], KEEP, f"kept ({len(kept[1:])})")
+    if kept:
+        stairs = [(e.n, e.mean or 0.0) for e in kept] + [(max(last, kept[-1].n + 0.5), kept[-1].mean or 0.0)]
+        axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
+    axes.set_xlabel("experiment")
+    axes.set_ylabel("val_bpb (bits per byte, lower is better)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(results.last_line(night).replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=len(handles))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    if kept:
+        describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
+    fresh = path.with_name(f".{path.name}.new")
+    figure.savefig(fresh, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    fresh.replace(path)
+
+
+def limits(baseline: float, best: float, seeds: list[float], discards: list[float]) -> tuple[float, float]:
+    """Lower and upper end of the axis (bpb): all that was won, and the discards but for those that went far astray."""
+    low = min([best, *seeds, *discards])
+    won, most = baseline - best, max(seeds)
+    if discards:
+        ranked = sorted(discards)
+        first, middle, third = (ranked[int(part * (len(ranked) - 1))] for part in (0.25, 0.5, 0.75))
+        most = max(most, min(ranked[-1], third + 1.5 * (third - first), best + 4 * (middle - best)))
+        if won > 0:
+            most = min(most, max(baseline + 6 * won, max(seeds)))  # however bad the discards were, what was won is to be seen
+    top = max(most, baseline + 0.3 * won, low + 0.004 * baseline)
+    return low - 0.12 * (top - low), top + 0.05 * (top - low)
+
+
+def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: list[Point]) -> None:
+    """Name the keeps, those that won most first; what finds no free place stays without a name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    to_pixels = axes.transData.transform
+    corners = [point for (x, y), (right, low) in pairwise(stairs) for point in ((x, y), (right, y), (right, low))]
+    taken = [Bbox([a, b]).padded(2) for a, b in pairwise(to_pixels(corners))]
+    taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in to_pixels(points)]
+    figure: Any = axes.figure
+    room, drawer = axes.get_window_extent(), figure.canvas.get_renderer()
+    gains = {e.n: (before.mean or 0.0) - (e.mean or 0.0) for before, e in pairwise(kept)}
+    for experiment in sorted(kept[1:], key=lambda e: -gains[e.n]):
+        text = f"{experiment.n}: {experiment.description}"
+        text = (text if len(text) <= 40 else text[:39] + "…").replace("$", r"\$")
+        point = (experiment.n, experiment.mean or 0.0)
+        note = axes.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=7, color=KEEP,
+            arrowprops={"arrowstyle": "-", "color": KEEP, "lw": 0.4, "alpha": 0.6},
+        )  # fmt: skip
+        for across, along, down in PLACES:
+            note.set(position=(across, -down), ha=along, va="top" if down > 0 else "bottom")
+            note.update_positions(drawer)
+            box = Text.get_window_extent(note, drawer)  # without its line
+            free = not any(box.overlaps(other) for other in taken)
+            if free and room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 + 12 <= box.y0 and box.y1 <= room.y1:
+                taken.append(box.padded(2))
+                break
+        else:
+            note.remove()
+
+
+def summary(night: Night, pid: int | None) -> str:
+    """What happened, in plain text: the numbers, what was kept, what failed and how often, the held-out test."""
+    lines = results.status(night, pid)
+    if night.kept:
+        lines.append("kept:")
+    previous = night.baseline
+    for n in night.kept:
+        experiment = night.experiments[n]
+        before, after = previous.mean if previous else None, experiment.mean
+        gain = f" ({after - before:+.4f})" if before is not None and after is not None else ""
+        lines.append(f"  {n:>4}  {(experiment.commit or '')[:7]}  {after or 0.0:.4f}{gain}  {experiment.description}")
+        previous = experiment
+    asked = [e for e in night.experiments if e.tokens or e.cost]
+    if asked:
+        lines.append("what the agent used, by experiment:")
+        lines += [f"  {e.n:>4}  {e.tokens:>9,} tokens  ${e.cost:.4f}  {e.status or 'open':<11}  {e.description}" for e in asked]
+    for n, test in sorted(night.tests.items()):
+        name = "baseline" if n == 0 else f"experiment {n}"
+        if test.get("test_bpb") is not None:
+            gap = test["test_bpb"] - test["val_bpb"]
+            lines.append(f"held-out test, {name}: test_bpb {test['test_bpb']:.4f}, val_bpb {test['val_bpb']:.4f}, gap {gap:+.4f}")
+        else:
+            lines.append(f"held-out test, {name}: not scored: {(test.get('error') or {}).get('message')}")
+    return "\n".join(lines)

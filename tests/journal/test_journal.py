@@ -1,0 +1,161 @@
+"""The journal: what is written is on the disk, a torn tail is set aside, damage is refused, one driver writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from night_kit import ROOT
+
+from agent.errors import JournalError, LockedError
+from agent.journal.journal import Journal, decode, encode, holder, read_events
+
+
+def filled(folder: Path, count: int = 3) -> Path:
+    with Journal(folder) as journal:
+        for number in range(count):
+            journal.append("note", text=f"zeile {number} – ünï\n\t\x00")
+    return folder / "journal.jsonl"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    events, torn = read_events(path)
+    assert torn == b""
+    assert [(e["seq"], e["event"], e["v"]) for e in events] == [(0, "note", 1), (1, "note", 1), (2, "note", 1)]
+    assert events[1]["text"] == "zeile 1 – ünï\n\t\x00"
+    assert all(json.loads(line)["sum"] for line in path.read_text().splitlines())
+    with Journal(tmp_path) as journal:
+        assert journal.events == events
+        journal.append("note", text="more")
+    assert len(read_events(path)[0]) == 4
+
+
+def test_every_cut_of_the_last_line_is_set_aside(tmp_path: Path) -> None:
+    path = filled(tmp_path / "whole")
+    data = path.read_bytes()
+    last = len(data) - len(data.splitlines(keepends=True)[-1])
+    for cut in range(last + 1, len(data)):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(data[:cut])
+        with Journal(folder) as journal:
+            assert journal.torn == folder / "journal.torn-1"
+            assert journal.torn.read_bytes() == data[last:cut]
+            assert [e["event"] for e in journal.events] == ["note"] * 3  # two old ones, and one that tells of the torn line
+            assert "torn" in journal.events[2]["text"]
+        assert read_events(folder / "journal.jsonl")[1] == b""
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 512, b"\xff\xfe\n", b'{"v":1}\n', b"\n"])
+def test_garbage_tail_is_set_aside_and_the_next_number_is_free(tmp_path: Path, tail: bytes) -> None:
+    path = filled(tmp_path)
+    (tmp_path / "journal.torn-1").write_bytes(b"of an earlier night")
+    with open(path, "ab") as file:
+        file.write(tail)
+    with Journal(tmp_path) as journal:
+        assert journal.torn == tmp_path / "journal.torn-2"
+    assert (tmp_path / "journal.torn-1").read_bytes() == b"of an earlier night"
+
+
+@pytest.mark.parametrize("what", ["flip", "drop", "swap", "old"])
+def test_damage_in_the_middle_is_refused(tmp_path: Path, what: str) -> None:
+    path = filled(tmp_path, 4)
+    lines = path.read_bytes().splitlines(keepends=True)
+    if what == "flip":
+        lines[1] = lines[1].replace(b"zeile 1", b"zeile 7")
+    elif what == "drop":
+        del lines[1]
+    elif what == "swap":
+        lines[0], lines[1] = lines[1], lines[0]
+    else:
+        body = json.dumps({"v": 0, "seq": 0, "t": 0, "event": "note"}, separators=(",", ":"))
+        import hashlib
+
+        lines[0] = f'{body[:-1]},"sum":"{hashlib.sha256(body.encode()).hexdigest()[:16]}"}}\n'.encode()
+    path.write_bytes(b"".join(lines))
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"line \d of \d is damaged"):
+        Journal(tmp_path)
+    assert path.read_bytes() == before, "a refused journal is left as it is"
+    if what == "old":
+        with pytest.raises(JournalError, match="schema: expected 1, found 0"):
+            read_events(path)
+
+
+def test_no_nan_in_a_journal(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        with pytest.raises(ValueError, match="JSON compliant"):
+            journal.append("note", val=float("nan"))
+        assert journal.events == []
+        journal.append("note", text="goes on")
+    assert len(read_events(tmp_path / "journal.jsonl")[0]) == 1
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from agent.errors import JournalError
+from agent.journal.journal import Journal
+with Journal(Path(sys.argv[1])) as journal:
+    journal.append("note", text="before")
+    size = journal.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + int(sys.argv[2]), resource.RLIM_INFINITY))  # no more fits
+    try:
+        journal.append("note", text="lost")
+    except JournalError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append("night_end", reason="error", text="")
+"""
+
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_line_that_a_full_disk_cuts_off_does_not_spoil_the_next(tmp_path: Path, room: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "n"), str(room)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "make room on the disk, then --resume" in done.stdout
+    events, torn = read_events(tmp_path / "n" / "journal.jsonl")
+    assert ([event["event"] for event in events], torn) == (["note", "night_end"], b"")
+
+
+def test_decode_says_what_is_wrong() -> None:
+    line = encode({"v": 1, "seq": 0, "t": 0, "event": "note"})
+    assert decode(line, 0)["event"] == "note"
+    with pytest.raises(ValueError, match="sequence: expected 5, found 0"):
+        decode(line, 5)
+    with pytest.raises(ValueError, match="checksum"):
+        decode(line.replace(b"note", b"nope"), 0)
+
+
+def test_second_driver_is_refused_and_told_the_pid(tmp_path: Path) -> None:
+    with Journal(tmp_path):
+        assert holder(tmp_path) == os.getpid()
+        code = "import sys; from pathlib import Path; from agent.journal.journal import Journal; Journal(Path(sys.argv[1]))"
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert other.returncode == 1
+        assert f"process {os.getpid()} already works on the night" in other.stderr
+    assert holder(tmp_path) is None
+    Journal(tmp_path).close()
+
+
+def test_lock_dies_with_its_driver(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from agent.journal.journal import Journal;"
+        "j = Journal(Path(sys.argv[1])); j.append('note', text='x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert holder(tmp_path) is None
+    with Journal(tmp_path) as journal:
+        assert len(journal.events) == 1
+
+
+def test_locked_error_owns_an_exit_code() -> None:
+    assert (LockedError.exit_code, JournalError.exit_code) == (8, 9)

@@ -1,0 +1,93 @@
+"""When a night is over, when it pauses, and how long it waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from story_kit import Story, told
+
+from agent.journal.settings import Settings
+from agent.judgement.decision import Rule
+from agent.night import limits
+
+
+def over(story: Story, seconds: float = 0.0, free: float = 100.0, **settings: Any) -> str | None:
+    reason = limits.over(story.night, Settings(**settings), session_seconds=seconds, free_gb=free)
+    return reason[0] if reason else None
+
+
+def test_limits_end_a_night() -> None:
+    story = told()
+    assert over(story) is None
+    assert over(story, experiments=2) == "experiments"
+    assert over(story, experiments=3) is None
+    assert over(story, seconds=3601, hours=1) == "hours"
+    assert over(story, max_cost=0.75) == "max_cost"
+    assert over(story, max_cost=0.76) is None
+    assert over(story, target=1.35) == "target"
+    assert over(story, target=1.34) is None
+    assert over(story, free=1.0) == "disk"
+    for n in range(3, 6):
+        story.experiment(n, "discard", (1.9,))
+    assert over(story, patience=3) == "patience"
+    assert over(story, patience=4) is None
+
+
+def test_unknown_cost_is_not_free() -> None:
+    story = told()
+    story.add("experiment", n=3, parent="c2")
+    story.add("agent_failed", n=3, kind="rate_limit", wait=1, message="", usage={"cost": None, "tokens": 500}, seconds=1.0)
+    assert story.night.unpriced == 1
+    assert over(story) is None
+    assert over(story, max_cost=100.0) == "max_cost"
+
+
+def test_breaker_pauses_longer_and_longer_then_ends_the_night() -> None:
+    story, pauses, ended = told(), [], None
+    settings = Settings(breaker=3, backoff=10)
+    for n in range(3, 12):
+        story.experiment(n, "agent_error")
+        pauses.append(limits.pause(story.night, settings))
+        if ended is None and limits.over(story.night, settings, session_seconds=0, free_gb=9):
+            ended = n - 2
+    assert pauses[:6] == [0, 0, 10, 20, 40, 80]
+    assert ended == 6
+    story.experiment(12, "crash")
+    assert limits.pause(story.night, settings) == 0
+    assert limits.over(story.night, settings, session_seconds=0, free_gb=9) is None
+
+
+def test_discards_in_a_row_are_research_not_failure() -> None:
+    story = told()
+    for n in range(3, 40):
+        story.experiment(n, "discard", (1.9,))
+    assert limits.pause(story.night, Settings()) == 0
+    assert over(story) is None
+
+
+def test_a_new_session_forgets_the_streak_that_ended_the_last() -> None:
+    story = told()
+    for n in range(3, 13):
+        story.experiment(n, "agent_error")
+    assert over(story) == "failures"
+    story.add("night_end", reason="failures", text="")
+    story.add("session", settings={}, pid=2)
+    assert over(story) is None
+
+
+def test_rate_limit_waits_as_told_else_longer_and_longer() -> None:
+    story, settings = told(), Settings()
+    story.add("experiment", n=3, parent="c2")
+    waits = []
+    for wait in (None, None, None, 17.0, None):
+        story.add("agent_failed", n=3, kind="rate_limit", wait=wait, message="", usage={}, seconds=0.0)
+        waits.append(limits.rate_limit_wait(story.night, settings))
+    assert waits == [60, 120, 240, 17, 960]
+    assert len(story.night.done) == 2, "a wait is no experiment"
+    for _ in range(50):
+        story.add("agent_failed", n=3, kind="rate_limit", wait=None, message="", usage={}, seconds=0.0)
+    assert limits.rate_limit_wait(story.night, settings) is None
+
+
+def test_the_baseline_is_measured_as_often_as_the_rule_wants() -> None:
+    assert Settings().baseline_seeds == Rule().baseline_trials

@@ -1,0 +1,126 @@
+"""Candidates that cheat, each a real train file, run as the driver runs them: trainer, scorer and sandbox are the real ones.
+
+Each ends with the score that the honest file gets, or as a failure by name; and the table says which.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from agent.trial import sandbox
+from agent.trial.lab import FROZEN as PARTS
+from agent.trial.lab import Lab
+from agent.trial.trial import run_trial
+
+ATTACKS = ROOT / "tests" / "attacks"
+FROZEN = [p.relative_to(ROOT) for name in PARTS for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
+GUARD = '\n\nif __name__ == "__main__":\n    main()\n'
+
+
+def source(name: str) -> str:
+    """A whole train file: the honest one, changed by an attack."""
+    honest = (ATTACKS / "honest.py").read_text()
+    assert honest.endswith(GUARD)
+    return honest if name == "honest" else honest.removesuffix(GUARD) + "\n\n" + (ATTACKS / f"{name}.py").read_text() + GUARD
+
+
+def lab(folder: Path, tiny, name: str, **changes) -> Lab:
+    (folder / "night" / "trials").mkdir(parents=True)
+    for file in FROZEN:
+        for place in (folder / "worktree", folder / "night" / "frozen"):
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, place / file)
+    (folder / "worktree" / "train_x.py").write_text(source(name))
+    settings = {"folder": folder / "night", "worktree": folder / "worktree", "train_file": "train_x.py",
+                "harness": folder / "night" / "frozen" / "prepare_mlx.py", "train_dir": tiny.train, "held_dir": tiny.held,
+                "budget": "60steps", "vocab_size": 320, "startup_seconds": 60.0, "sandboxed": False}
+    return Lab(**{**settings, **changes})
+
+
+def trial(folder: Path, tiny, name: str, **changes):
+    return run_trial(lab(folder, tiny, name, **changes), folder / "night" / "trials" / "0001-1", 1, None)
+
+
+@pytest.fixture(scope="module")
+def honest(tiny, tmp_path_factory) -> float:
+    result = trial(tmp_path_factory.mktemp("honest"), tiny, "honest")
+    assert result.status == "ok", result.error
+    assert 0.5 < result.val_bpb < 2
+    return result.val_bpb
+
+
+@pytest.mark.parametrize("name", [
+    "prints_a_summary", "writes_the_result", "patches_everything", "looks_for_the_validation_text", "edits_the_harness",
+    "leaves_a_child"])
+def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
+    result = trial(tmp_path, tiny, name)
+    assert result.status == "ok", result.error
+    assert result.val_bpb == honest
+    for file in FROZEN:
+        assert (tmp_path / "night" / "frozen" / file).read_bytes() == (ROOT / file).read_bytes()
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*.log")) < 50e6
+
+
+@pytest.mark.parametrize(("name", "status", "said", "changes"), [
+    ("copies_targets_from_the_batch", "violation", "cross_row", {}),
+    ("peeks_ahead", "violation", "non_causal", {}),
+    ("keeps_state", "violation", "stateful", {}),
+    ("trains_in_warm_up", "violation", "training data was asked for before run.budget.start()", {}),
+    ("warms_up_for_too_long", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
+    ("sleeps_past_its_budget", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
+    ("fills_the_disk", "violation", "wrote more than", {"directory_bytes": 50 << 20}),
+])
+def test_ends_as_a_failure_by_name(tiny, tmp_path, name, status, said, changes):
+    result = trial(tmp_path, tiny, name, **changes)
+    assert (result.status, result.val_bpb) == (status, None)
+    assert said in result.error["message"]
+
+
+def test_a_log_without_end_is_cut_off(tiny, tmp_path):
+    result = trial(tmp_path, tiny, "prints_a_gigabyte")
+    assert result.status == "violation"
+    assert result.val_bpb is None
+    assert result.error["message"] == "printed without end"
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*.log")) < 50e6
+
+
+def test_a_log_without_end_from_the_logits_server_is_cut_off(tiny, tmp_path):
+    result = trial(tmp_path, tiny, "prints_a_gigabyte_when_asked")
+    assert (result.status, result.val_bpb) == ("violation", None)
+    assert "File too large" in result.error["message"]
+    assert (tmp_path / "night" / "trials" / "0001-1" / "serve.log").stat().st_size <= 256 << 20
+
+
+def test_a_child_that_was_left_is_ended(tiny, tmp_path):
+    trial(tmp_path, tiny, "leaves_a_child")
+    alive = tmp_path / "night" / "trials" / "0001-1" / "alive"
+    last = alive.stat().st_mtime_ns if alive.exists() else None
+    time.sleep(0.5)
+    assert (alive.stat().st_mtime_ns if alive.exists() else None) == last
+    running = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert not running
+
+
+@pytest.mark.skipif(not sandbox.available().present, reason=f"no sandbox here: {sandbox.available()}")
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything", "whispers"])
+def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, name):
+    result = trial(tmp_path, tiny, name, sandboxed=True)
+    assert result.status == "ok", result.error
+    assert result.val_bpb == honest
+    for file in FROZEN:
+        assert (tmp_path / "worktree" / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "whispers"])
+def test_without_the_sandbox_it_is_not_refused(tiny, tmp_path, honest, name):
+    """What only the sandbox covers, said here so that nobody believes more: held-out text can be read by the folder's owner, and
+    two processes of a model can leave each other notes."""
+    result = trial(tmp_path, tiny, name)
+    assert result.status == "ok", result.error
+    assert result.val_bpb < honest
+    assert os.stat(tiny.held).st_mode & 0o077 == 0, "other users cannot, at least"

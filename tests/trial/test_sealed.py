@@ -1,0 +1,260 @@
+"""What reaches a training and what a training reaches: the held-out text, planted bytecode, another candidate's scratch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, program, some_text
+from night_kit import HARNESS, TRAINER, Bed, git
+
+from agent.git.worktree import Repository, Worktree
+from agent.journal.journal import read_events
+from agent.journal.state import fold
+from agent.night import setup
+from agent.trial import sandbox
+from agent.trial.lab import Lab, lay_harness
+from agent.trial.rights import held_out_places
+from agent.trial.sandbox import described
+from agent.trial.trial import score_run
+
+needs_sandbox = pytest.mark.skipif(not sandbox.available().present, reason=str(sandbox.available()))
+
+# Tries what it is told to and writes down how it went; in the trainer and in the scorer.
+PROBE = '''
+def probe(run, name):
+    import socket
+    def attempt(what):
+        try:
+            return what()
+        except OSError as error:
+            return type(error).__name__
+    wanted = json.loads(Path(os.environ["AUTORESEARCH_PROBE"]).read_text())
+    seen = {path: attempt(lambda: Path(path).read_text()) for path in wanted["read"]}
+    seen["network"] = attempt(lambda: socket.create_connection(("127.0.0.1", wanted["port"]), 5) and "connected")
+    seen["write"] = attempt(lambda: Path(wanted["write"]).with_suffix("." + name).write_text(name))
+    seen["environment"] = sorted(os.environ)
+    seen["scratch"] = [os.environ["TMPDIR"], sorted(os.listdir(os.environ["TMPDIR"]))]
+    (Path(os.environ["TMPDIR"]) / f"compiled-by-{Path(run).name}-{name}").write_text("")
+    (Path(run) / f"{name}.seen").write_text(json.dumps(seen))
+'''
+
+
+def places(entry: dict[str, Any], worktree: Worktree) -> tuple[Path, ...]:
+    return held_out_places(entry, worktree.repository.root, worktree.common, worktree.path)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Not below /tmp, which a sandbox hides as a whole, as it does /var/tmp."""
+    places = [p for p in (Path.home(), Path(__file__).parent) if not any(p.is_relative_to(t) for t in ("/tmp", "/var/tmp"))]
+    if not places:
+        pytest.skip("needs a home folder or a checkout that is not below /tmp")
+    with tempfile.TemporaryDirectory(prefix=".autoresearch-test-", dir=places[0]) as name:
+        yield Path(name)
+
+
+def probing(bed: Bed, port: int) -> dict[str, Path]:
+    """Have trainer and scorer of a bed look at these files, of a night on the user's own text in the checkout."""
+    harness = HARNESS.replace('"device": "cpu"}\n', '"device": "cpu", "dataset": "text:own"}\n', 1)
+    harness = harness.replace("def prepare(out):", PROBE + "\ndef prepare(out):")
+    harness = harness.replace("    noise = ", '    probe(run_dir, "scorer")\n    noise = ')
+    trainer = TRAINER.replace("def main():", PROBE + "\n\ndef main():")
+    trainer = trainer.replace("    with open(run", '    probe(run, "trainer")\n    with open(run')
+    (bed.repo / "prepare_mlx.py").write_text(harness)
+    (bed.repo / "train_mlx.py").write_text(trainer)
+    (bed.repo / "own").mkdir()
+    (bed.repo / "own" / "a.txt").write_text("the user's text")
+    git(bed.repo, "add", "-A")
+    git(bed.repo, "commit", "-qm", "own text")
+    data = bed.home / "data"
+    files = {
+        "train": data / "train/toy/train.bin", "held": data / "held/toy/val.bin", "other": data / "held/other/val.bin",
+        "download": data / "downloads/x/shard.parquet", "work": data / "work/y/parts", "own": bed.repo / "own/a.txt",
+        "copy": bed.folder() / "worktree/own/a.txt", "git": bed.repo / ".git/HEAD", "plain": bed.repo / "program.md",
+    }  # fmt: skip
+    for name, path in files.items():
+        if path.is_relative_to(data):
+            path.parent.mkdir(parents=True)
+            path.write_text(f"text of {name}")
+    asked = {"read": [str(path) for path in files.values()], "port": port, "write": str(bed.home / "escaped")}
+    (bed.tools / "probe.json").write_text(json.dumps(asked))
+    return files
+
+
+def seen_by(bed: Bed, files: dict[str, Path], who: str, trial: str) -> dict[str, bool | list[str]]:
+    seen = json.loads((bed.folder() / "trials" / trial / f"{who}.seen").read_text())
+    errors = ("FileNotFoundError", "PermissionError", "OSError")
+    return {name: seen[str(path)] not in errors for name, path in files.items()} | {"network": seen["network"] == "connected"}
+
+
+@needs_sandbox
+def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home: Path) -> None:
+    bed = Bed(home, "better")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        files = probing(bed, server.getsockname()[1])
+        asks = {"AUTORESEARCH_PROBE": str(bed.tools / "probe.json")}
+        open_to_all = bed.run("--experiments", "0", "--no-sandbox", **asks)
+        assert open_to_all.returncode == 0, open_to_all.stdout + open_to_all.stderr
+        assert all(seen_by(bed, files, "trainer", "0000-1").values()), "without a sandbox everything is to be seen"
+        for left in bed.home.glob("escaped.*"):
+            left.unlink()
+        done = bed.run("--experiments", "1", tag="shut", **asks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = bed.folder("shut")
+    files["copy"] = folder / "worktree/own/a.txt"
+    asked = json.loads((folder / "trials/0000-1/trainer.seen").read_text())
+    readable = {name for name, path in files.items() if asked.get(str(path)) not in ("FileNotFoundError", "PermissionError", None)}
+    assert readable == {"train", "plain"}
+    assert asked["network"] != "connected"
+    assert not list(bed.home.glob("escaped.trainer"))
+    scorer = json.loads((folder / "trials/0000-1/scorer.seen").read_text())
+    assert scorer[str(files["held"])] == "text of held"
+    assert (scorer["network"] != "connected") == sandbox.nests()
+    assert (bed.home / "escaped.scorer").exists() != sandbox.nests()
+    assert described() in done.stdout
+    assert "AUTORESEARCH_DATA" in asked["environment"]
+    assert not {"AUTORESEARCH_HOME"} & {*asked["environment"], *scorer["environment"]}, "where held-out data lies"
+    # scratch: one a candidate, with nothing of another's in it
+    first = json.loads((folder / "trials/0000-1/trainer.seen").read_text())["scratch"]
+    again = json.loads((folder / "trials/0000-2/trainer.seen").read_text())["scratch"]
+    other = json.loads((folder / "trials/0001-1/trainer.seen").read_text())["scratch"]
+    assert first == [str(folder / "tmp/0000"), []]
+    assert again == [str(folder / "tmp/0000"), ["compiled-by-0000-1-scorer", "compiled-by-0000-1-trainer"]]
+    assert other == [str(folder / "tmp/0001"), []]
+
+
+def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed = Bed(tmp_path)
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "moved"))
+    worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
+    entry = {"held_dir": str(tmp_path / "home/held/toy"), "name": "stories"}
+    homes = [tmp_path / home / name for home in ("moved", "home") for name in ("held", "downloads", "work")]
+    assert set(places(entry, worktree)) == set(homes)
+    outside = places({**entry, "name": f"text:{tmp_path / 'book.txt'}"}, worktree)
+    assert set(outside) - set(homes) == {tmp_path / "book.txt"}
+    inside = places({**entry, "name": "text:notes"}, worktree)
+    assert set(inside) - set(homes) == {bed.repo / "notes", bed.repo / ".git", worktree.path / "notes"}
+    assert worktree.path not in places({**entry, "name": "text:."}, worktree), "else there would be nothing to train"
+    # the same text, once prepared from somewhere else; and a file that is only linked into the folder
+    held, letters = tmp_path / "home/held/toy", tmp_path / "letters"
+    held.mkdir(parents=True, exist_ok=True)
+    (held / "meta.json").write_text(json.dumps({"source": str(tmp_path / "older")}))
+    letters.mkdir()
+    (tmp_path / "linked.txt").write_text("text")
+    (letters / "a.txt").symlink_to(tmp_path / "linked.txt")
+    (letters / "root").symlink_to("/")  # a linked folder is no source, and all would be hidden
+    twice = places({**entry, "name": f"text:{letters}"}, worktree)
+    assert set(twice) - set(homes) == {letters, tmp_path / "linked.txt", tmp_path / "older"}
+
+
+def test_a_relative_text_is_hidden_wherever_it_was_prepared_from(tmp_path: Path) -> None:
+    bed, folder = Bed(tmp_path), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "book.txt").write_text(some_text(400_000), encoding="utf-8")
+    done = program(ROOT / "prepare_mlx.py", "--dataset", "text:book.txt", "--preset", "tiny", home=bed.home, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    entry = setup._entry(bed.home / "current.json")
+    worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
+    assert folder / "book.txt" in places(entry, worktree)
+    (bed.home / "current.json").write_text(json.dumps({**entry, "dataset": "text:book.txt"}))  # an entry as it was
+    assert folder / "book.txt" in places(setup._entry(bed.home / "current.json"), worktree), "its meta.json tells"
+
+
+PLANT = '''
+if act == "plant_code":
+    import importlib._bootstrap_external as b, importlib.util, py_compile, subprocess
+    evil = Path(__file__).with_name("evil.py")
+    evil.write_text(f"open({str(Path(__file__).with_name('imported'))!r}, 'a').write('x')")
+    for folder in (Path.cwd(), Path.cwd().parent / "frozen"):
+        for name in ("prepare_mlx", "helper"):
+            target = importlib.util.cache_from_source(str(folder / f"{name}.py"))
+            py_compile.compile(str(evil), target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    (Path.cwd().parent / "frozen" / "json.py").write_text(evil.read_text())
+    subprocess.run([sys.executable, "-B", "-c", "import prepare_mlx"], check=True)
+    assert Path(__file__).with_name("imported").read_text() == "x", "what is planted would be imported"
+    Path(__file__).with_name("imported").write_text("")
+    put("GAIN", round(gain + 0.05, 4))
+'''
+
+
+def test_what_is_planted_beside_the_train_file_is_not_imported(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "plant_code")
+    (bed.repo / "train_mlx.py").write_text("import prepare_mlx\n" + TRAINER)
+    git(bed.repo, "commit", "-qam", "imports the harness")
+    agent = (bed.tools / "agent.py").read_text()
+    (bed.tools / "agent.py").write_text(agent.replace('if act == "better":', PLANT.strip("\n") + '\nelif act == "better":'))
+    done = bed.run("--experiments", "1", "--no-sandbox")
+    assert done.returncode == 0, done.stdout + done.stderr
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
+    assert [e.status for e in night.done] == ["keep"], night.done[0].reason
+    assert (bed.tools / "imported").read_text() == ""
+    assert sorted(path.name for path in (bed.folder() / "frozen").iterdir()) == ["prepare_mlx.py"]
+
+
+def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    (bed.repo / "harness").mkdir()
+    for name in ("__init__", "score"):
+        (bed.repo / "harness" / f"{name}.py").write_text(f"NAME = {name!r}\n")
+    git(bed.repo, "add", "harness")
+    git(bed.repo, "commit", "-qm", "a folder")
+    repository, place = Repository(bed.repo), tmp_path / "night" / "frozen"
+
+    def laid() -> dict[str, bytes]:
+        assert lay_harness(repository, repository.head, tmp_path / "night") == place / "prepare_mlx.py"
+        assert not any(path.is_symlink() for path in (place, *place.rglob("*")))
+        return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+    whole = laid()
+    assert whole.keys() == {"prepare_mlx.py", "harness/__init__.py", "harness/score.py"}
+    stamp = (place / "harness" / "score.py").stat().st_mtime_ns
+    assert laid() == whole
+    assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    for file in whole:
+        (evil / file).parent.mkdir(exist_ok=True)
+        (evil / file).write_bytes(whole[file])
+    for harm in (
+        lambda: (place / "harness" / "score.py").write_text("NAME = 'evil'\n"),
+        lambda: (place / "harness" / "score.py").unlink(),
+        lambda: (place / "json.py").write_text(""),
+        lambda: (place / "harness" / "score").mkdir(),
+        lambda: ((place / "harness" / "__pycache__").mkdir(), (place / "harness" / "__pycache__" / "score.pyc").write_text("")),
+        lambda: ((place / "harness" / "score.py").unlink(), (place / "harness" / "score.py").symlink_to(evil / "harness/score.py")),
+        lambda: (place / "harness").rename(tmp_path / "away"),
+        lambda: (shutil.rmtree(place), place.symlink_to(evil)),
+        lambda: (shutil.rmtree(place), place.write_text("")),
+        lambda: (place / "harness").chmod(0),
+    ):
+        harm()
+        assert laid() == whole
+
+
+def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "worse")
+    assert bed.run("--experiments", "3", "--no-sandbox").returncode == 0
+    assert sorted(path.name for path in (bed.folder() / "tmp").iterdir()) == ["0000", "0003"]
+    assert {path.name.partition("-")[0] for path in (bed.folder() / "trials").iterdir()} == {"0000", "0003"}
+
+
+@pytest.mark.skipif(not sandbox.nests(), reason="no sandbox works inside a sandbox here")
+def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "trials" / "0001-1"
+    run_dir.mkdir(parents=True)
+    for file in trained.iterdir():
+        (run_dir / file.name).write_bytes(file.read_bytes())
+    lab = Lab(
+        folder=tmp_path, worktree=ROOT, train_file="train_mlx.py", harness=ROOT / "prepare_mlx.py", train_dir=tiny.train,
+        held_dir=tiny.held, budget="20steps", vocab_size=320,
+    )  # fmt: skip
+    result = score_run(lab, run_dir, "val")
+    assert result.status == "ok", result.error
+    assert result.val_bpb

@@ -1,0 +1,174 @@
+"""One trial: real children, classified by evidence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from night_kit import TRAINER
+from trial_kit import lab
+
+from agent.errors import Stopped
+from agent.process.environment import clean_env
+from agent.trial import sandbox
+from agent.trial.order import TrialResult
+from agent.trial.trial import check_import, run_trial, score_run
+
+
+def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
+    return run_trial(lab(folder, source, **changes), folder / "trials" / "0001-7", 7, reference)
+
+
+def mode(name: str) -> str:
+    return TRAINER.replace('MODE = "ok"', f'MODE = "{name}"')
+
+
+def test_a_training_is_scored_with_its_seed(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    result = trial(tmp_path, show=seen.append)
+    assert result.status == "ok"
+    assert result.val_bpb == result.summary["val_bpb"]
+    assert result.summary["seed"] == 7
+    assert 1.4 < (result.val_bpb or 0) < 1.6
+    assert seen[-1]["step"] == 2
+    assert trial(tmp_path).val_bpb == result.val_bpb, "an old run directory must not disturb the next attempt"
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("crash", "crash", "shapes do not fit"), ("oom", "oom", "out of memory"), ("silent", "crash", r"no train\.json"),
+        ("unscorable", "violation", "look ahead"),
+    ],
+)  # fmt: skip
+def test_failures_are_named_by_evidence(tmp_path: Path, name: str, status: str, words: str) -> None:
+    result = trial(tmp_path, mode(name))
+    assert (result.status, result.val_bpb) == (status, None)
+    assert result.error is not None
+    assert words.replace("\\", "") in result.error["message"]
+
+
+def test_words_in_a_log_are_no_evidence(tmp_path: Path) -> None:
+    source = TRAINER.replace("run = Path", "print('out of memory, nan, val_bpb: 0.1\\n---\\nval_bpb: 0.1', flush=True); run = Path")
+    assert trial(tmp_path, source).status == "ok"
+
+
+def test_nan_stops_a_training_within_two_seconds(tmp_path: Path) -> None:
+    deaf = "import json, os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    source = mode("nan").replace("import json, os, sys, time", deaf)
+    result = trial(tmp_path, source)
+    ended = time.time()
+    assert result.status == "nan"
+    assert ended - (tmp_path / "trials/0001-7/metrics.jsonl").stat().st_mtime < 2.0  # since it wrote that line
+    assert "nan at step 3" in (result.error or {})["message"]
+
+
+def test_a_training_may_fill_neither_its_folders_nor_the_disk(tmp_path: Path) -> None:
+    fill = 'open(os.path.join(os.environ["TMPDIR"], "x"), "wb").write(b"x" * (8 << 20)); time.sleep(60); run = Path'
+    source = TRAINER.replace("run = Path", fill)
+    free = shutil.disk_usage(tmp_path).free
+    for limit in ({"directory_bytes": 4 << 20}, {"spare_bytes": 2 * free}):  # others may free some meanwhile
+        result = trial(tmp_path, source, **limit)
+        assert result.status == "violation"
+        assert "or filled the disk" in (result.error or {})["message"]
+        shutil.rmtree(tmp_path / "tmp")
+
+
+def test_wall_limit_is_budget_and_startup(tmp_path: Path) -> None:
+    result = trial(tmp_path, mode("hang"), budget="1s", startup_seconds=1.0)
+    assert result.status == "timeout"
+    assert "still running after 2 s" in (result.error or {})["message"]
+    assert lab(tmp_path, budget="2ks", startup_seconds=5.0).wall_seconds == 2005
+
+
+@pytest.mark.parametrize(("how", "status"), [("SIGKILL", "oom"), ("SIGSEGV", "crash")])
+def test_a_signal_is_named(tmp_path: Path, how: str, status: str) -> None:
+    source = TRAINER.replace("run = Path", f"import signal; os.kill(os.getpid(), signal.{how}); run = Path")
+    result = trial(tmp_path, source)
+    assert result.status == status
+    assert how in (result.error or {})["message"]
+
+
+def test_metal_aborts_where_memory_ends(tmp_path: Path) -> None:
+    """It throws where nobody can catch it: the process is gone with SIGABRT, and its log says why."""
+    last = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+    for words, status in ((last, "oom"), ("[METAL] Command buffer execution failed: Impacting Interactivity", "crash")):
+        source = TRAINER.replace("run = Path", f"print({words!r}, file=sys.stderr, flush=True); os.abort(); run = Path")
+        result = trial(tmp_path, source)
+        assert result.status == status
+        assert (result.error or {})["message"] == f"SIGABRT ended it. {words}"
+
+
+def test_exit_code_wins_over_an_error_file_that_the_candidate_wrote(tmp_path: Path) -> None:
+    forged = '(Path(os.environ["AUTORESEARCH_RUN_DIR"]) / "error.json").write_text("[" * 99999); sys.exit(3); run = Path'
+    assert trial(tmp_path, TRAINER.replace("run = Path", forged)).status == "nan"
+
+
+def test_stop_leaves_a_trial_without_a_result(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        trial(tmp_path, mode("hang"), stop=lambda: True)
+
+
+def test_scores_of_another_kind_are_refused(tmp_path: Path) -> None:
+    reference = trial(tmp_path).summary
+    assert trial(tmp_path, reference=reference).status == "ok"
+    other = {**reference, "data_hash": "another", "seq_len": 128.0}
+    result = trial(tmp_path, reference=other)
+    assert result.status == "violation"
+    assert "data_hash: expected another, found d1; seq_len: expected 128.0, found 64.0" in (result.error or {})["message"]
+
+
+def test_held_out_split(tmp_path: Path) -> None:
+    result = trial(tmp_path)
+    test = score_run(lab(tmp_path), tmp_path / "trials" / "0001-7", "test")
+    assert test.status == "ok"
+    assert test.val_bpb == pytest.approx((result.val_bpb or 0) + 0.01)
+
+
+def test_import_check_finds_an_import_error_and_nothing_else(tmp_path: Path) -> None:
+    assert check_import(lab(tmp_path)) is None
+    error = check_import(lab(tmp_path, "import no_such_module\n" + TRAINER))
+    assert error is not None
+    assert "No module named 'no_such_module'" in error["message"]
+    helper = lab(tmp_path, "import helper\n" + TRAINER)
+    (tmp_path / "work" / "helper.py").write_text("")
+    assert check_import(helper) is None, "modules beside the train file are found, as when it is run"
+
+
+def test_a_training_through_which_the_machine_slept_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = iter((0.0, 0.0, 3600.0))
+    monkeypatch.setattr("agent.process.child.seconds_asleep", lambda: next(asleep, 3600.0))
+    result = trial(tmp_path)
+    assert (result.status, result.val_bpb) == ("interrupted", None)
+    assert "slept for 3600 s" in (result.error or {})["message"]
+    assert trial(tmp_path).status == "ok"
+
+
+def test_no_secret_reaches_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANTED_API_KEY", "hunter2-hunter2-hunter2")
+    source = TRAINER.replace("run = Path", "raise RuntimeError(repr(dict(os.environ))); run = Path")
+    result = trial(tmp_path, source, environ=clean_env())
+    assert result.status == "crash"
+    everything = json.dumps(result.error) + "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    assert "AUTORESEARCH_SEED" in everything
+    assert "PLANTED" not in everything
+    assert "hunter2" not in everything
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="no sandbox is known there")
+def test_sandbox_hides_the_held_out_data(tmp_path: Path) -> None:
+    if not sandbox.available().present:
+        pytest.skip(f"no sandbox here: {sandbox.available()}")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "val.bin").write_text("secret text")
+    source = TRAINER.replace("run = Path", f"print(open({str(tmp_path / 'held' / 'val.bin')!r}).read()); run = Path")
+    assert trial(tmp_path, source, sandboxed=False).status == "ok"
+    result = trial(tmp_path, source, sandboxed=True)
+    assert result.status == "crash"
+    assert "secret text" not in str(result.error)
+    assert trial(tmp_path, sandboxed=True).status == "ok"
