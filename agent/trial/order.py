@@ -15,7 +15,7 @@ def parse_budget(text: str) -> tuple[float, str]:
 
     The harness has its own parser, because the two parts import nothing of each other; a test holds that they agree.
     """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kM]?)(s|steps|tokens)", text, re.ASCII)
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kM]?)(s|steps|tokens)", text.strip(), re.ASCII)
     amount = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match else 0.0
     if match is None or not 0 < amount < math.inf:
         raise UsageError(f"--budget {text}: expected something like 300s, 200steps or 5Mtokens")
