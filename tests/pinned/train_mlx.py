@@ -45,8 +45,8 @@ SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
 # Optimization
-BATCH_TOKENS = {"cpu": 512, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
-MICRO_TOKENS = {"cpu": 2**14, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
+BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
+MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
 EMBEDDING_LR = 0.4  # AdamW, token and value embeddings, at width 768; scaled by (width / 768) ** -0.5
 UNEMBEDDING_LR = 0.004  # AdamW, lm_head, scaled in the same way
 NGRAM_LR = 1.5  # Adagrad, n-gram tables: the size of a row's first step
