@@ -235,7 +235,7 @@ def test_what_is_computed_of_a_constant_moves_with_it_and_the_change_says_so() -
         moved = {name for name, c in file.constants.items() if value[name] != c.value}
         assert moved == {*own, *told}, change
         assert told == {name: str(value[name]) for name in told}, change
-    assert str(named("DEPTH", everything())[0]) == "DEPTH 2 -> 3 (WIDTH 192, BATCH_TOKENS 1536 too)"
+    assert str(named("DEPTH", everything())[0]) == "DEPTH 2 -> 3 (WIDTH 192, BATCH_TOKENS 3072 too)"
     alone = TrainFile(file.apply([file.constants["WIDTH"].set(128), file.constants["BATCH_TOKENS"].set(1024)]), "cpu")
     assert {change.note for change in named("DEPTH", everything(source=alone.data))} == {""}
 
