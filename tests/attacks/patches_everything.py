@@ -1,6 +1,7 @@
 import math
 
 import mlx.core as mx
+
 import tokenizer
 
 for module, names in ((math, ("log", "log2", "exp", "fsum")), (np, ("exp", "log", "mean", "isfinite")),
