@@ -37,7 +37,7 @@ nil, and pairs would then throw away most trials of the best.
 A shorter file may be worse by the `margin`, but than the best mean that was ever kept (`record`): a hundred small losses
 are no more allowed than one large one.
 
-`scripts/operating_curve.py` shows what this costs and finds, `tests/test_decision.py` holds it to that. Scores are taken
+`scripts/operating_curve.py` shows what this costs and finds, `tests/judgement/test_decision.py` holds it to that. Scores are taken
 to be normal with one sigma all night. Tails as heavy as Student's t with 3 degrees of freedom and slow outliers (a busy
 machine) are held, sudden excellent scores are not: where noise is a long tail towards low bpb, false keeps quadruple.
 """

@@ -3,8 +3,14 @@
 The other files here are attacks: each is put before the last two lines of this one, so that it can replace what it likes.
 """
 
+import os
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+
+import prepare_mlx
 from prepare_mlx import start_run
 
 log = np.log

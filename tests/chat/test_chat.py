@@ -1,4 +1,4 @@
-"""`agent/chat.py`: blocks applied exactly or refused by name; a real program against a real server."""
+"""`agent/chat/`: blocks applied exactly or refused by name; a real program against a real server."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_our_own_run_from_the_driver_not_from_the_worktree(job: Job, environ: di
     command = table.get("chat").command(replace(job, base_url="http://127.0.0.1:1/v1"), environ)
     assert command.argv[:3] == [sys.executable, "-m", "agent.chat"]
     assert command.argv[3:] == ["train_mlx.py", "--base-url", "http://127.0.0.1:1/v1"]
-    assert Path(command.env["PYTHONPATH"], "agent", "chat.py").exists()
+    assert Path(command.env["PYTHONPATH"], "agent", "chat", "__main__.py").exists()
     assert command.env["PYTHONSAFEPATH"] == "1"
     assert argv("local", replace(job, base_url="http://x", model="m"), environ) == [
         "-m",
