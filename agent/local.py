@@ -29,6 +29,7 @@ import click
 from agent.chat.edit import edit, finish
 from agent.chat.endpoint import ChatError, Endpoint
 from agent.coders.coder import Reply
+from agent.process.supervise import signal_group
 
 GIB = 1 << 30
 GRACE_SECONDS = 3.0  # between TERM and KILL
@@ -152,10 +153,9 @@ def wait_ready(server: subprocess.Popen[bytes], port: int, seconds: float) -> No
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server's whole group: asked first, then killed."""
+    """End the server's process group: TERM first, then KILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: PermissionError for a group of zombies
-            os.killpg(server.pid, number)
+        signal_group(server.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(GRACE_SECONDS)
 

@@ -152,3 +152,8 @@ def _secret_parts(name: str, value: str) -> list[str]:
 
 def _unsafe(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI
+
+
+def failure_record(kind: str, message: str, step: int | None = None, tail: str = "") -> dict[str, Any]:
+    """A failure as the journal keeps it and prompts quote it: its name, one line about it, the training step, the log's end."""
+    return {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": tail}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.journal.state import Experiment, Night
+from agent.text import failure_record
 
 _SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
 _SEED_CALLS = {
@@ -156,4 +157,4 @@ def _is_seed(node: ast.expr) -> bool:
 
 
 def _fault(kind: str, message: str) -> EarlyVerdict:
-    return EarlyVerdict(kind, message, {"kind": kind, "message": message, "step": None, "tail": ""})
+    return EarlyVerdict(kind, message, failure_record(kind, message))

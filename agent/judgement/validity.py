@@ -7,7 +7,7 @@ from statistics import median
 
 from agent.errors import NightError
 from agent.journal.state import Experiment, Night
-from agent.text import one_line
+from agent.text import failure_record, one_line
 from agent.trial.order import TrialResult
 
 MOST_INTERRUPTIONS = 5  # of one trial, in a row
@@ -32,7 +32,7 @@ def validated(night: Night, experiment: Experiment, result: TrialResult, budget_
     if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
         return result
     message = f"the machine's speed changed, {disturbed}"
-    return replace(result, status="disturbed", error={"kind": "disturbed", "message": message, "step": None, "tail": ""})
+    return replace(result, status="disturbed", error=failure_record("disturbed", message))
 
 
 def disturbance(result: TrialResult) -> str:

@@ -43,6 +43,7 @@ def run_session(
         )
         entry["budget"] = options["budget"] or entry["budget"]
         night = setup.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
+    setup.refuse_older(journal, repository, night)
     setup.require_data(night.dataset)
     setup.keep_tier(night)
     harness = lay_harness(repository, night.base, folder)

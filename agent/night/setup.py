@@ -106,6 +106,17 @@ def begin(
     return fold(journal.events)
 
 
+def refuse_older(journal: Journal, repository: Repository, night: Night) -> None:
+    """UsageError for a night that an earlier version of the driver began: its harness had other files, which this one can't lay."""
+    start = next(event for event in journal.events if event["event"] == "night_start")
+    began = set(start.get("sources") or ())
+    if began != {night.train_file, *frozen(repository, night.base)}:
+        raise UsageError(
+            f"the night {night.tag} was begun by another version of this project, whose harness had other files; finish it with "
+            f"that version (git checkout {night.base[:9]}), or start a new night with another --tag"
+        )
+
+
 def keep_tier(night: Night) -> None:
     """The tier that was asked for when the night began: a resume trains the same constants."""
     os.environ.pop(TIER, None)

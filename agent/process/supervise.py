@@ -61,6 +61,12 @@ def members(root: int, marker: str) -> "list[psutil.Process]":
     return living
 
 
+def signal_group(pid: int, number: int) -> None:
+    """Signal a process group, if there is one. macOS answers EPERM for a group that holds only a zombie."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
 def send(processes: "list[psutil.Process]", number: int) -> None:
     """Signal each; psutil makes sure that a recycled pid is not hit."""
     import psutil
@@ -145,8 +151,7 @@ class _Supervisor:
     def end(self) -> int:
         """End the family; how many members could not be ended."""
         if self.ended is None:
-            with contextlib.suppress(OSError):
-                os.killpg(self.root, signal.SIGTERM)  # at once, before anybody can fork
+            signal_group(self.root, signal.SIGTERM)  # at once, before anybody can fork
         deadline, asked = time.monotonic() + self.grace, {self.root}
         left = self.left()
         while left and time.monotonic() < deadline:
@@ -157,8 +162,7 @@ class _Supervisor:
         deadline = time.monotonic() + KILL_SECONDS
         while left and time.monotonic() < deadline:
             if self.ended is None:
-                with contextlib.suppress(OSError):
-                    os.killpg(self.root, signal.SIGKILL)
+                signal_group(self.root, signal.SIGKILL)
             send(left, signal.SIGKILL)
             time.sleep(0.01)
             left = self.left()

@@ -18,7 +18,7 @@ from agent.errors import Stopped
 from agent.git import guard
 from agent.journal.settings import Settings
 from agent.process import child
-from agent.text import one_line, redact
+from agent.text import failure_record, one_line, redact
 
 WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
 
@@ -38,7 +38,7 @@ class Proposal:
 
     def error(self) -> dict[str, Any]:
         """As the journal keeps it."""
-        return {"kind": self.kind, "message": redact(one_line(self.message, 500)), "step": None, "tail": self.tail}
+        return failure_record(self.kind, self.message, tail=self.tail)
 
 
 @dataclass(frozen=True)

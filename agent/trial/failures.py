@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agent.errors import DataError
 from agent.process import child
-from agent.text import one_line, redact
+from agent.text import failure_record, one_line
 from agent.trial.lab import GIB, Lab
 from agent.trial.metrics import Watch
 from agent.trial.order import TrialResult
@@ -76,8 +76,7 @@ def _error_record(text: str | bytes) -> tuple[str, str] | None:
 
 
 def failed(kind: str, message: str, outcome: child.Outcome, step: int | None = None) -> TrialResult:
-    error = {"kind": kind, "message": redact(one_line(message, 500)), "step": step, "tail": outcome.tail(2000)}
-    return TrialResult(kind, outcome.seconds, error=error)
+    return TrialResult(kind, outcome.seconds, error=failure_record(kind, message, step, outcome.tail(2000)))
 
 
 def last_words(outcome: child.Outcome) -> str:

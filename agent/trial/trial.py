@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.git.filetree import remove
+from agent.text import failure_record
 from agent.trial import rights, sandbox
 from agent.trial.failures import REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
 from agent.trial.lab import Lab, run_child
@@ -64,7 +65,7 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
     seconds = outcome.seconds + scored.seconds
     if scored.status == "ok" and reference and (unlike := differences(scored.summary, reference)):
         message = f"the score cannot be compared with the baseline's: {'; '.join(unlike)}"
-        return TrialResult("violation", seconds, error={"kind": "violation", "message": message, "step": None, "tail": ""})
+        return TrialResult("violation", seconds, error=failure_record("violation", message))
     return TrialResult(scored.status, seconds, scored.val_bpb, scored.summary, scored.error)
 
 

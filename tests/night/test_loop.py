@@ -367,6 +367,24 @@ def test_the_journal_names_sources_and_seeds(tmp_path: Path) -> None:
     assert [e["seed"] for e in lines if e["event"] == "trial_end"] == [40, 41, 42, 40]
 
 
+def test_a_night_of_an_earlier_version_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """Its harness was a list of files beside prepare_mlx.py, which the journal names; nothing of the night is touched."""
+    bed = Bed(tmp_path, "worse worse")
+    assert bed.run("--experiments", "1", QUICK).returncode == 0
+    journal = bed.folder() / "journal.jsonl"
+    first, rest = journal.read_text().split("\n", 1)
+    start = json.loads(first)
+    start["sources"] |= {"corpus.py": "0" * 64, "probes.py": "0" * 64}
+    journal.write_text(json.dumps(start) + "\n" + rest)
+    before = journal.read_bytes()
+    done = bed.run("--resume", "--experiments", "2", QUICK)
+    assert done.returncode == 2
+    assert "begun by another version of this project" in done.stderr
+    assert f"git checkout {start['base'][:9]}" in done.stderr
+    assert "another --tag" in done.stderr
+    assert journal.read_bytes() == before
+
+
 def test_a_resumed_night_trains_the_tier_that_it_began_with(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "worse")
     trainer = bed.repo / "train_mlx.py"
