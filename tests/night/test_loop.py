@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from night_kit import Bed, checkout_digest, git
 
-from agent.journal.journal import read_events
+from agent.journal.journal import decode, encode, read_events
 from agent.journal.state import Night, fold
 
 QUICK = "--no-sandbox"
@@ -372,10 +372,10 @@ def test_a_night_of_an_earlier_version_is_refused_with_a_way_out(tmp_path: Path)
     bed = Bed(tmp_path, "worse worse")
     assert bed.run("--experiments", "1", QUICK).returncode == 0
     journal = bed.folder() / "journal.jsonl"
-    first, rest = journal.read_text().split("\n", 1)
-    start = json.loads(first)
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    start = decode(first, 0)
     start["sources"] |= {"corpus.py": "0" * 64, "probes.py": "0" * 64}
-    journal.write_text(json.dumps(start) + "\n" + rest)
+    journal.write_bytes(b"".join([encode(start), *rest]))
     before = journal.read_bytes()
     done = bed.run("--resume", "--experiments", "2", QUICK)
     assert done.returncode == 2
