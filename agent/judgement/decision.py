@@ -1,7 +1,7 @@
 """Is the candidate better than the best so far, or was it lucky?
 
-Scores are validation bits per byte (bpb), lower is better; a `gain` is bpb of the best minus bpb of the candidate, so
-positive is better. Everything here is a pure function of scores; the caller trains, and asks again:
+Scores are validation bits per byte (bpb), lower is better. A `gain` is the best's bpb minus the candidate's, so positive is
+better. Everything here is a pure function of scores. The caller trains and asks again:
 
     best = baseline = [rule.baseline_trials scores]
     noise = estimate_noise([baseline, *(fresh(scores) for scores in every candidate of the night, this one too)])
@@ -9,37 +9,36 @@ positive is better. Everything here is a pure function of scores; the caller tra
     if decision.action == "again": train one more trial of the best if decision.remeasure_best, else of the candidate
     if decision.action == "keep":  best = candidate, with all its trials
 
-The rule is a sequential probability ratio test (Wald 1945, "Sequential tests of statistical hypotheses") of "gains
-`worth` sigmas" against "gains nothing", made for very unequal prices: of all tests with the same risks it trains the
-candidates that are no better least, and they are nearly all of a night. After every trial of the candidate its mean gain
-- is below Wald's lower line, `worth / 2 + log(give_up) / (worth * trials)` sigmas (0.7 after the first trial, rising
-  to 1): discard. Four of five candidates that are no better end here after one trial;
-- clears the bar: keep. In place of Wald's upper line, which takes both sigma and the best for known, the gain's Student t
-  must exceed the quantile that shares `false_keeps` among the candidates of a night, and come near it without the
-  candidate's luckiest trial: one outlier is no evidence, and several looks at one candidate need no more than that;
-- or neither: one more trial, up to `max_trials`.
+The rule is a sequential probability ratio test (Wald 1945, "Sequential tests of statistical hypotheses"). It tests "the
+candidate gains `worth` sigmas" against "the candidate gains nothing". Most candidates of a night gain nothing, and of all tests
+with the same risks this one spends the fewest trainings on them. After each trial of the candidate there are three outcomes:
+- The mean gain is below Wald's lower line, `worth / 2 + log(give_up) / (worth * trials)` sigmas (0.7 after the first trial,
+  rising to 1): discard. Four of five candidates that are no better are discarded after one trial.
+- The mean gain clears the bar: keep. Wald's upper line would need a known sigma and a known best. Instead, Student's t of the gain
+  must exceed a quantile that spreads `false_keeps` over all candidates of a night. It must also nearly exceed it without the
+  candidate's luckiest trial, because one outlier is no evidence.
+- Neither: train one more trial, up to `max_trials`.
 
-The error of the best's own mean is common to all candidates of the night: a lucky best would freeze it, an unlucky one
-would have each candidate trained twice. So
-- the best is trained again too, but lazily: up to `best_trials` when that could turn the verdict, and up to 1.5 times the
-  candidate's trials while a candidate lasts. These trials stay with the best and are paid once;
-- the line of discards moves with what the first trials of all candidates since tell of the best for nothing (`misjudged`).
-  It decides who is trained again, never who is kept. A night of 100 equal candidates costs 1.48 trainings each, baseline
-  and repeats of the best counted; with the line at rest it would be 1.57 for the same power.
+All candidates are compared with the same best, so an error in its mean affects all of them. A lucky best would block the night;
+an unlucky one would have every candidate trained twice. Two measures bound this error:
+- The best is trained again, but only when needed: up to `best_trials` if that could change the verdict, and up to 1.5 times the
+  candidate's trials while a candidate lasts. These trials stay with the best.
+- The line for discards moves with the first trials of all candidates since the last keep, which say something about the best at no
+  cost (`misjudged`). It decides who is trained again, never who is kept. A night of 100 equal candidates costs 1.48 trainings
+  per candidate, including the baseline and repeats of the best; with a fixed line it would cost 1.57 for the same power.
 
-Selection: the candidate's first trial, which got it looked at, counts in full in the test, whose bar was simulated with
-it. In the noise it doesn't (`fresh`): a lucky first trial and a sober second one look like more noise than there is. A
-new best is flattered (the winner's curse, 0.1 to 0.4 sigmas): leaving out its first trial was tried and cured nothing,
-for the trial that ends a test is as selected as the one that began it. Repeats at later close calls wear it off. Seeds
-are paired by the driver, but the pairs aren't used: with two edits of one file the correlation of equal seeds may be
-nil, and pairs would then throw away most trials of the best.
+Selection: a candidate is only repeated because its first trial looked good. That trial counts in full in the test, whose bar was
+simulated with it. It does not count in the noise (`fresh`), because a lucky first trial followed by an ordinary one looks like more
+noise than there is. A new best is overestimated by 0.1 to 0.4 sigmas (the winner's curse). Leaving out its first trial did not
+help, since the trial that ends a test is selected, too. Later repeats correct it. The driver pairs seeds, but the pairs are not
+used: two edits of one file may have uncorrelated scores at equal seeds, and pairing would then discard most trials of the best.
 
-A shorter file may be worse by the `margin`, but than the best mean that was ever kept (`record`): a hundred small losses
-are no more allowed than one large one.
+A shorter file may be worse than the best by `margin`, measured against the best mean ever kept (`record`), so that many small
+losses do not add up.
 
-`scripts/operating_curve.py` shows what this costs and finds, `tests/judgement/test_decision.py` holds it to that. Scores are taken
-to be normal with one sigma all night. Tails as heavy as Student's t with 3 degrees of freedom and slow outliers (a busy
-machine) are held, sudden excellent scores are not: where noise is a long tail towards low bpb, false keeps quadruple.
+`scripts/operating_curve.py` shows what the rule costs and finds, and `tests/judgement/test_decision.py` holds it to that. The rule
+assumes normal scores with one sigma all night. It tolerates tails as heavy as Student's t with 3 degrees of freedom, and slow outliers
+(a busy machine). It does not tolerate sudden excellent scores: with a long tail towards low bpb, false keeps quadruple.
 """
 
 from __future__ import annotations
@@ -103,11 +102,11 @@ class Rule:
         return NormalDist().inv_cdf(1 - self.margin_risk / SIMPLER_LOOKS)
 
     def floor(self, trials: int) -> float:
-        """Sigmas of mean gain below which a candidate with so many trials is discarded."""
+        """Mean gain, in sigmas, below which a candidate with this many trials is discarded."""
         return self.worth / 2 + math.log(self.give_up) / (self.worth * trials)
 
     def best_needed(self, trials: int) -> int:
-        """Trials the best should have to judge a candidate with so many."""
+        """Trials that the best should have to judge a candidate with this many trials."""
         return min(self.max_best_trials, max(self.best_trials, math.ceil(BEST_PER_TRIAL * trials)))
 
 
