@@ -167,10 +167,13 @@ def raise_exit(number: int, frame: object) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("train_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", help="A folder or a Hugging Face name. Default: the largest 4-bit coder that fits this machine.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Timeout per reply, in seconds.")
-@click.option("--start-seconds", type=click.FloatRange(min=0, min_open=True), default=300, show_default=True, help="Timeout for loading the model, in seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
+              help="Timeout per reply, in seconds.")
+@click.option("--start-seconds", type=click.FloatRange(min=0, min_open=True), default=300, show_default=True,
+              help="Timeout for loading the model, in seconds.")
 @click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Maximum tokens per reply.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="Sampling temperature; 0 always gives the same reply.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True,
+              help="Sampling temperature; 0 always gives the same reply.")
 def main(train_file: Path, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float) -> None:
     """Edit TRAIN_FILE as the prompt on standard input asks, with a model on this machine.
 

@@ -26,7 +26,8 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--agent", help="Name of the coding agent, or `search`, which needs no language model. Default: the first one installed.")
+@click.option("--agent",
+              help="Name of the coding agent, or `search`, which needs no language model. Default: the first one installed.")
 @click.option("--agent-cmd", help="Any command as the agent: it reads the prompt on standard input and edits the file.")
 @click.option("--agent-env", multiple=True, help="Another environment variable that the agent may see. Repeatable.")
 @click.option("--agent-args", help="Extra arguments for the agent's command line, for example '--effort high'.")
@@ -37,21 +38,27 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 @click.option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's.")
 @click.option("--budget", help="Budget of one training: 300s, 200steps or 5Mtokens. Default: the preset's.")
 @click.option("--experiments", type=click.IntRange(0), help="Stop after this many experiments.")
-@click.option("--hours", type=click.FloatRange(0), help="Start no experiment after this many hours. Default: 8 without --experiments.")
+@click.option("--hours", type=click.FloatRange(0),
+              help="Start no experiment after this many hours. Default: 8 without --experiments.")
 @click.option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars.")
-@click.option("--price-in", type=click.FloatRange(0), help="US dollars per million input tokens, for agents that report only tokens.")
-@click.option("--price-out", type=click.FloatRange(0), help="US dollars per million output tokens, for agents that report only tokens.")
+@click.option("--price-in", type=click.FloatRange(0),
+              help="US dollars per million input tokens, for agents that report only tokens.")
+@click.option("--price-out", type=click.FloatRange(0),
+              help="US dollars per million output tokens, for agents that report only tokens.")
 @click.option("--max-agent-minutes", type=click.FloatRange(0), help="Time limit for the agent in one experiment. Default: 15.")
 @click.option("--target", type=float, help="Stop once val_bpb is this low.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after this many experiments in a row without a keep.")
 @click.option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise.")
 @click.option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120.")
 @click.option("--memory-gb", type=click.FloatRange(0.1), help="Memory limit of a training, in GiB.")
-@click.option("--sandbox/--no-sandbox", default=None, help="Train without network and with write access to the run folder only. Default: on.")
+@click.option("--sandbox/--no-sandbox", default=None,
+              help="Train without network and with write access to the run folder only. Default: on.")
 @click.option("--disk-gb", type=click.FloatRange(0), help="Stop when less disk space than this is free, in GB. Default: 2.")
-@click.option("--breaker", type=click.IntRange(1), help="Failures of one kind in a row that pause the night; twice as many end it. Default: 5.")
+@click.option("--breaker", type=click.IntRange(1),
+              help="Failures of one kind in a row that pause the night; twice as many end it. Default: 5.")
 @click.option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default: 30.")
-@click.option("--seed", type=int, default=1, show_default=True, help="First seed of a new night; later trainings use the seeds after it.")
+@click.option("--seed", type=int, default=1, show_default=True,
+              help="First seed of a new night; later trainings use the seeds after it.")
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="File to improve.")
 @click.option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on.")
 @click.option("--resume", is_flag=True, help="Continue the night given by --tag, or the latest one.")

@@ -17,7 +17,8 @@ from agent.coders.coder import Reply
 @click.argument("train_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--base-url", help="Such as http://127.0.0.1:1234/v1. Default: OPENAI_BASE_URL.")
 @click.option("--model", help="Default: the endpoint's, if it has exactly one.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Timeout per reply, in seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
+              help="Timeout per reply, in seconds.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Maximum tokens per reply. Default: the endpoint's.")
 @click.option("--temperature", type=click.FloatRange(0), help="Default: the endpoint's.")
 def main(

@@ -37,8 +37,8 @@ A shorter file may be worse than the best by `margin`, measured against the best
 losses do not add up.
 
 `scripts/operating_curve.py` shows what the rule costs and finds, and `tests/judgement/test_decision.py` holds it to that. The rule
-assumes normal scores with one sigma all night. It tolerates tails as heavy as Student's t with 3 degrees of freedom, and slow outliers
-(a busy machine). It does not tolerate sudden excellent scores: with a long tail towards low bpb, false keeps quadruple.
+assumes normal scores with one sigma all night. It tolerates tails as heavy as Student's t with 3 degrees of freedom, and slow
+outliers (a busy machine). It does not tolerate sudden excellent scores: with a long tail towards low bpb, false keeps quadruple.
 """
 
 from __future__ import annotations
