@@ -42,7 +42,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
     "no n-grams (another model)": (BASE, {"NGRAM_BUCKETS": "()"}, []),
     "one row for each n-gram": (BASE, {}, [
         ("own, other = params[NGRAMS][rows].sum(axis=1)", "own, other = params[NGRAMS][rows[0]].sum(axis=0), 0"),
-        ("axis=(0, 1))\n", "axis=(0, 1)) / 2\n"),
+        ("astype(mx.float32).sum(axis=(0, 1))", "astype(mx.float32).sum(axis=(0, 1)) / 2"),
         ("own = mixed(codes[-1]) & 1", "own = mixed(codes[-1]) & 0")]),
     "n-gram tables by AdamW": (BASE, {}, [
         ("        if NGRAMS not in params:\n            return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None",
@@ -59,7 +59,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
          "        one = [muon(*(a[i : i + 1] for a in (p, g, *moments[key])), lr * MATRIX_LR, rates[\"momentum\"],\n"
          "                    rates[\"weight_decay\"]) for i in range(len(names))]\n"
          "        p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
-    "four Newton-Schulz steps": (BASE, {"NEWTON_SCHULZ_STEPS": 4}, []),
+    "five Newton-Schulz steps": (BASE, {"NEWTON_SCHULZ_STEPS": 5}, []),
     "micro-batches of a quarter of a step": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 4"}, []),
     "each step awaited": (BASE, {}, [("mx.async_eval(params, moments, loss)", "mx.eval(params, moments, loss)")]),
     "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(micro_rows, seq_len)",

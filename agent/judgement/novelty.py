@@ -38,8 +38,8 @@ class Source:
 UNREADABLE = Source("", 0)  # of a file that does not parse: equal to no other
 
 
-class EarlyVerdict(NamedTuple):
-    """A verdict that needs no training."""
+class Verdict(NamedTuple):
+    """How an experiment ends: keep, discard or the name of a failure; why; the failure's record."""
 
     status: str
     reason: str
@@ -69,7 +69,7 @@ def source(path: Path) -> Source:
         return UNREADABLE
 
 
-def early_verdict(night: Night, experiment: Experiment) -> EarlyVerdict | None:
+def early_verdict(night: Night, experiment: Experiment) -> Verdict | None:
     """The verdict on a candidate whose training would tell nothing new: no change, or a file that was trained before."""
     if not experiment.ast:
         return None
@@ -79,13 +79,13 @@ def early_verdict(night: Night, experiment: Experiment) -> EarlyVerdict | None:
         if earlier.commit == experiment.parent:
             return _fault("noop", "only the seed, comments or formatting changed")
         if earlier.status in ("keep", "discard") and earlier.mean is not None:
-            return EarlyVerdict("discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None)
+            return Verdict("discard", f"trained before as experiment {earlier.n}: {earlier.mean:.4f}", None)
         if earlier.status in ("crash", "oom", "nan", "timeout", "violation"):  # one of the guard's has no file to be equal to
-            return EarlyVerdict(earlier.status, f"trained before as experiment {earlier.n}", earlier.error)
+            return Verdict(earlier.status, f"trained before as experiment {earlier.n}", earlier.error)
     return None
 
 
-def broken(train_file: Path) -> EarlyVerdict | None:
+def broken(train_file: Path) -> Verdict | None:
     """A crash, if the train file does not parse: found before a budget is spent on it."""
     try:
         fingerprint(train_file)
@@ -94,9 +94,9 @@ def broken(train_file: Path) -> EarlyVerdict | None:
     return None
 
 
-def not_importable(error: dict[str, Any] | None) -> EarlyVerdict | None:
+def not_importable(error: dict[str, Any] | None) -> Verdict | None:
     """A crash, if importing the train file once ended with this error."""
-    return EarlyVerdict("crash", error["message"], error) if error else None
+    return Verdict("crash", error["message"], error) if error else None
 
 
 class _Essence(ast.NodeTransformer):
@@ -156,5 +156,5 @@ def _is_seed(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) or _SEED_NAME.fullmatch(_name(node)) is not None
 
 
-def _fault(kind: str, message: str) -> EarlyVerdict:
-    return EarlyVerdict(kind, message, failure_record(kind, message))
+def _fault(kind: str, message: str) -> Verdict:
+    return Verdict(kind, message, failure_record(kind, message))

@@ -1,7 +1,8 @@
-"""The night's steps. Each looks at the journal, does the next thing, writes it down; each may be repeated after a crash.
+"""The night's steps: propose, train, decide, keep or put aside. `Engine.run` has their order.
 
-Nothing is undone before what it was has been journalled, and the branch moves only after a verdict. So a driver that is
-killed anywhere finds its way: fold the journal, put git where the journal says it is, go on.
+Each step looks at the journal, does the next thing and writes it down, and each may be repeated after a crash. Nothing is undone
+before it has been journalled, and the branch moves only after a verdict. So a driver that was killed anywhere folds the journal,
+puts git where the journal says it is, and goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
 from agent.judgement import novelty, validity
 from agent.judgement.decision import Rule, judge
+from agent.judgement.novelty import Verdict
 from agent.night import limits
 from agent.night.hooks import Hooks
 from agent.night.limits import Stopper
@@ -71,25 +73,59 @@ class Engine:
         prune(self.night, self.lab.folder)
 
     def run(self) -> tuple[str, str]:
-        """Work until a limit or a request ends the night: its name and its words."""
+        """Propose, train, decide, keep or put aside, until a limit or a request ends the night. Returns the end's name and words.
+
+        Each step first looks at the journal, so a night whose driver was killed continues at the step it had reached.
+        """
         if self.night.best is None:
             self.baseline()
         while True:
-            if self.night.open is None:
-                if self.stopper.finishing():
-                    return "stopped", "stopped by request"
-                free = shutil.disk_usage(self.lab.folder).free / 1e9
-                seconds = time.monotonic() - self.began
-                if reason := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
-                    return reason
-                if wait := limits.pause(self.night, self.settings):
-                    kind, length = self.night.streak()
-                    self.console.say(f"{length} experiments in a row ended as {kind}; pausing {wait:.0f} s")
-                    self.stopper.sleep(wait, lambda left: self.console.show(f"pausing, {left:.0f} s left"))
-                    if self.stopper.finishing():
-                        continue
-            if reason := self.experiment():
-                return reason
+            experiment = self.night.open
+            if experiment is None:
+                if end := self.before_experiment():
+                    return end
+                self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
+                experiment = self.night.experiments[-1]
+            if experiment.commit is None and (end := self.propose(experiment)):
+                return end
+            if experiment.commit is not None and experiment.status is None:
+                self.verdict(experiment, *self.judgement(experiment))  # moves the branch to a keep, and leaves it for all others
+
+    def judgement(self, experiment: Experiment) -> Verdict:
+        """Train and score the candidate, and the best again where that decides, until there is a verdict."""
+        best = self.night.leader
+        self.lay(experiment)
+        if not experiment.scores and (early := self.early_verdict(experiment)):
+            return early
+        while True:
+            subject = experiment
+            if experiment.scores:
+                decision = judge(self.night, experiment, self.rule)
+                if decision.action != "again":
+                    return Verdict(decision.action, f"{decision.reason}, gain {decision.gain:+.4f}", None)
+                subject = best if decision.remeasure_best else experiment
+                who = "the best is measured again" if subject is best else "trained again with another seed"
+                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
+            result = self.trial(subject)
+            if result.status != "ok" and subject is best:
+                return Verdict("discard", f"the best could not be measured again: {result.status}", result.error)
+            if result.status != "ok":
+                return Verdict(result.status, (result.error or {}).get("message", ""), result.error)
+
+    def before_experiment(self) -> tuple[str, str] | None:
+        """Between two experiments: a reason to end the night, after a pause if failures came in a row."""
+        if self.stopper.finishing():
+            return "stopped", "stopped by request"
+        free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
+        if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
+            return end
+        if wait := limits.pause(self.night, self.settings):
+            kind, length = self.night.streak()
+            self.console.say(f"{length} experiments in a row ended as {kind}; pausing {wait:.0f} s")
+            self.stopper.sleep(wait, lambda left: self.console.show(f"pausing, {left:.0f} s left"))
+            if self.stopper.finishing():
+                return "stopped", "stopped by request"
+        return None
 
     def baseline(self) -> None:
         """Measure the unchanged train file with several seeds. BaselineError if it does not train."""
@@ -114,21 +150,10 @@ class Engine:
                 raise Stopped
         self.verdict(experiment, "keep", "baseline", None)
 
-    def experiment(self) -> tuple[str, str] | None:
-        """One experiment from proposal to verdict; a reason if the night cannot go on."""
-        if self.night.open is None:
-            self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
-        experiment = self.night.experiments[-1]
-        self.console.stage(f"experiment {experiment.n} (best {self.night.leader.mean:.4f}): the agent is at work")
-        if experiment.commit is None and (reason := self.propose(experiment)):
-            return reason
-        if experiment.status is None and experiment.commit is not None:
-            self.judge(experiment)
-        return None
-
     def propose(self, experiment: Experiment) -> tuple[str, str] | None:
         """Get a candidate (or a verdict without one); a reason to end the night if no agent can be asked."""
         n, parent = experiment.n, experiment.parent
+        self.console.stage(f"experiment {n} (best {self.night.leader.mean:.4f}): the agent is at work")
         self.worktree.reset(parent)
         if found := self.worktree.orphan(n, parent):  # committed by a driver that was killed before it could say so
             self.worktree.show(parent, found[0], self.lab.train_file)
@@ -159,30 +184,7 @@ class Engine:
         if experiment.n:
             self.console.say(f"experiment {experiment.n}: {about}")
 
-    def judge(self, experiment: Experiment) -> None:
-        """Train and score the candidate until there is a verdict."""
-        best = self.night.leader
-        self.lay(experiment)
-        if not experiment.scores and (early := self.early_verdict(experiment)):
-            return self.verdict(experiment, *early)
-        while True:
-            subject = experiment
-            if experiment.scores:
-                decision = judge(self.night, experiment, self.rule)
-                if decision.action != "again":
-                    gain = f"{decision.reason}, gain {decision.gain:+.4f}"
-                    return self.verdict(experiment, decision.action, gain, None)
-                subject = best if decision.remeasure_best else experiment
-                who = "the best is measured again" if subject is best else "trained again with another seed"
-                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
-            result = self.trial(subject)
-            if result.status == "ok":
-                continue
-            if subject is best:
-                return self.verdict(experiment, "discard", f"the best could not be measured again: {result.status}", result.error)
-            return self.verdict(experiment, result.status, (result.error or {}).get("message", ""), result.error)
-
-    def early_verdict(self, experiment: Experiment) -> novelty.EarlyVerdict | None:
+    def early_verdict(self, experiment: Experiment) -> Verdict | None:
         """The verdict on a candidate that need not be trained: it is no change, was trained before, or does not start."""
         return (
             novelty.early_verdict(self.night, experiment)

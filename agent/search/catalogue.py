@@ -76,7 +76,7 @@ KNOBS = (
     Knob("ROPE_BASE", MEDIUM, "the slowest rotation has to fit the context",
          ladder=(500, 1000, 2000, 5000, 10_000, 30_000, 100_000, 200_000)),
     Knob("DEPTH", FIRST, "another layer buys capacity for speed, one less the reverse", ladder=tuple(range(1, 33))),
-    Knob("VE_GATE_CHANNELS", LOW, "the gate of value embeddings may read more or fewer channels", ladder=(8, 16, 32, 64, 128)),
+    Knob("GATE_CHANNELS", LOW, "gates may read more or fewer channels", ladder=(8, 16, 32, 64, 128)),
     Knob("NGRAM_BUCKETS[0]", HIGH, "fewer collisions of bigrams against rarer updates; rows cost memory, no time", down=MEDIUM,
          factors=(2.0, 4.0), low=SMALLEST_TABLE, high=LARGEST_TABLE),
     Knob("NGRAM_BUCKETS[1]", HIGH, "fewer collisions of trigrams against rarer updates; rows cost memory, no time", down=MEDIUM,
@@ -103,10 +103,11 @@ _PROJ = "self.c_proj = nn.Linear({0} * config.n_embd, config.n_embd, bias=False)
 _BLOCK = "x = block(resid[i] * x + skip[i] * x0, ve)"
 _HEAD = "self.lm_head(dropout(norm({0}), dropout_rate))"
 _EMBED, _OUT = "x = x0 = dropout(norm(x.astype(DTYPE)), dropout_rate)", "self.c_proj = nn.Linear(C, C, bias=False)"
+_OUT_GATE = "\n        self.out_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)"
 _VE_GATE = """
         if has_ve(layer, config.n_layer):
-            self.ve_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)"""
-_GATED = """gate = 2 * mx.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))      # [B, T, H]
+            self.ve_gate = nn.Linear(min(GATE_CHANNELS, C), config.n_head, bias=False)"""
+_GATED = """gate = 2 * mx.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))         # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)"""
 _ATTENTION = "y.transpose(0, 2, 1, 3)"
 _BEFORE = "mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)])"
@@ -139,15 +140,14 @@ SWITCHES = (
         "none": "No layer has value embeddings.",
     }, others={"last": LOW, "none": LOW, "alternate": MEDIUM}),
     Switch("value gate", LOW, "a gate less is a matrix less to train", {
-        "on": (_OUT + _VE_GATE, _GATED),
-        "off": (_OUT, "v = v + ve.reshape(B, T, H, D)"),
+        "on": (_OUT_GATE + _VE_GATE, _GATED),
+        "off": (_OUT_GATE, "v = v + ve.reshape(B, T, H, D)"),
     }, scope="CausalSelfAttention"),
     Switch("attention output gate", MEDIUM, "a head that has nothing to say can be silent", {
-        "off": (_OUT, f"return self.c_proj({_ATTENTION}.reshape(B, T, C))", '"c_proj.weight", "ve_gate.weight"'),
-        "on": ("self.out_gate = nn.Linear(min(VE_GATE_CHANNELS, C), config.n_head, bias=False)\n        " + _OUT,
-               "gate = 2 * mx.sigmoid(self.out_gate(x[..., :VE_GATE_CHANNELS]))         # [B, T, H]\n"
-               f"        return self.c_proj(({_ATTENTION} * gate[..., None]).reshape(B, T, C))",
-               '"c_proj.weight", "_gate.weight"'),
+        "off": (_OUT, f"return self.c_proj({_ATTENTION}.reshape(B, T, C))"),
+        "on": (_OUT + _OUT_GATE,
+               "gate = 2 * mx.sigmoid(self.out_gate(x[..., :GATE_CHANNELS]))            # [B, T, H]: a head can be silent\n"
+               f"        return self.c_proj(({_ATTENTION} * gate[..., None]).reshape(B, T, C))"),
     }),
     Switch("norm after sublayer", MEDIUM, "a norm after each sublayer keeps the residual stream even", {
         "off": ("x = x + self.attn(norm(x), ve)", "return x + self.mlp(norm(x))"),

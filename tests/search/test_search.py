@@ -364,7 +364,7 @@ TOY = b"".join(
     f"{name} = {value}\n".encode()
     for name, value in {
         "MATRIX_LR": 0.02, "EMBEDDING_LR": 0.2, "UNEMBEDDING_LR": 0.004, "SCALAR_LR": 0.3, "WEIGHT_DECAY": 0.15, "SOFTCAP": 15.0,
-        "WARMDOWN_RATIO": 0.4, "FINAL_LR_FRAC": 0.05, "ROPE_BASE": 10000, "MUON_BETA2": 0.95, "VE_GATE_CHANNELS": 32, "DEPTH": 3,
+        "WARMDOWN_RATIO": 0.4, "FINAL_LR_FRAC": 0.05, "ROPE_BASE": 10000, "MUON_BETA2": 0.95, "GATE_CHANNELS": 32, "DEPTH": 3,
         "ADAM_BETAS": (0.8, 0.95), "MUON_MOMENTUM": (0.85, 0.95, 200), "NGRAM_BUCKETS": (8192, 16384),
     }.items()
 )  # fmt: skip

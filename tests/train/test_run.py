@@ -136,7 +136,7 @@ def test_a_run_that_diverges_without_nan_ends_as_well(tmp_path: Path, tiny: Data
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path, tiny: Dataset) -> None:
     """And what the refusal says is taken at its word."""
     source = changed("limit, held = memory_limit(), ", "limit, held = 100 << 20, ")
-    source = with_constant(source, NGRAM_BUCKETS="()", BATCH_TOKENS="2**14")
+    source = with_constant(source, NGRAM_BUCKETS="()", BATCH_TOKENS="2**14", MICRO_TOKENS="2**14")
     process, out = run(tmp_path, tiny, source)
     assert process.returncode == 4, process.stdout + process.stderr
     error = json.loads((out / "error.json").read_text())
