@@ -3,8 +3,8 @@ A small GPT, trained on one device for a fixed budget, on MLX. This is the file 
 
     python prepare_mlx.py && python train_mlx.py
 
-The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings. Muon trains the matrices of the blocks,
-row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen and what it gives.
+The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings and attention gates. Muon trains the matrices
+of the blocks, row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen.
 """
 
 import json
@@ -16,7 +16,9 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 
-from harness.mlx_cpu import GPU, attention, cross_entropy  # comes before MLX: on Linux it loads a fast BLAS
+# On a GPU `attention` is mx.fast.scaled_dot_product_attention, and `cross_entropy` is mx.fast.cross_entropy; on a CPU both compute
+# the same, but faster, and mx.compile is off. This import comes before MLX, because on Linux it loads a fast BLAS.
+from harness.mlx_cpu import GPU, attention, cross_entropy
 from prepare_mlx import Progress, check_memory, check_weights, expected_epochs, extrapolate, find_tier, peak_flops, start_run
 
 # isort: split
@@ -25,8 +27,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-# On a GPU `attention` is mx.fast.scaled_dot_product_attention, and `cross_entropy` is mx.fast.cross_entropy;
-# on a CPU both compute the same, faster than MLX's CPU backend does.
 TIER = find_tier(None if GPU else "cpu")  # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
                  "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
-NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows a position trains; more than an n-gram has
+NGRAM_CONTEXT = 7  # the last 7 tokens, hashed, choose which of an n-gram's two rows is trained; must exceed the longest n-gram
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
@@ -55,12 +55,12 @@ SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
-MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row
+MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row, or of each column of a wide matrix
 NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate at both ends of the blocks in epoch 1, 2, 3, and later
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
 ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
 DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; weights and optimizer state are fp32. The CPU backend is slow in bf16
@@ -113,7 +113,7 @@ def ngram_rows(tokens, buckets):
     codes = [previous]
     for _ in range(max(NGRAM_CONTEXT - 1, len(buckets))):
         previous = mx.pad(previous[:, :-1], [(0, 0), (1, 0)])                   # one token further back, 0 before the row
-        codes.append(codes[-1] * 1_000_003 + previous + 1)                      # of one more token
+        codes.append(codes[-1] * 1_000_003 + previous + 1)                      # code of the n-gram that is one token longer
     own = mixed(codes[-1]) & 1                                                  # [B, T]
     which, rows, offset = mx.stack([own, 1 - own]), [], 0                       # [2, B, T]
     for size, code in zip(buckets, codes[1:], strict=False):
@@ -143,7 +143,7 @@ class CausalSelfAttention(nn.Module):
             gate = 2 * mx.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))         # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)
         q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))                  # [B, H, T, D]
-        # scale=-1: upstream rotates by -position
+        # scale=-1 rotates by -position, as upstream does: weights of one fit the other
         q, k = (norm(mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)) for t in (q, k))
         y = attention(q, k, v, scale=D**-0.5, mask="causal")  # an array as mask would turn Metal's fused backward pass off
         gate = 2 * mx.sigmoid(self.out_gate(x[..., :GATE_CHANNELS]))            # [B, T, H]: a head can be silent
@@ -188,7 +188,7 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-grams 0."""
         key = mx.random.key(seed)
-        s = 3**0.5 * self.config.n_embd**-0.5
+        s = 3**0.5 * self.config.n_embd**-0.5  # uniform(-s, s) has standard deviation 1 / sqrt(width)
         params = []
         for name, p in tree_flatten(self.parameters()):
             key, sub = mx.random.split(key)
@@ -223,7 +223,7 @@ class GPT(nn.Module):
         return self.config.softcap * mx.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and visible token of attention (upstream's
+        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and token of the row in attention (upstream's
         count)."""
         weights = sum(p.size for name, p in tree_flatten(self.parameters()) if computes_in_dtype(name))
         return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
@@ -258,7 +258,7 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 
 
 def orthogonalize(g):
-    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. Its norm is in fp32."""
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. The norm is in fp32."""
     x = g.astype(DTYPE)
     x = x / (mx.sqrt(mx.sum(mx.square(g), axis=(1, 2), keepdims=True)) * 1.02 + 1e-6).astype(DTYPE)
     tall = g.shape[1] > g.shape[2]
@@ -285,7 +285,7 @@ def muon(p, g, m, v, lr, momentum, weight_decay):
     scale = mx.rsqrt(mx.maximum(v, 1e-10))
     norm_after = mx.sqrt(mx.sum(mean_square * size * mx.square(scale), axis=(1, 2), keepdims=True))
     u = u * scale * (norm_before / mx.maximum(norm_after, 1e-10))
-    lr = lr * max(1.0, p.shape[1] / p.shape[2]) ** 0.5
+    lr = lr * max(1.0, p.shape[1] / p.shape[2]) ** 0.5  # tall matrices take a larger step, as upstream
     return p - lr * (u + weight_decay * p * (u * p >= 0)), m, v
 
 
@@ -293,8 +293,8 @@ def adamw(p, g, m, v, lr, betas, t):
     """One AdamW step without decay; t counts steps from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (mx.square(g) - v)
-    update = (m / (1 - betas[0] ** t)) / (mx.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * update, m, v
+    direction = (m / (1 - betas[0] ** t)) / (mx.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
+    return p - lr * direction, m, v
 
 
 def adagrad_rows(table, v, rows, g, lr):
@@ -385,7 +385,7 @@ def schedule(progress, step, epoch=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: gradients of each micro-batch, then one update; both compiled on a GPU
+# Step: gradients of each micro-batch, then one update; mx.compile fuses both on a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +401,7 @@ def make_gradients(model):
             return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None
         rows = ngram_rows(x, model.config.ngram_buckets)                        # [2, n, B, T]
         own, other = params[NGRAMS][rows].sum(axis=1)                           # [B, T, C] each
-        # From the second epoch on, the row that this position trained knows the next token by heart: leave it out, train it no more
+        # From epoch 2 on, the row that this position trained has memorised the next token: use the other row only, stop training
         ngrams = rates["first_epoch"] * own + other
         dense = {n: p for n, p in params.items() if n != NGRAMS}
         # The gradient of a whole table would be as large as the table, so take that of the rows' sum
@@ -431,7 +431,7 @@ def make_step(model, accumulation_steps):
             if rows is not None:
                 ngrams.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else tree_map(mx.add, total, (loss, grads))
-            mx.async_eval(total, ngrams)  # one micro-batch after the other, so that one is in memory
+            mx.async_eval(total, ngrams)  # start now, so that only one micro-batch has its activations in memory
         return apply(params, moments, rates, *total, ngrams)
 
     return step
@@ -494,7 +494,7 @@ def dummy_step(params, moments, step, rows, seq_len):
     mx.reset_peak_memory()
     start = time.perf_counter()
     result = step(*copies, schedule(0, 0), repeat((x, x)))
-    del copies
+    del copies  # so that the step may overwrite them, as in training
     mx.eval(result)
     return time.perf_counter() - start, mx.get_peak_memory() - held
 
@@ -526,7 +526,7 @@ def train(run):
     seq_len = min(SEQ_LEN, run.seq_len)
     batch_rows = max(1, BATCH_TOKENS // seq_len)
     batch_tokens = batch_rows * seq_len
-    fewest = math.ceil(batch_tokens / MICRO_TOKENS)
+    fewest = math.ceil(batch_tokens / MICRO_TOKENS)  # then more, until the micro-batches are equal
     accumulation_steps = next((n for n in range(fewest, batch_rows) if batch_rows % n == 0), batch_rows)
     micro_rows = batch_rows // accumulation_steps
     probe, probe_flops = matmul_probe()
@@ -549,23 +549,23 @@ def train(run):
           f"expected: {epochs:.2g} epochs, peak memory {expected_mb:,.0f} MB", flush=True)
     mx.reset_peak_memory()
 
+    run.budget.start(probe)  # the probe is timed again at the end: did the machine slow down?
     batches = run.batches(micro_rows, seq_len)
     step, pending = 0, None
-    run.budget.start(probe)
     progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
-    while step == 0 or run.budget.progress(step, step * batch_tokens) < 1:
-        rates = schedule(run.budget.progress(step, step * batch_tokens), step, epoch=step * batch_tokens // run.train_tokens)
+    while (used := run.budget.progress(step, step * batch_tokens)) < 1 or step == 0:
+        rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         mx.async_eval(params, moments, loss)
         if pending is not None:  # the loss of the step before: waiting for this one's would idle the device
             progress.take(pending.item())
         pending, step = loss, step + 1
-        progress.tell(rates["lr"].item, mx.get_peak_memory)
+        progress.tell(rates["lr"].item, mx.get_peak_memory)  # both are called only when a line is due: reading waits for the device
     mx.eval(params, moments)
     training_seconds = run.budget.seconds
     progress.take(pending.item())
     progress.tell(rates["lr"].item, mx.get_peak_memory)
-    print()
+    print()  # ends the progress line
     saved = {n: p.astype(mx.bfloat16) if n == NGRAMS else p for n, p in params.items()}  # the tables are most of the file
     mx.save_safetensors(str(run.dir / "weights.safetensors"), saved)
     (run.dir / "config.json").write_text(json.dumps(asdict(config)))

@@ -61,7 +61,7 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
                  "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
-NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows a position trains; more than an n-gram has
+NGRAM_CONTEXT = 7  # the last 7 tokens, hashed, choose which of an n-gram's two rows is trained; must exceed the longest n-gram
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
@@ -76,12 +76,12 @@ SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
 WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
-MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row
+MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row, or of each column of a wide matrix
 NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
 WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
 WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
 FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate at both ends of the blocks in epoch 1, 2, 3, and later
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
 ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; weights and optimizer state are fp32. Most CPUs are slow in bf16
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and visible token of attention (upstream's
+        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and token of the row in attention (upstream's
         count)."""
         weights = sum(p.numel() for name, p in self.named_parameters() if computes_in_dtype(name))
         return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
@@ -328,8 +328,8 @@ def adamw(p, g, m, v, lr, betas, t):
     """One AdamW step without decay; t counts steps from 1. Returns p, m, v."""
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (torch.square(g) - v)
-    update = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
-    return p - lr * update, m, v
+    direction = (m / (1 - betas[0] ** t)) / (torch.sqrt(v / (1 - betas[1] ** t)) + 1e-10)
+    return p - lr * direction, m, v
 
 
 def adagrad_rows(table, v, rows, g, lr):
@@ -633,12 +633,12 @@ def train(run):
           f"expected: {epochs:.2g} epochs, peak memory {f'{expected_mb:,.0f} MB' if expected else 'unknown'}", flush=True)
     reset_peak_memory()
 
+    run.budget.start(probe)  # the probe is timed again at the end: did the machine slow down?
     batches = run.batches(micro_rows, seq_len)
     step, pending = 0, None
-    run.budget.start(probe)
     progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
-    while step == 0 or run.budget.progress(step, step * batch_tokens) < 1:
-        rates = schedule(run.budget.progress(step, step * batch_tokens), step, epoch=step * batch_tokens // run.train_tokens)
+    while (used := run.budget.progress(step, step * batch_tokens)) < 1 or step == 0:
+        rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         loss = later(loss)
         if pending is not None:  # the loss of the step before: waiting for this one's would idle the device

@@ -2,7 +2,7 @@
 Upstream's GPT and optimizer in NumPy float64, written to be read and to be compared with; far too slow to train.
 
 Every operation returns its value and a function which takes the gradient of that value to the gradients of what went
-in, so that the backward pass stands right under the forward pass it belongs to. `tests/test_reference.py` shows that
+in, so that the backward pass stands right under the forward pass it belongs to. `tests/train/test_reference.py` shows that
 this file is right; the train files are then compared with it from the same weights.
 
 What differs from upstream on purpose: upstream rounds to bfloat16 (activations, rotary tables, Muon's iterations),

@@ -115,7 +115,7 @@ def test_a_budget_shorter_than_a_step_still_trains_one(tmp_path: Path, tiny: Dat
 
 
 def test_a_diverging_run_ends_at_once_with_its_name(tmp_path: Path, tiny: Dataset) -> None:
-    source = changed("    return p - lr * update, m, v", "    return p * mx.inf, m, v", SMALL)
+    source = changed("    return p - lr * direction, m, v", "    return p * mx.inf, m, v", SMALL)
     process, out = run(tmp_path, tiny, source, AUTORESEARCH_BUDGET="100000steps")
     assert process.returncode == 3, process.stderr
     error = json.loads((out / "error.json").read_text())
@@ -125,7 +125,7 @@ def test_a_diverging_run_ends_at_once_with_its_name(tmp_path: Path, tiny: Datase
 
 
 def test_a_run_that_diverges_without_nan_ends_as_well(tmp_path: Path, tiny: Dataset) -> None:
-    source = changed("    return p - lr * update, m, v", "    return 1.1 * p - lr * update, m, v", SMALL)
+    source = changed("    return p - lr * direction, m, v", "    return 1.1 * p - lr * direction, m, v", SMALL)
     process, out = run(tmp_path, tiny, source, AUTORESEARCH_BUDGET="100000steps")
     assert process.returncode == 3, process.stderr
     message = json.loads((out / "error.json").read_text())["message"]

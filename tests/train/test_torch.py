@@ -590,7 +590,7 @@ PROBE = "    probe, probe_flops = matmul_probe()\n"
 
 
 @pytest.mark.parametrize(("before", "after", "kind", "exit_code"), [
-    ("    return p - lr * update, m, v", "    return p * torch.inf, m, v", "nan", 3),
+    ("    return p - lr * direction, m, v", "    return p * torch.inf, m, v", "nan", 3),
     (PROBE, "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 TiB')", "oom", 4),
     (PROBE, "    raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')", "oom", 4),
     (PROBE, "    1 / 0", "crash", 1),
