@@ -1,7 +1,7 @@
 # make demo   a night in small, from nothing: set up, prepare, measure, run 7 experiments, draw
 # make test   lint, types and the test suite, as CI runs them
 # make test-torch   the PyTorch file, which needs a large download; test-slow, test-gpu, test-agents: what CI leaves out
-# make pin    after changing a train file by hand: copy it to where the tests of its insides look
+# make pin    after changing a train file or program.md by hand: copy it to where the tests of its text look
 # All set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
 
 SHELL := /bin/bash
@@ -35,7 +35,7 @@ soak: .venv/.ready
 	@touch $@
 
 pin:
-	cp train_mlx.py train_torch.py tests/pinned/
+	cp train_mlx.py train_torch.py program.md tests/pinned/
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

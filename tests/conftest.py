@@ -29,8 +29,8 @@ PLANTED = {  # secrets of an environment
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say which train files are no longer what tests look into: after a night that is as it should be."""
-    for name in ("train_mlx.py", "train_torch.py"):
+    """Say which files are no longer what tests look into. After a night, or once a person wrote their own brief, that is fine."""
+    for name in ("train_mlx.py", "train_torch.py", "program.md"):
         if (ROOT / name).read_bytes() != (PINNED / name).read_bytes():
             terminalreporter.write_line(f"note: {name} differs from tests/pinned/{name}, which the tests of its insides ran on; "
                                         "if you changed it by hand, run: make pin")

@@ -1,4 +1,7 @@
-"""The research brief says nothing untrue: what it names exists, what it promises is so, and it fits into the prompt whole."""
+"""The brief that the project ships says nothing untrue: what it names exists, and what it promises is so.
+
+A person may rewrite program.md at any time, so these tests read the copy in tests/pinned.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import PINNED, ROOT
 
 from agent.coders.coder import Reply, with_last_lines
 from agent.journal.state import fold
 from agent.proposal import briefing
 from agent.search.catalogue import HIGH, KNOBS, SWITCHES
 
-PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
+PROGRAM = (PINNED / "program.md").read_text(encoding="utf-8")
 RUN, CLOCK = (ast.parse((ROOT / "harness" / name).read_text(encoding="utf-8")) for name in ("run.py", "clock.py"))
-TRAINER = (ROOT / "train_mlx.py").read_text(encoding="utf-8")
+TRAINER = (PINNED / "train_mlx.py").read_text(encoding="utf-8")
 
 
 def methods(name: str) -> set[str]:
@@ -42,11 +45,9 @@ def prompt() -> str:
     return briefing.compose(fold({"seq": i, "t": 1000.0 + i, **event} for i, event in enumerate(events)), PROGRAM)
 
 
-def test_it_reaches_the_agent_whole_and_is_short_enough_to_read() -> None:
-    assert PROGRAM.strip() in prompt()
-    assert len(PROGRAM) < briefing.PROGRAM_CHARACTERS / 2, "leave room for what a person adds"
-    assert 80 <= len(PROGRAM.splitlines()) <= 130
-    assert max(map(len, PROGRAM.splitlines())) <= 132
+def test_it_reaches_the_agent_whole() -> None:
+    """As far as a prompt has room; a person may write a longer one."""
+    assert PROGRAM.strip()[: briefing.PROGRAM_CHARACTERS - 200] in prompt()
 
 
 def test_the_section_it_points_to_is_in_the_prompt_and_holds_what_it_says() -> None:
@@ -95,7 +96,6 @@ WORDS = {  # how the brief calls what the catalogue thinks most of
     "DEPTH": "one layer more or less", "NGRAM_LR": "n-gram tables, their learning rate",
     "NGRAM_BUCKETS[0]": "n-gram tables", "NGRAM_BUCKETS[1]": "n-gram tables",
     "QK gain": "normed queries and keys",
-    "value embeddings": "value embeddings on every layer",
 }  # fmt: skip
 
 

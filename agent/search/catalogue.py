@@ -128,7 +128,7 @@ SWITCHES = (
         "SwiGLU": (_FC.format(3) + "\n        " + _FC.format(3).replace("c_fc", "c_up"), _PROJ.format(3),
                    "nn.silu(self.c_fc(x)) * self.c_up(x)"),
     }, scope="MLP", remarks={"plain": "# relu²", "SwiGLU": "# SwiGLU"}),
-    Switch("value embeddings", HIGH, "value embeddings are table look-ups, nearly free", {
+    Switch("value embeddings", MEDIUM, "value embeddings are table look-ups, nearly free", {
         "alternate": ("return layer % 2 == (n_layer - 1) % 2",),
         "all": ("return layer < n_layer",),
         "last": ("return layer == n_layer - 1",),
