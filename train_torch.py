@@ -221,8 +221,8 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(nn.Embedding(V, C) for i in range(L) if has_ve(i, L))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.lm_head = nn.Linear(C, V, bias=False)
-        self.resid_lambdas = nn.Paraprogress(torch.ones(L))
-        self.x0_lambdas = nn.Paraprogress(torch.zeros(L))
+        self.resid_lambdas = nn.Parameter(torch.ones(L))
+        self.x0_lambdas = nn.Parameter(torch.zeros(L))
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -58,7 +58,7 @@ def build_model(config: ref.Config = CONFIG) -> "train_mlx.GPT":
         )
     )  # fmt: skip
     for block in model.blocks:
-        block.attn.out_gate.weight = mx.zeros(block.attn.out_gate.weight.shape)
+        block.attn.out_gate.weight = mx.zeros(block.attn.out_gate.weight.shape, train_mlx.DTYPE)
     return model
 
 

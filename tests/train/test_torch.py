@@ -64,7 +64,7 @@ def build_model(config: GPTConfig | None = None) -> GPT:
     model = GPT(config or GPTConfig(CONFIG.vocab_size, CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd, (), CONFIG.softcap,
                                     CONFIG.rope_base)).to(train_torch.DEVICE)
     for block in () if config else model.blocks:
-        torch.nn.init.zeros_(block.attn.out_gate.weight)
+        torch.nn.init.zeros_(block.attn.out_gate.to(train_torch.DTYPE).weight)
     return model
 
 
@@ -556,7 +556,7 @@ def test_a_run_trains_and_is_scored(tmp_path: Path, tiny) -> None:
     assert summary["num_steps"] == "30"
     assert summary["device"].endswith("torch")
     facts = json.loads((out / "train.json").read_text())
-    assert facts["total_tokens"] == 30 * 1024
+    assert facts["total_tokens"] == 30 * train_torch.BATCH_TOKENS
     assert facts["num_params"] == sum(p.numel() for p in torch.load(out / "weights.pt", weights_only=True).values())
     assert facts["peak_vram_mb"] > 0
     assert 0 < facts["mfu_percent"] < 150
