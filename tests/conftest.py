@@ -13,7 +13,7 @@ import pytest
 
 from harness.machine import load_fast_blas
 
-load_fast_blas()  # before a test imports MLX, as a train file does it
+load_fast_blas(threads=1)  # before a test imports MLX; for small matrices more threads only wait for each other
 os.environ.pop("AUTORESEARCH_TIER", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored, by children too
 ROOT = Path(__file__).resolve().parent.parent

@@ -181,7 +181,7 @@ def test_every_entry_of_the_catalogue_fits_the_train_file() -> None:
     assert {name for key, others in COUPLED.items() for name in (key, *others)} <= wanted
 
 
-@pytest.mark.parametrize("tier", ["cpu", pytest.param("mac", marks=pytest.mark.slow), "cuda"])
+@pytest.mark.parametrize("tier", ["cpu", *(pytest.param(tier, marks=pytest.mark.slow) for tier in ("mac", "cuda"))])
 def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier: str) -> None:
     sources = {ast.dump(TrainFile(SOURCE, tier).tree)}
     for change, text, tree, _ in applied(tier):
@@ -195,7 +195,7 @@ def test_every_change_is_a_small_edit_that_parses_and_makes_another_source(tier:
     assert len(sources) == 1 + len(everything(tier)), "two changes make the same source"
 
 
-@pytest.mark.parametrize("tier", ["cpu", pytest.param("mac", marks=pytest.mark.slow), "cuda"])
+@pytest.mark.parametrize("tier", ["cpu", *(pytest.param(tier, marks=pytest.mark.slow) for tier in ("mac", "cuda"))])
 def test_every_change_leaves_shapes_that_can_train(tier: str) -> None:
     file = TrainFile(SOURCE, tier)
     for change, _, _, value in applied(tier):
@@ -398,6 +398,7 @@ def test_learning_finds_more_than_chance() -> None:
     assert start - sum(learnt) / len(nights) > 1.25 * (start - sum(chance) / len(nights)), (learnt, chance)
 
 
+@pytest.mark.slow
 def test_a_short_night_begins_with_what_helps_most_often() -> None:
     """Nights of eight experiments that all fail: mostly the first ideas of the brief, each way round."""
     file, keys = TrainFile(SOURCE, "mac"), []
