@@ -7,68 +7,104 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
+from cloup import option, option_group
 
+from agent import __version__
 from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
+from agent.git.filetree import remove
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import choose_tag, latest, neighbours
+from agent.journal.folder import choose_tag, latest, neighbours, require_tag
 from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import fold
 from agent.night import setup
 from agent.night.limits import Stopper, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
+from agent.process.child import directory_bytes
 from agent.views import results
 from agent.views.terminal import Console, complain
 
 INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--agent",
-              help="Name of the coding agent, or `search`, which needs no language model. Default: the first one installed.")
-@click.option("--agent-cmd", help="Any command as the agent: it reads the prompt on standard input and edits the file.")
-@click.option("--agent-env", multiple=True, help="Another environment variable that the agent may see. Repeatable.")
-@click.option("--agent-args", help="Extra arguments for the agent's command line, for example '--effort high'.")
-@click.option("--model", help="Model that the agent uses.")
-@click.option("--base-url", help="URL of the endpoint for --agent chat.")
-@click.option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date.")
-@click.option("--dataset", help="Dataset, as in prepare_mlx.py --dataset. Default: the last one prepared, else this machine's.")
-@click.option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's.")
-@click.option("--budget", help="Budget of one training: 300s, 200steps or 5Mtokens. Default: the preset's.")
-@click.option("--experiments", type=click.IntRange(0), help="Stop after this many experiments.")
-@click.option("--hours", type=click.FloatRange(0),
-              help="Start no experiment after this many hours. Default: 8 without --experiments.")
-@click.option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars.")
-@click.option("--price-in", type=click.FloatRange(0),
-              help="US dollars per million input tokens, for agents that report only tokens.")
-@click.option("--price-out", type=click.FloatRange(0),
-              help="US dollars per million output tokens, for agents that report only tokens.")
-@click.option("--max-agent-minutes", type=click.FloatRange(0), help="Time limit for the agent in one experiment. Default: 15.")
-@click.option("--target", type=float, help="Stop once val_bpb is this low.")
-@click.option("--patience", type=click.IntRange(1), help="Stop after this many experiments in a row without a keep.")
-@click.option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise.")
-@click.option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120.")
-@click.option("--memory-gb", type=click.FloatRange(0.1), help="Memory limit of a training, in GiB.")
-@click.option("--sandbox/--no-sandbox", default=None,
-              help="Train without network and with write access to the run folder only. Default: on.")
-@click.option("--disk-gb", type=click.FloatRange(0), help="Stop when less disk space than this is free, in GB. Default: 2.")
-@click.option("--breaker", type=click.IntRange(1),
-              help="Failures of one kind in a row that pause the night; twice as many end it. Default: 5.")
-@click.option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default: 30.")
-@click.option("--seed", type=int, default=1, show_default=True,
-              help="First seed of a new night; later trainings use the seeds after it.")
-@click.option("--train-file", default="train_mlx.py", show_default=True, help="File to improve.")
-@click.option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on.")
-@click.option("--resume", is_flag=True, help="Continue the night given by --tag, or the latest one.")
-@click.option("--status", is_flag=True, help="Show the state of the latest night (or --tag), and exit.")
-@click.option("--stop", "stop_", is_flag=True, help="Ask the running night to stop after its experiment; twice: now.")
-def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: Any) -> None:
+_EXIT_CODES = """\
+Exit codes: 0 the night ended as planned; 1 it ended early, and the last lines say why; 2 a wrong option or folder; 8 another driver
+works on this night; 9 the journal is damaged; 10 the data or the harness failed; 11 the unchanged train file does not train;
+130 stopped at once. Every night that has begun can go on with --resume.
+"""
+
+
+@cloup.command(epilog=_EXIT_CODES)
+@option_group(
+    "Everyday",
+    option("--agent", help="Coding agent by name, or `search`, which needs no language model. Default: the first one logged in."),
+    option("--model", help="Model that the agent uses."),
+    option("--dataset", help="Dataset, as in prepare_mlx.py --dataset. Default: the one you prepared last, else this machine's."),
+    option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
+    option("--hours", type=click.FloatRange(0),
+           help="Start no experiment after this many hours. Default: 8 without --experiments."),
+    option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
+    option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
+)
+@option_group(
+    "A night that exists (--tag says which; default: the latest)",
+    option("--status", is_flag=True, help="Show how it stands."),
+    option("--stop", "stop_", is_flag=True, help="Ask it to stop after its experiment; a second time: now."),
+    option("--resume", is_flag=True, help="Continue it."),
+    option("--forget", metavar="TAG", help="Remove a night whole: folder, worktree, branch and refs. Asks first."),
+    option("--yes", is_flag=True, help="With --forget: do not ask."),
+)
+@option_group(
+    "The agent",
+    option("--agent-cmd", help="Any command as the agent: it reads the prompt on standard input and edits the file."),
+    option("--agent-args", help="Extra arguments for the agent's command line, for example '--effort high'."),
+    option("--agent-env", multiple=True, help="Another environment variable that the agent may see. Repeatable."),
+    option("--base-url", help="URL of the endpoint for --agent chat."),
+    option("--max-agent-minutes", type=click.FloatRange(0), help="Time limit for the agent in one experiment. Default: 15."),
+    option("--price-in", type=click.FloatRange(0),
+           help="US dollars per million input tokens, for agents that report only tokens."),
+    option("--price-out", type=click.FloatRange(0),
+           help="US dollars per million output tokens, for agents that report only tokens."),
+)
+@option_group(
+    "The training",
+    option("--budget", help="Budget of one training: 300s, 200steps or 5Mtokens. Default: the preset's."),
+    option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's."),
+    option("--train-file", default="train_mlx.py", show_default=True, help="File to improve."),
+    option("--seed", type=int, default=1, show_default=True,
+           help="First seed of a new night; later trainings use the seeds after it."),
+    option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise."),
+    option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120."),
+    option("--memory-gb", type=click.FloatRange(0.1), help="Memory limit of a training, in GiB."),
+    option("--sandbox/--no-sandbox", default=None,
+           help="Train without network and with write access to the run folder only. Default: on."),
+)
+@option_group(
+    "When to stop or pause",
+    option("--target", type=float, help="Stop once val_bpb is this low."),
+    option("--patience", type=click.IntRange(1), help="Stop after this many experiments in a row without a keep."),
+    option("--disk-gb", type=click.FloatRange(0), help="Stop when less disk space than this is free, in GB. Default: 2."),
+    option("--breaker", type=click.IntRange(1),
+           help="Failures of one kind in a row that pause the night; twice as many end it. Default: 5."),
+    option("--backoff", type=click.FloatRange(0), help="Seconds of the first such pause. Default: 30."),
+)
+@option_group(
+    "Other",
+    option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on."),
+    cloup.version_option(__version__, prog_name="autoresearch"),
+    cloup.help_option("-h", "--help"),
+)
+def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str | None, yes: bool, **options: Any) -> None:
     """Let a coding agent improve train_mlx.py overnight. Each change that lowers val_bpb is kept on a branch of its own."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
-        code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
+        if forget is not None:
+            code = _forget(forget, yes)
+        else:
+            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
     except NightError as error:
         complain(str(error))
         code = error.exit_code
@@ -96,6 +132,30 @@ def _inspect(tag: str | None, status: bool) -> int:
     if pid is None:
         raise UsageError(f"no driver works on the night {folder.name}")
     click.echo(f"asked process {pid} to stop: {request_stop(folder)}")
+    return 0
+
+
+def _forget(tag: str, sure: bool) -> int:
+    """Remove a night after showing what it is. UsageError while a driver works on it, or where nothing is left of it."""
+    require_tag(tag)
+    repository = Repository(Path.cwd())
+    folder = repository.root / "runs" / tag
+    worktree = Worktree(repository, tag, folder / "worktree")
+    commits = worktree.leftovers()
+    if not (folder.is_dir() or commits):
+        raise UsageError(f"--forget {tag}: there is no folder runs/{tag}, and no branch or ref of such a night")
+    if folder.is_dir() and (pid := holder(folder)) is not None:
+        raise UsageError(f"--forget {tag}: process {pid} works on it; first: python -m agent.loop --stop --tag {tag}")
+    events = read_events(folder / "journal.jsonl")[0]
+    if events:
+        click.echo(results.last_line(fold(events)))
+    merged = "" if not commits or worktree.merged() else f"; what was kept on {worktree.branch} is merged nowhere"
+    click.echo(f"runs/{tag}: {directory_bytes(folder) / 1e6:,.0f} MB; {len(commits)} refs of git{merged}")
+    if not sure and not click.confirm("remove all of it?"):
+        return 1
+    worktree.forget()
+    remove(folder)
+    click.echo(f"the night {tag} is forgotten")
     return 0
 
 

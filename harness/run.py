@@ -1,5 +1,6 @@
 """A training run as its train file sees it: batches from the token shard, the run directory, the result, progress."""
 
+import argparse
 import json
 import math
 import os
@@ -70,6 +71,19 @@ def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {  # of a train file's command line
+    "budget": "300s, 200steps or 5Mtokens (default: the prepared data's)",
+    "seed": "an integer (default: 1)",
+    "data": "a train/<id> folder (default: the data prepared last)",
+    "run-dir": "folder to write to (default: runs/manual/<time>)",
+}
+
+
+def variable(option: str) -> str:
+    """The environment variable that says the same as a command line option."""
+    return "AUTORESEARCH_" + option.replace("-", "_").upper()
+
 
 class Run:
     """One training: its data, its budget, its run directory. Use it as `with start_run(__file__) as run:`. An exception inside
@@ -142,12 +156,19 @@ class Run:
 
 
 def start_run(train_file: str) -> Run:
-    """Begin a run as the AUTORESEARCH_* variables say (CONTRIBUTING.md lists them), by default on the data prepared last.
-    SystemExit with code 2 if the run cannot begin."""
+    """Begin a run as the command line and the AUTORESEARCH_* variables say (CONTRIBUTING.md lists them), by default on the data
+    prepared last. SystemExit with code 2 if the run cannot begin."""
+    parser = argparse.ArgumentParser(
+        description="Train for the budget, then print the score.", allow_abbrev=False)
+    for name, text in OPTIONS.items():
+        parser.add_argument(f"--{name}", help=f"{text}; or ${variable(name)}")
+    for name, value in vars(parser.parse_args()).items():
+        if value is not None:
+            os.environ[variable(name)] = value
     try:
         return Run(train_file)
     except (HarnessError, OSError, ValueError) as error:
-        print(f"error: {error}; check AUTORESEARCH_DATA, _BUDGET, _SEED and _RUN_DIR", file=sys.stderr)
+        print(f"error: {error}; check --data, --budget, --seed, --run-dir and the AUTORESEARCH_* variables", file=sys.stderr)
         sys.exit(HarnessError.exit_codes["usage"])
 
 

@@ -187,6 +187,7 @@ def without_hopper() -> None:
 
 def main() -> None:
     file, source = sys.argv[1], Path(sys.argv[1]).read_text()
+    sys.argv = [file]  # as if it had been started by itself
     sys.modules["prepare"] = sys.modules["__main__"]
     if "from prepare_mlx import" in source:  # ours: its loop asks for its progress once a step
         progress = Budget.progress

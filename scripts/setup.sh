@@ -1,31 +1,43 @@
 #!/usr/bin/env bash
-# Make .venv with everything the demo and the tests need, and the extra of pyproject.toml that is named (`torch`).
-# uv where it is installed, else python3 -m venv and pip.
+# Make .venv with everything the demo and the tests need, and the extra of pyproject.toml that is named (`torch`, `chat`, `cuda`).
+# uv where it is installed, else python3 -m venv and pip. What would make the set-up useless is told before it begins.
 set -eu
 cd "$(dirname "$0")/.."
 
-# On Linux without a fast BLAS the MKL wheel makes the CPU backend 50 times faster; it is 64-bit Intel and AMD only.
-extras=dev${1:+,$1}
-if [ "$(uname -sm)" = "Linux x86_64" ] && ! { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -q libopenblas.so; then
-    extras=$extras,blas
+stop() { echo "error: $1" >&2; exit 1; }
+
+case $(uname -s) in
+Darwin)
+    [ "$(sysctl -n hw.optional.arm64 2>/dev/null)" = 1 ] || stop "this Mac has no Apple Silicon, which MLX needs"
+    version=$(sw_vers -productVersion)
+    [ "${version%%.*}" -ge 14 ] || stop "MLX needs macOS 14 or later, this is $version; update it in System Settings > General"
+    ;;
+Linux)
+    glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2) || true
+    [ -n "$glibc" ] && [ "$(printf '2.35\n%s\n' "$glibc" | sort -V | head -n1)" = 2.35 ] || stop \
+        "MLX needs glibc 2.35 or later, this system has ${glibc:-another C library}; use Ubuntu 22.04, Debian 12 or later, or a container of it"
+    ;;
+esac
+command -v git >/dev/null || stop "git was not found; install it: xcode-select --install (macOS), or apt-get install git (Debian, Ubuntu)"
+if [ "$(git rev-parse --show-toplevel 2>/dev/null)" != "$(pwd -P)" ] || ! git rev-parse --quiet --verify HEAD >/dev/null; then
+    echo "error: $(pwd) is not a git repository with a commit, and a night keeps what it finds as commits. Make it one, then go on:" >&2
+    echo "    git init -q && git add -A && git -c user.name=me -c user.email=me@localhost commit -qm start" >&2
+    exit 1
 fi
 
 for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python3.14; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
 done
+command -v uv >/dev/null || [ "$(uname -s)" != Darwin ] || [ -z "${python:-}" ] || [ "$("$python" -c 'import platform; print(platform.machine())')" = arm64 ] || stop \
+    "$python is built for Intel, and MLX needs one for Apple Silicon; install Python from python.org, or uv with: brew install uv"
 
 rm -rf .venv
 echo "setting up .venv (a minute or two, once) ..."
 if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then
-    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".[$extras]" || failed=1
+    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".[dev${1:+,$1}]" || failed=1
 elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$extras]" || failed=1
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[dev${1:+,$1}]" || failed=1
 else
-    echo "error: need uv, or Python 3.10+ with venv; mend it with 'brew install uv' (macOS) or" \
-         "'apt-get install python3 python3-venv' (Debian, Ubuntu), then run make again" >&2
-    exit 1
+    stop "need uv, or Python 3.10+ with venv: 'brew install uv' (macOS) or 'apt-get install python3 python3-venv' (Debian, Ubuntu)"
 fi
-if [ -n "${failed:-}" ]; then
-    echo "error: the packages could not be installed (see above); check the network and the Python version, then run make again" >&2
-    exit 1
-fi
+[ -z "${failed:-}" ] || stop "the packages could not be installed (see above); check the network and the Python version, then run make again"

@@ -176,6 +176,25 @@ class Worktree:
             run_git(self.repository.root, "worktree", "remove", "--force", "--force", str(self.path))
         self._admin = None
 
+    def leftovers(self) -> list[str]:
+        """The night's branch and refs, by full name."""
+        out = run_git(self.repository.root, "for-each-ref", "--format=%(refname)", self._ref, f"refs/autoresearch/{self.tag}/")
+        return out.split()
+
+    def merged(self) -> bool:
+        """Whether another branch contains the night's branch, so that its commits outlive it."""
+        if not self.repository.resolve(self._ref):
+            return True
+        out = run_git(self.repository.root, "for-each-ref", "--format=%(refname)", "--contains", self._ref, "refs/heads/")
+        return any(name != self._ref for name in out.split())
+
+    def forget(self) -> None:
+        """Remove the worktree, the branch and every ref of the night."""
+        self._refuse_second_checkout()
+        self.close()
+        for name in self.leftovers():
+            run_git(self.repository.root, "update-ref", "-d", name)
+
     def _git(self, *args: str) -> str:
         if self._admin is None:
             raise GitFailed(f"the worktree {self.path} is not open")

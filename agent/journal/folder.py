@@ -37,11 +37,16 @@ def neighbours(folder: Path) -> list[str]:
     return sorted(other.name for other in others if holder(other) is not None)
 
 
+def require_tag(tag: str) -> None:
+    """UsageError for a tag that cannot name a folder of its own below runs/."""
+    if "/" in tag or tag.startswith(".") or not tag.strip():
+        raise UsageError(f"tag {tag!r}: expected letters, digits and dashes")
+
+
 def choose_tag(runs: Path, tag: str | None, resume: bool) -> str:
     """The night that is meant: the given tag; the latest with `resume`; else today's, continued if it was cut off."""
-    if tag:
-        if "/" in tag or tag.startswith(".") or not tag.strip():
-            raise UsageError(f"--tag {tag}: expected letters, digits and dashes")
+    if tag is not None:
+        require_tag(tag)
         if resume and not read_events(runs / tag / "journal.jsonl")[0]:
             raise UsageError(f"--resume: there is no night runs/{tag}")
         return tag

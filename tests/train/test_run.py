@@ -70,6 +70,29 @@ def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, tiny: Dataset) -> No
     assert logits.dtype == np.float32
 
 
+def test_the_command_line_says_what_the_variables_say_and_wins_over_them(tmp_path: Path, tiny: Dataset) -> None:
+    (tmp_path / "train_mlx.py").write_text(SMALL)
+    env = {"AUTORESEARCH_DATA": str(tiny.train), "AUTORESEARCH_SCORE": "0", "AUTORESEARCH_BUDGET": "90steps"}
+    done = program("train_mlx.py", "--budget", "2steps", "--seed", "7", "--run-dir", "mine", home=tiny.home, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "mine" / "train.json").read_text())
+    assert (facts["budget"], facts["num_steps"], facts["seed"]) == ("2steps", 2, 7)
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["--help"], 0, "--budget"), (["--budgt", "5s"], 2, "unrecognized arguments: --budgt"), (["5s"], 2, "unrecognized arguments: 5s"),
+    (["--budget", "5 minutes"], 2, "expected something like 300s"), (["--seed", "x"], 2, "check --data"),
+    (["--data", "nowhere"], 2, "nowhere"),
+])
+def test_an_argument_is_read_or_refused_and_never_starts_a_training(tmp_path: Path, tiny: Dataset, words, code: int, said: str) -> None:
+    (tmp_path / "train_mlx.py").write_text(SMALL)
+    done = program("train_mlx.py", *words, home=tiny.home, cwd=tmp_path, AUTORESEARCH_DATA=str(tiny.train))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_same_seed_trains_the_same_weights(tmp_path: Path, tiny: Dataset) -> None:
     weights = []
     for name, seed in (("a", "4"), ("b", "4"), ("c", "5")):
