@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from agent import __version__, deep
 from agent.coders import table
 from agent.errors import NightError
 from agent.night import power
@@ -210,14 +211,34 @@ def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no answer"])[0][:100]
 
 
+def deeply(folder: Path) -> bool:
+    """Run the long checks, write their file; whether none is bad."""
+    results = []
+    for result in deep.examine(folder):
+        results.append(result)
+        click.echo(_coloured(result.state, f"{result.check:<10} {result.text}"))
+    path = folder / "doctor.json"
+    deep.write(results, path)
+    click.echo(f"written to {path}; attach it to an issue, whatever it says")
+    return not any(result.state == "bad" for result in results)
+
+
+def _coloured(state: str, text: str) -> str:
+    colours = {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}
+    return click.style(f"{state:<5}", fg=colours[state]) + text
+
+
 @click.command()
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
-def main(train_file: str) -> None:
+@click.option("--deep", "deeper", is_flag=True, help="Prove by short trainings what could only be guessed; about ten minutes.")
+@click.version_option(__version__, prog_name="autoresearch")
+def main(train_file: str, deeper: bool) -> None:
     """Check whether a night could run here; each line says ok or how to mend it."""
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    if deeper:
+        sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []
     for finding in examine(Path.cwd(), train_file, os.environ):
-        click.echo(click.style(f"{finding.state:<5}", fg=colours[finding.state]) + str(finding)[5:])
+        click.echo(_coloured(finding.state, str(finding)[5:]))
         bad += [finding.subject] if finding.state == "bad" else []
     click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")
     sys.exit(1 if bad else 0)

@@ -22,6 +22,7 @@ FLOORS = (
     {"judgement"},
     {"proposal", "search"},
     {"night"},
+    {"deep"},
     {"loop", "doctor", "local"},
 )
 
