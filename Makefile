@@ -14,7 +14,7 @@ demo: .venv/.ready
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
 
 test: lint
-	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q
+	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
 
 lint: .venv/.ready
 	$(PY) -m ruff check -q .

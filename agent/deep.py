@@ -218,7 +218,8 @@ def night(bench: Bench) -> Result:
     facts = {"overheads": starts, "sandbox": state.sandbox, "statuses": [e.status for e in state.experiments]}
     slow = MAC and len(starts) > 2 and median(starts[1:]) > 0.9 * starts[0] and starts[0] > 15
     box = state.sandbox.partition(":")[0] or "no sandbox"
-    words = f"{len(state.done)} experiments in {box}; start and score took {starts[0]:.1f} s at first, then {median(starts[1:]):.1f} s"
+    words = f"{len(state.done)} experiments in {box}; start and score took {starts[0]:.1f} s at first, "
+    words += f"then {median(starts[1:]):.1f} s"
     advice = ": kernels seem to be compiled again in every training; report this" if slow else ""
     return Result("night", "note" if slow else "ok", words + advice, facts)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from agent import __version__, deep
+from agent import deep
 from agent.coders import table
 from agent.errors import NightError
 from agent.night import power
@@ -231,7 +231,7 @@ def _coloured(state: str, text: str) -> str:
 @click.command()
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
 @click.option("--deep", "deeper", is_flag=True, help="Prove by short trainings what could only be guessed; about ten minutes.")
-@click.version_option(__version__, prog_name="autoresearch")
+@click.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch")
 def main(train_file: str, deeper: bool) -> None:
     """Check whether a night could run here; each line says ok or how to mend it."""
     if deeper:

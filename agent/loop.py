@@ -10,7 +10,6 @@ import click
 import cloup
 from cloup import option, option_group
 
-from agent import __version__
 from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
@@ -94,7 +93,7 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
 @option_group(
     "Other",
     option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on."),
-    cloup.version_option(__version__, prog_name="autoresearch"),
+    cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
 def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str | None, yes: bool, **options: Any) -> None:
