@@ -92,7 +92,8 @@ def examine(checkout: Path) -> Iterator[Result]:
     yield clocks()
     yield awake()
     yield hidden_link()
-    with tempfile.TemporaryDirectory(dir=checkout, prefix=".doctor-") as folder:  # not in /tmp, which the sandbox hides on Linux
+    (checkout / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=checkout / "runs", prefix=".doctor-") as folder:  # Linux's sandbox hides /tmp
         bench = Bench(checkout, Path(folder))
         yield attention(bench)
         made, _ = bench.run(sys.executable, "prepare_mlx.py", "--dataset", "stories")

@@ -217,7 +217,7 @@ def deeply(folder: Path) -> bool:
     for result in deep.examine(folder):
         results.append(result)
         click.echo(_coloured(result.state, f"{result.check:<10} {result.text}"))
-    path = folder / "doctor.json"
+    path = folder / "runs" / "doctor.json"
     deep.write(results, path)
     click.echo(f"written to {path}; attach it to an issue, whatever it says")
     return not any(result.state == "bad" for result in results)
