@@ -23,7 +23,7 @@ FLOORS = (
     {"proposal", "search"},
     {"night"},
     {"deep"},
-    {"loop", "doctor", "local"},
+    {"loop", "doctor", "local", "dashboard"},
 )
 
 
