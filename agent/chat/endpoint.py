@@ -13,7 +13,7 @@ from http.client import HTTPException, HTTPMessage
 from typing import IO, Any
 
 from agent.coders.coder import Failure
-from agent.coders.failures import wait_seconds
+from agent.coders.error_text import wait_seconds
 
 MAX_BYTES = 16 << 20  # no answer is longer than this; a stream without an end is
 

@@ -74,6 +74,7 @@ class Reply:
     failure: Failure | None = None
     detail: str | None = None  # the line that names the failure, for the log and for the human
     wait_seconds: float | None = None  # with `rate_limit`: how long, where the answer says
+    structured: bool = False  # the failure stands in an error field, not only in words of a log
 
 
 Reader = Callable[[str, str, Job], Reply]  # standard output, log (standard error), the job that was run
@@ -107,6 +108,7 @@ class Coder:
     idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
     leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
+    free: bool = False  # it costs nothing, so that no price is missing
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
     def command(self, job: Job, environ: Mapping[str, str]) -> Command:

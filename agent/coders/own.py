@@ -30,6 +30,7 @@ OWN = (
         binary=sys.executable,
         arguments=lambda job: ["-m", "agent.search", "--train-file", job.train_file],
         reader=shapes.plain,
+        free=True,
         install_hint="it comes with this project",
         login_hint="it needs no login",
         env_set=OURS,
@@ -48,6 +49,7 @@ OWN = (
     ),
     Coder(
         name="local",
+        free=True,
         binary=sys.executable,
         arguments=local,
         reader=shapes.own,

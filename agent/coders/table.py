@@ -61,6 +61,9 @@ def template(command: str) -> Coder:
     if not words:
         raise CoderError("--agent-cmd is empty; expected a command, for example 'my-agent --edit {train_file}'")
 
+    if os.sep in words[0]:  # the agent starts in the night's worktree, the command was written in the user's folder
+        words[0] = os.path.abspath(os.path.expanduser(words[0]))
+
     def filled_in(job: Job) -> list[str]:
         filled = words[1:]
         values = {"train_file": job.train_file, "worktree": job.worktree, "prompt_file": job.prompt_file}

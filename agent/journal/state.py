@@ -110,7 +110,9 @@ class Night:
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
-    unpriced: int = 0  # calls of an agent that used tokens and told no cost: unknown is not free
+    unpriced: int = 0  # calls without a price, in a night that knows of none: unknown is not free
+    estimated: int = 0  # calls without a price, each counted as the dearest so far
+    dearest: float = 0.0  # US dollars, of one call
     tokens: int = 0  # the agent's, not the trainer's
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
@@ -220,11 +222,20 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
-    usage = event.get("usage") or {}
-    for account in (night, night.experiments[event["n"]]):
-        account.cost += usage.get("cost") or 0.0
+    """Count what a call of the agent cost. An event without `cost` in its usage is about no call."""
+    usage, known = event.get("usage") or {}, night.dearest > 0
+    cost = usage.get("cost")
+    if "cost" in usage and cost is None:
+        night.estimated += known
+        night.unpriced += not known
+        cost = night.dearest
+    elif cost and night.unpriced:  # the first price of the night: what came before it is estimated by it
+        night.estimated, night.unpriced = night.unpriced, 0
+        night.cost += night.estimated * cost
+    night.dearest = max(night.dearest, cost or 0.0)
+    for account in (night, night.experiments[event["n"]]) if event.get("n") is not None else (night,):
+        account.cost += cost or 0.0
         account.tokens += int(usage.get("tokens") or 0)
-    night.unpriced += bool(usage.get("tokens")) and usage.get("cost") is None
     night.agent_seconds += event.get("seconds") or 0.0
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         shutil.rmtree(scratch, ignore_errors=True)
         for path in left:
             path.unlink(missing_ok=True)
-    cost = cost_usd(reply, settings.price_in, settings.price_out)
+    cost = 0.0 if desk.coder.free else cost_usd(reply, settings.price_in, settings.price_out)
+    if outcome.exit_code == 0 and reply.failure in WAITING and not reply.structured:
+        reply = replace(reply, failure=None)  # words of a log, such as "Authenticated as", are no evidence against exit code 0
     usage = {
         "cost": cost, "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in,
         "tokens_out": reply.tokens_out,

@@ -61,6 +61,8 @@ def status(night: Night, pid: int | None) -> list[str]:
     if counts:
         lines.append(", ".join(f"{count} {name}" for name, count in counts.items()))
     spent = f"agent: {night.agent_seconds / 60:.1f} min, {night.tokens:,} tokens, ${night.cost:.2f}"
+    if night.estimated:
+        spent += f" ({night.estimated} calls of unknown price counted as the dearest)"
     if night.unpriced:
         spent += f" and {night.unpriced} calls of unknown cost (give --price-in and --price-out)"
     if night.disturbed:
