@@ -10,11 +10,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
+from agent.coders.error_text import Failure as Failure
+from agent.coders.error_text import name_failure
 from agent.errors import UsageError
-
-Failure = Literal["rate_limit", "login", "missing", "agent_error"]
 
 # What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
 BASE_ENV = (
@@ -108,6 +107,7 @@ class Coder:
     idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
     leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
+    tells_its_end: bool = True  # its output has a final message or a usage record once its work is done
     free: bool = False  # it costs nothing, so that no price is missing
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
@@ -134,6 +134,10 @@ class Coder:
             return Reply(failure="agent_error", detail=detail)
         if reply == Reply():
             reply = Reply(failure="agent_error", detail=f"{self.name} said nothing")
+        if reply.failure is None and reply.tokens_out == 0 and reply.message:  # no model wrote this: the program did
+            named = name_failure(reply.message)
+            if named.failure != "agent_error":
+                reply = replace(reply, failure=named.failure, detail=named.detail, wait_seconds=named.wait_seconds, structured=True)
         return with_last_lines(reply)
 
     def find(self, environ: Mapping[str, str]) -> str | None:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone, tzinfo
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 from dateutil import parser as dates
 
-from agent.coders.coder import Failure
+Failure = Literal["rate_limit", "login", "missing", "agent_error"]
 
 _RATE = (
     r"(?<!line )\b(?:429|529)\b|rate.?limit|too many requests|usage limit|limit reached|insufficient.?quota|resource.?exhausted"

@@ -30,6 +30,7 @@ OWN = (
         binary=sys.executable,
         arguments=lambda job: ["-m", "agent.search", "--train-file", job.train_file],
         reader=shapes.plain,
+        tells_its_end=False,
         free=True,
         install_hint="it comes with this project",
         login_hint="it needs no login",

@@ -23,8 +23,13 @@ def plain(stdout: str, log: str, job: Job) -> Reply:
 
 
 def claude(stdout: str, log: str, job: Job) -> Reply:
-    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage."""
+    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage.
+
+    With other settings it is the last of several, one a line or in an array."""
     result = _object(stdout)
+    if result is None or (result.get("type") or "result") != "result":
+        several = [*_lines(stdout), *_array(stdout)]
+        result = next((item for item in reversed(several) if item.get("type") == "result"), None)
     if result is None:
         return _failed("", log=log or stdout)
     usage = result.get("usage") or {}
@@ -55,6 +60,8 @@ def codex(stdout: str, log: str, job: Job) -> Reply:
             known = _add(known, _total(event["usage"], "input_tokens"), _total(event["usage"], "output_tokens"))
         elif kind in ("error", "turn.failed"):
             errors.append(str(event.get("message") or (event.get("error") or {}).get("message")))
+    if completed and not known.tokens_out and not known.message:
+        return _failed("an empty turn: the model said nothing", known)
     return known if completed else _failed("\n".join(errors), known, log or stdout)
 
 
@@ -90,6 +97,8 @@ def opencode(stdout: str, log: str, job: Job) -> Reply:
             data = event["error"].get("data") or {}
             wait = (data.get("responseHeaders") or {}).get("retry-after")
             error = f"{data.get('statusCode') or ''} {data.get('message') or event['error'].get('name')}"
+            if event["error"].get("name") == "UnknownError":  # only the log says what it was
+                error += "\n" + "\n".join(re.findall(r"^ERROR.*?error=(.*)", log, re.M))
             error += f" (retry-after: {wait})" if wait else ""
     known = replace(known, cost_usd=cost or None)  # 0 is what it says of a model whose price it doesn't know
     return known if finished and not error else _failed(error, known, log or stdout)
@@ -97,10 +106,10 @@ def opencode(stdout: str, log: str, job: Job) -> Reply:
 
 def qwen(stdout: str, log: str, job: Job) -> Reply:
     """A JSON array whose last element is the result. An API error is a result like any other, marked in its text."""
-    start = re.search(r"^\[", stdout, re.M)
-    if start is None:
+    several = _array(stdout)
+    if not several:
         return _failed("", log=log or stdout)
-    result = json.loads(stdout[start.start() :])[-1]
+    result = several[-1]
     usage = result.get("usage") or {}
     known = Reply(
         tokens_in=_total(usage, "input_tokens"),
@@ -217,6 +226,16 @@ def _object(text: str) -> dict[str, Any] | None:
         if isinstance(item, dict):
             return item
     return None
+
+
+def _array(text: str) -> list[dict[str, Any]]:
+    """The objects of the first JSON array that starts a line of `text`, [] without one."""
+    start = re.search(r"^\[", text, re.M)
+    try:
+        items = json.JSONDecoder().raw_decode(text, start.start())[0] if start else []
+    except (ValueError, RecursionError):
+        return []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def _file(path: str) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def _judge(
         return proposal("violation", "; ".join(violations[:5]))
     last = one_line(outcome.tail(300), 300)
     detail = reply.detail or one_line(reply.message or "", 300) or last
-    ended = outcome.reason != "exited"
+    finished = reply.failure is None and bool(reply.message) and desk.coder.tells_its_end
+    ended = outcome.reason != "exited" and not finished  # some never exit once their work is done
     if ended and (after != before or reply.failure not in WAITING):
         silent = "said nothing for" if outcome.reason == "idle" else "was ended by the limit " + outcome.reason + " after"
         seconds = desk.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds

@@ -511,3 +511,47 @@ def test_a_command_is_found_from_the_users_folder(tmp_path: Path, monkeypatch: p
     assert table.template("./agent.sh --fast").find({"PATH": ""}) == str(tmp_path / "agent.sh")
     with pytest.raises(CoderError, match=r"no program .*gone\.sh"):
         table.choose({"agent_cmd": "./gone.sh"})
+
+
+def test_an_edit_with_a_final_message_counts_though_the_process_never_ends(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    program = tmp_path / "bin" / "opencode"
+    program.parent.mkdir()
+    program.write_text(f"""#!{sys.executable}
+import json, time
+from pathlib import Path
+file = Path("train_mlx.py")
+file.write_text(file.read_text().replace("GAIN = 0.0", "GAIN = 0.05"))
+print(json.dumps({{"type": "text", "part": {{"text": "DESCRIPTION: more gain"}}}}))
+part = {{"reason": "stop", "cost": 0.1, "tokens": {{"input": 1, "output": 1}}}}
+print(json.dumps({{"type": "step_finish", "part": part}}), flush=True)
+time.sleep(600)
+""")
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = bed.loop("--agent", "opencode", "--tag", "night", "--baseline-seeds", "3", "--disk-gb", "0", "--no-picture",
+                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", PATH=path, OPENCODE_API_KEY="x")
+    (experiment,) = fold(read_events(bed.folder() / "journal.jsonl")[0]).done
+    assert (experiment.status, experiment.description, experiment.cost) == ("keep", "more gain", 0.1), done.stdout
+
+
+RESULT = '{"type":"result","is_error":false,"result":"%s","usage":{"input_tokens":5,"output_tokens":%d},"total_cost_usd":0.1}'
+NO_MODEL = json.dumps({"type": "error", "error": {"name": "UnknownError", "data": {"message": "Unexpected server error."}}})
+EMPTY_TURN = '{"type":"turn.started"}\n{"type":"turn.completed","usage":{"input_tokens":0,"output_tokens":0}}\n'
+
+
+@pytest.mark.parametrize(("name", "out", "log", "failure", "words"), [
+    ("claude", 'Warning: {"a"}\n' + RESULT % ("done", 6), "", None, "done"),
+    ("claude", '[{"type":"system"},' + RESULT % ("done", 6) + "]", "", None, "done"),
+    ("claude", '{"type":"system"}\n' + RESULT % ("done", 6), "", None, "done"),
+    ("claude", RESULT % ("You have hit your limit - resets 9pm", 0), "", "rate_limit", "hit your limit"),
+    ("claude", RESULT % ("I read about rate limits and changed nothing", 9), "", None, "rate limits"),
+    ("codex", EMPTY_TURN, "", "agent_error", "an empty turn"),
+    ("opencode", NO_MODEL, "ERROR service=server error=ModelNotFound: Model not found: x\n", "agent_error", "Model not found: x"),
+    ("qwen", "[" * 100_000, "", "agent_error", "[["),
+    ("claude", "[" * 100_000, "", "agent_error", "[["),
+])  # fmt: skip
+def test_outputs_that_are_not_as_documented(job: Job, name: str, out: str, log: str, failure: str | None, words: str) -> None:
+    reply = table.get(name).reply(out, log, job)
+    assert reply.failure == failure
+    assert words in (reply.detail or reply.message or "")
