@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -69,6 +70,7 @@ class Finding:
 def examine(folder: Path, train_file: str, environ: Mapping[str, str]) -> Iterable[Finding]:
     """All checks, for a night from the checkout `folder`."""
     yield check_python()
+    yield from check_mac()
     yield check_git(folder, train_file)
     yield from check_agents(environ)
     yield check_data(environ)
@@ -83,6 +85,22 @@ def check_python() -> Finding:
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Finding("python", "bad", f"{version}: MLX needs an arm64 Python; install one from python.org, or let uv do it")
     return Finding("python", "ok", version)
+
+
+def check_mac() -> Iterable[Finding]:
+    """Whether this macOS has wheels of MLX, and those that know the chip."""
+    if sys.platform != "darwin":
+        return
+    asked = ["sw_vers", "-productVersion"], ["sysctl", "-n", "machdep.cpu.brand_string"]
+    version, chip = (_ask(argv, Path.cwd())[1] for argv in asked)
+    if not (major := version.partition(".")[0]).isdigit():
+        return
+    if int(major) < 14:
+        yield Finding("macos", "bad", f"{version}: MLX needs macOS 14 or later; update it in System Settings > General")
+    elif re.search(r"\bM[5-9]\b", chip) and int(major) < 26:
+        yield Finding("macos", "note", f"{version} on {chip}: MLX uses this chip's neural accelerators only from macOS 26 on")
+    else:
+        yield Finding("macos", "ok", f"{version} on {chip}")
 
 
 def check_git(folder: Path, train_file: str) -> Finding:
