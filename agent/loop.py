@@ -19,7 +19,7 @@ from agent.journal.folder import choose_tag, latest, neighbours, require_tag
 from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import fold
 from agent.night import setup
-from agent.night.limits import Stopper, request_stop
+from agent.night.limits import Stopper, hours_until, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
 from agent.process.child import directory_bytes
@@ -45,6 +45,7 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
+    option("--until", metavar="HH:MM", help="Start no experiment after this time of day, such as 07:00."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -103,7 +104,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
         if forget is not None:
             code = _forget(forget, yes)
         else:
-            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
+            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, _with_end(options))
     except NightError as error:
         complain(str(error))
         code = error.exit_code
@@ -114,6 +115,14 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
         complain(f"{error}; mend it, then: python -m agent.loop --resume")
         code = NightError.exit_code
     sys.exit(code)
+
+
+def _with_end(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with --until as hours. UsageError if both were given."""
+    until = options.pop("until")
+    if until is not None and options["hours"] is not None:
+        raise UsageError("--hours and --until: expected one of them")
+    return options if until is None else {**options, "hours": hours_until(until)}
 
 
 def _inspect(tag: str | None, status: bool) -> int:

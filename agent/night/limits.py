@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from agent.errors import Stopped
+from agent.errors import Stopped, UsageError
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
@@ -80,6 +82,18 @@ def without_agent(night: Night, settings: Settings, kind: str, message: str, ses
     if settings.hours is not None and session_seconds + wait > settings.hours * 3600:
         return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
     return wait
+
+
+def hours_until(clock: str, now: float | None = None) -> float:
+    """Hours from now (Unix time) to the next time that clocks here show `clock`, HH:MM. UsageError if that is no time of day."""
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock.strip())
+    if match is None:
+        raise UsageError(f"{clock!r}: expected a time of day such as 07:00")
+    here = datetime.fromtimestamp(time.time() if now is None else now)
+    end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    if end <= here:
+        end += timedelta(days=1)
+    return (end.timestamp() - here.timestamp()) / 3600
 
 
 _ONCE, _NOW = "after this experiment\n", "now\n"
