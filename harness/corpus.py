@@ -29,7 +29,7 @@ from harness import HarnessError, home, sha256, write_atomically
 from harness.download import alone, bar, fetch, identity, sha256_of
 from harness.files import BLOCK_BYTES, SEPARATOR, Block, Loss, find_files, open_file, read_block
 from harness.machine import PRESETS, Preset, detect_preset
-from harness.overlap import COPY, SHINGLE, WINDOW, code_points, find, letters_of, sampled, stretches
+from harness.overlap import COPY, SAMPLED, SHINGLE, WINDOW, code_points, find, letters_of, sampled, stretches
 from harness.stories import book
 from harness.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ HELD_OUT_MOST = 8_000_000       # bytes: from HELD_OUT to here they hold out a t
 STORIES_BYTES = 8 << 20         # size of the training stories: more than a CPU reads in five minutes
 TOKENIZER_BYTES = 16 << 20      # training text that the tokenizer learns from, sampled from all documents
 SHORTEST = 64                   # bytes: what remains of a training document beside held-out text, if it is shorter, is left out
-PHRASES = 0.005                 # share of held-out text that may stand in train in stretches that are too short for a copy
+PHRASES = 0.007                 # share of held-out text that may stand in train in stretches that are too short for a copy
 LIMIT = 0.02                    # share of the text that may be left out unless --allow-loss is given
 FORMAT = 4                      # raise it when the files on disk change their meaning: existing datasets are then rebuilt
 DATASETS = {  # name: (licence, source, file pattern in the hub repository, its commit)
@@ -161,7 +161,7 @@ def read_part(blocks: list[Block], place: Path) -> Part:
 
 def check_losses(losses: list[Loss], kept: int, allow_loss: bool) -> None:
     """Print what is left out, file by file with its share of the text. kept: bytes of the text that was read.
-    Errors: HarnessError("data") if more than LIMIT of the text is lost and that is not allowed."""
+    Errors: HarnessError("data") if more than LIMIT of the text is lost and `allow_loss` is not set."""
     if plain := [loss for loss in losses if not loss.bytes]:
         names = Counter(Path(loss.name).suffix or Path(loss.name).name for loss in plain)
         print(f"note: left out {len(plain):,} files that hold no text ({', '.join(f'{n} {k}' for k, n in names.most_common(5))})",
@@ -253,7 +253,8 @@ def compared(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find where documents share stretches with the text behind `index`. Returns the stretches, int64 [k, 4]: document, first byte
-    in the document, first byte behind the stretch, letters; and which windows of the index stand in stretches shorter than COPY.
+    in the document, first byte behind the stretch, letters; and for the windows of the index that stand in stretches shorter than
+    COPY, float64 [k, 3]: which window, letters of its stretch, and how many shingles of SHINGLE letters it stands for.
 
     data: the documents, one after another. sizes: int64 [n], bytes of each. wanted: bool [n], which documents count. index: sorted
     hashes of windows.
@@ -268,11 +269,22 @@ def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray
     at = np.append(at, len(data))
     rows, phrases = [], []
     for a, b in zip(*stretches(begins), strict=True):
-        if SHINGLE <= b - a < COPY:
-            phrases.append(windows[np.searchsorted(begins, a) : np.searchsorted(begins, b)])
+        inside = windows[np.searchsorted(begins, a) : np.searchsorted(begins, b)]
+        if b - a < COPY and (shingles := b - a + 2 * SAMPLED - SHINGLE) > 0:    # both ends lie between two sampled windows
+            phrases += [(window, b - a, shingles / len(inside)) for window in inside]
         rows += [(n, max(at[a], starts[n]) - starts[n], min(at[b], ends[n]) - starts[n], b - a)
                  for n in range(owner[a], owner[b - 1] + 1) if wanted[n]]
-    return np.array(rows, np.int64).reshape(-1, 4), np.unique(np.concatenate([windows[:0], *phrases]))
+    return np.array(rows, np.int64).reshape(-1, 4), np.array(phrases, np.float64).reshape(-1, 3)
+
+
+def leak(found: list[tuple[np.ndarray, np.ndarray]], index: np.ndarray, shortest: int) -> float:
+    """Estimate the share of held-out shingles that stand in train once all shared stretches of `shortest` letters are out.
+    found: of each part, see `shared`."""
+    remaining = np.zeros(len(index))
+    for _, phrases in found:
+        short = phrases[phrases[:, 1] < shortest]
+        np.maximum.at(remaining, short[:, 0].astype(np.int64), short[:, 2])
+    return float(remaining.sum()) / max(SAMPLED * len(index), 1)
 
 
 def shared_in_part(part: Part, splits: bytes, index: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -382,6 +394,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     Errors: HarnessError("data")."""
     work = home() / "work" / ident
     (work / "parts").mkdir(parents=True, exist_ok=True)
+    own = dataset.startswith("text:")
     files, losses, origin = source_files(dataset, preset, shards, revision, ident)
     workers = min(os.cpu_count() or 1, WORKERS)
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
@@ -398,26 +411,28 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
         losses += [loss for part in parts for loss in part.losses]
         sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])
         hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part.hashes for part in parts)])
+        if not own and (broken := next((loss for loss in losses if loss.damage), None)):
+            raise HarnessError("data", f"{broken.name}: {broken.why}; remove this file and run the same command again")
         check_losses(losses, int(sizes.sum()), allow_loss)
         empty = sum(part.empty for part in parts)
         if not len(sizes):
             raise HarnessError("data", f"{dataset}: expected text, but found no document in {len(files)} files ({empty:,} empty)")
         # 2. the split, and what train shares with it
-        splits, order = choose_splits(hashes, sizes, sum(len(p.sizes) for p in parts[len(parts) - len(grouped(held_out)) :]))
+        n_held_out = sum(len(part.sizes) for part in parts[len(parts) - len(grouped(held_out)) :])
+        splits, order = choose_splits(hashes, sizes, n_held_out)
         first = np.cumsum([0, *(len(part.sizes) for part in parts)])            # number of each part's first document
         val, test = (documents_of(parts, first, order[splits[order] == k]) for k in (VAL, TEST))
-        index = windows_of(val)
+        index = windows_of(val) if not n_held_out else windows_of([])           # stories are made, not copied
         twice = repeated(test, index)                                           # in val, too: neither train nor test
         splits[order[splits[order] == TEST][twice]] = DROPPED
         order, test = order[splits[order] != DROPPED], [d for d, out in zip(test, twice, strict=True) if not out]
-        index = np.union1d(index, windows_of(test))
+        index = np.union1d(index, windows_of(test if not n_held_out else []))
         np.save(work / "held_out.npy", index)
         by_part = [s.tobytes() for s in np.split(splits, first[1:-1])]
         with bar("comparing", len(groups)) as advance:
             found = [f for f in pool.map(shared_in_part, parts, by_part, [work / "held_out.npy"] * len(parts)) if not advance()]
-        phrases = len(np.unique(np.concatenate([windows for _, windows in found]))) / max(len(index), 1)
-        # in the user's text everything goes that would be noticed; in a hub dataset common phrases stay
-        shortest = 0 if phrases > PHRASES and dataset.startswith("text:") else COPY
+        # in the user's text everything goes that makes more than PHRASES; in a hub dataset common phrases stay
+        shortest = next((n for n in (COPY, SHINGLE) if leak(found, index, n) <= PHRASES), 0) if own else COPY
         spans = [rows[rows[:, 3] >= shortest] for rows, _ in found]
         stays = splits != DROPPED
         same = len(splits) - len(np.unique(hashes[:, 1]))
@@ -430,6 +445,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
             raise HarnessError("data", f"the text is too small: {counts['bytes']:,} bytes in {stays.sum():,} documents, expected "
                                f"at least about {60 * preset.seq_len:,}, and {enough(preset):,} for a full evaluation; "
                                f"{same:,} duplicates were left out")
+        origin["shared_with_train"] = round(leak(found, index, shortest), 5)
         chosen = [within(order[splits[order] == k], sizes, preset.eval_bytes) for k in (VAL, TEST)]
         everything = sha256(b"".join(numbers.tobytes() for numbers in (hashes, splits, *chosen, *spans)))
 

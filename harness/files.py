@@ -36,16 +36,20 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".text", ".md")
 NO_TEXT = ("audio/", "video/", "font/")  # and "image/": left out without counting as a loss; .ts may be a video or TypeScript
+ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp874", "koi8_r", "gb18030", "big5", "cp932",
+             "euc_jp", "cp949")  # those that are guessed, of text that is not UTF-8
 SNIFFED = 1 << 16               # bytes of a file that are looked at to tell its kind and encoding
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Text that is left out. name: the user's file. bytes: how much. why: the reason. where: line, row or item, 0 if unknown."""
+    """Text that is left out. name: the user's file. bytes: how much. why: the reason. where: line, row or item, 0 if unknown.
+    damage: whether the file itself is damaged."""
     name: str
     bytes: int
     why: str
     where: int = 0
+    damage: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,11 @@ def no_text(path: Path) -> str:
 
 def open_file(path: Path, field: str, work: Path) -> tuple[list[Block], list[Loss]]:
     """Cut one file into blocks at document borders. A file that is packed, or not UTF-8, or JSON, or a table, is first written to
-    `work` as UTF-8 text or JSON lines. Errors: HarnessError("data") if the file is damaged, unreadable or has no such column."""
+    `work` as UTF-8 text or JSON lines. Errors: HarnessError("data") if a parquet file has no such column or the text no encoding
+    that can be told; OSError for a full disk."""
     losses: list[Loss] = []
-    name, kind, unpacked = str(path), kind_of_name(path), work / f"{sha256(str(path).encode())[:12]}{kind_of_name(path)}"
+    original, name, kind = path, str(path), kind_of_name(path)
+    unpacked = work / f"{sha256(name.encode())[:12]}{kind}"
     try:
         if path.suffix.lower() in PACKED:
             unpack(path, unpacked)
@@ -129,7 +135,7 @@ def open_file(path: Path, field: str, work: Path) -> tuple[list[Block], list[Los
                     target.write(json.dumps({field: text}) + "\n")
             path, start, kind = lines, 0, ".jsonl"
     except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:  # pyarrow's errors are OSErrors or ValueErrors
-        raise damaged(name, error) from error
+        return [], [damaged(name, original.stat().st_size, error)]
     jsonl = kind in (".jsonl", ".ndjson")
     borders, size = [start], path.stat().st_size
     with open(path, "rb") as f:
@@ -140,16 +146,14 @@ def open_file(path: Path, field: str, work: Path) -> tuple[list[Block], list[Los
             for a, b in zip(borders, [*borders[1:], size], strict=True) if b > a], losses
 
 
-def damaged(name: str, error: BaseException, where: str = "") -> HarnessError:
-    """The error for a file that cannot be read: a full disk and a lack of permission are named as what they are."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return HarnessError("data", f"{name}: no room to unpack this file, the disk is full; free some space, or set "
-                            "AUTORESEARCH_HOME to a folder on another disk")
+def damaged(name: str, size: int, error: BaseException, where: str = "") -> Loss:
+    """The loss of a file, or a part of it, that cannot be read. Errors: OSError for a full disk, which is not the file's fault."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        raise error
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return HarnessError("data", f"{name}: cannot be read ({error.strerror})")
-    return HarnessError("data", f"{name}: cannot be read as {Path(name).suffix}, it is damaged or incomplete{where} "
-                        f"({' '.join(str(error).split())[:300]})")
+        return Loss(name, size, f"cannot be read ({error.strerror})", damage=True)
+    return Loss(name, size, f"cannot be read as {Path(name).suffix}, it is damaged or incomplete{where} "
+                f"({' '.join(str(error).split())[:300]})", damage=True)
 
 
 def unpack(path: Path, target: Path) -> None:
@@ -261,10 +265,10 @@ def guess(sample: bytes) -> str:
         from charset_normalizer import from_bytes
     except ImportError:  # it comes with the project's dependencies; without it the file is refused by name
         return ""
-    best = from_bytes(sample).best()
+    best = from_bytes(sample, cp_isolation=list(ENCODINGS)).best()
     if not best:
         return ""
-    encoding = next((name for name in ("cp1252", "latin_1") if name in best.could_be_from_charset), best.encoding)
+    encoding = "cp1252" if "cp1252" in best.could_be_from_charset else best.encoding
     # damage is no encoding: what is beyond ASCII must be letters beside letters, or typographic marks
     odd = re.findall(r"(\w?)([^\x00-\x7f])(?=(\w?))", sample.decode(encoding, "ignore"))
     fine = sum(char in "“”‘’„‚–—…«»€£°§©®•\u00a0" or ord(char) > 0x2FFF or (char.isalpha() and bool(before or after))
@@ -426,8 +430,7 @@ def line_number(path: str, offset: int) -> int:
 
 
 def read_block(block: Block) -> tuple[list[str], list[Loss], int]:
-    """Read a block. Returns its documents, what was left out, and how many documents were empty.
-    Errors: HarnessError("data") if pages of a parquet file are damaged."""
+    """Read a block. Returns its documents, what was left out, and how many documents were empty."""
     losses: list[Loss] = []
     if block.kind == "parquet":
         raw, size = parquet_texts(block, losses), DOCUMENT
@@ -493,4 +496,5 @@ def parquet_texts(block: Block, losses: list[Loss]) -> list[str]:
         table = parquet.ParquetFile(block.path).read_row_groups(range(block.start, block.end), columns=[block.field])
         return [decode(data or b"", block.name, losses, row) for row, data in enumerate(as_bytes(table.column(0)), 1)]
     except (OSError, ValueError) as error:
-        raise damaged(block.name, error, f" in row group {block.start}") from error
+        losses.append(damaged(block.name, block.size, error, f" in row group {block.start}"))
+        return []
