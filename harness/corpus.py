@@ -29,7 +29,7 @@ from harness import HarnessError, home, sha256, write_atomically
 from harness.download import alone, bar, fetch, identity, sha256_of
 from harness.files import BLOCK_BYTES, SEPARATOR, Block, Loss, find_files, open_file, read_block
 from harness.machine import PRESETS, Preset, detect_preset
-from harness.overlap import COPY, SAMPLED, SHINGLE, WINDOW, code_points, find, letters_of, sampled, stretches
+from harness.overlap import COPY, NEIGHBOURS, SHINGLE, WINDOW, code_points, find, letters_of, sampled, stretches
 from harness.stories import book
 from harness.tokenizer import Tokenizer
 
@@ -179,8 +179,8 @@ def check_losses(losses: list[Loss], kept: int, allow_loss: bool) -> None:
         lines.append(f"{name}: {size:,} bytes, {share(size, total)} of the text: {found[0].why}{places}")
     shown = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10:,} more files"] if len(lines) > 10 else [])])
     if lost > LIMIT * total and not allow_loss:
-        raise HarnessError("data", f"{share(lost, total)} of the text would be left out, expected at most {LIMIT:.0%}:\n  {shown}\n"
-                           "mend or move these files, or add --allow-loss to go on without them")
+        raise HarnessError("data", f"{share(lost, total)} of the text would be left out, expected at most {100 * LIMIT:g} %:\n"
+                           f"  {shown}\nmend or move these files, or add --allow-loss to go on without them")
     if lines:
         print(f"note: left out {lost:,} bytes, {share(lost, total)} of the text:\n  {shown}", file=sys.stderr)
 
@@ -270,21 +270,22 @@ def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray
     rows, phrases = [], []
     for a, b in zip(*stretches(begins), strict=True):
         inside = windows[np.searchsorted(begins, a) : np.searchsorted(begins, b)]
-        if b - a < COPY and (shingles := b - a + 2 * SAMPLED - SHINGLE) > 0:    # both ends lie between two sampled windows
-            phrases += [(window, b - a, shingles / len(inside)) for window in inside]
+        if b - a < COPY:  # a stretch goes on for up to NEIGHBOURS - 1 letters at both ends, for as many in all on average
+            phrases += [(window, b - a, (b - a + NEIGHBOURS - SHINGLE) / len(inside)) for window in inside]
         rows += [(n, max(at[a], starts[n]) - starts[n], min(at[b], ends[n]) - starts[n], b - a)
                  for n in range(owner[a], owner[b - 1] + 1) if wanted[n]]
     return np.array(rows, np.int64).reshape(-1, 4), np.array(phrases, np.float64).reshape(-1, 3)
 
 
-def leak(found: list[tuple[np.ndarray, np.ndarray]], index: np.ndarray, shortest: int) -> float:
+def leak(found: list[tuple[np.ndarray, np.ndarray]], times: np.ndarray, shortest: int) -> float:
     """Estimate the share of held-out shingles that stand in train once all shared stretches of `shortest` letters are out.
-    found: of each part, see `shared`."""
-    remaining = np.zeros(len(index))
+    found: of each part, see `shared`. times: how often each window of the index stands in held-out text."""
+    remaining = np.zeros(len(times))
     for _, phrases in found:
         short = phrases[phrases[:, 1] < shortest]
         np.maximum.at(remaining, short[:, 0].astype(np.int64), short[:, 2])
-    return float(remaining.sum()) / max(SAMPLED * len(index), 1)
+    # NEIGHBOURS + 1 windows of text give two that are compared, and nearly as many shingles as windows
+    return float(remaining @ times) / max(times.sum() * (NEIGHBOURS + 1) / 2, 1)
 
 
 def shared_in_part(part: Part, splits: bytes, index: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -300,8 +301,8 @@ def batches_of(documents: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def windows_of(documents: list[bytes]) -> np.ndarray:
-    """The sorted hashes of all windows of some documents that are compared: uint64 [n]."""
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *(compared(b"".join(d))[1] for d in batches_of(documents))]))
+    """The hashes of all windows of some documents that are compared, repeated ones too: uint64 [n]."""
+    return np.concatenate([np.empty(0, np.uint64), *(compared(b"".join(d))[1] for d in batches_of(documents))])
 
 
 def repeated(documents: list[bytes], index: np.ndarray) -> np.ndarray:
@@ -361,7 +362,8 @@ def begin_worker(parent: int) -> None:
 
 
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str) -> str:
-    """Hash everything that a prepared dataset depends on: the user's files byte by byte, or name and commit; and the preset.
+    """Hash everything that a prepared dataset depends on: the user's files byte by byte and what is left out of them, or name and
+    commit; and the preset.
     Returns 10 hexadecimal digits. Errors: HarnessError("usage", "data")."""
     if dataset == "text:" or shards < 1:
         raise HarnessError("usage", f"expected a path after text: and --shards of at least 1, got {dataset} and {shards}")
@@ -371,7 +373,9 @@ def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision:
     if revision and not pinned:
         raise HarnessError("usage", f"--revision {revision}: {dataset} is not a hub dataset")
     try:
-        text = [(p.name, sha256_of(p)) for p in find_files(Path(dataset[5:]))[0]] if own else [dataset, shards, revision or pinned]
+        files, losses = find_files(Path(dataset[5:])) if own else ([], [])
+        facts = [(p.name, sha256_of(p)) for p in files] + [asdict(loss) for loss in losses]
+        text = facts if own else [dataset, shards, revision or pinned]
     except OSError as error:
         raise HarnessError("data", f"{error.filename}: cannot be read ({error.strerror or error})") from error
     return sha256(json.dumps([FORMAT, text, field, asdict(preset)]).encode())[:10]
@@ -422,17 +426,18 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
         splits, order = choose_splits(hashes, sizes, n_held_out)
         first = np.cumsum([0, *(len(part.sizes) for part in parts)])            # number of each part's first document
         val, test = (documents_of(parts, first, order[splits[order] == k]) for k in (VAL, TEST))
-        index = windows_of(val) if not n_held_out else windows_of([])           # stories are made, not copied
-        twice = repeated(test, index)                                           # in val, too: neither train nor test
+        in_val = windows_of([] if n_held_out else val)                          # stories are made, not copied
+        twice = repeated(test, np.unique(in_val))                               # in val, too: neither train nor test
         splits[order[splits[order] == TEST][twice]] = DROPPED
         order, test = order[splits[order] != DROPPED], [d for d, out in zip(test, twice, strict=True) if not out]
-        index = np.union1d(index, windows_of(test if not n_held_out else []))
+        in_test = windows_of([] if n_held_out else test)
+        index, times = np.unique(np.concatenate([in_val, in_test]), return_counts=True)
         np.save(work / "held_out.npy", index)
         by_part = [s.tobytes() for s in np.split(splits, first[1:-1])]
         with bar("comparing", len(groups)) as advance:
             found = [f for f in pool.map(shared_in_part, parts, by_part, [work / "held_out.npy"] * len(parts)) if not advance()]
         # in the user's text everything goes that makes more than PHRASES; in a hub dataset common phrases stay
-        shortest = next((n for n in (COPY, SHINGLE) if leak(found, index, n) <= PHRASES), 0) if own else COPY
+        shortest = next((n for n in (COPY, SHINGLE) if leak(found, times, n) <= PHRASES), 0) if own else COPY
         spans = [rows[rows[:, 3] >= shortest] for rows, _ in found]
         stays = splits != DROPPED
         same = len(splits) - len(np.unique(hashes[:, 1]))
@@ -445,7 +450,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
             raise HarnessError("data", f"the text is too small: {counts['bytes']:,} bytes in {stays.sum():,} documents, expected "
                                f"at least about {60 * preset.seq_len:,}, and {enough(preset):,} for a full evaluation; "
                                f"{same:,} duplicates were left out")
-        origin["shared_with_train"] = round(leak(found, index, shortest), 5)
+        origin["shared_with_train"] = round(leak(found, times, shortest), 5)
         chosen = [within(order[splits[order] == k], sizes, preset.eval_bytes) for k in (VAL, TEST)]
         everything = sha256(b"".join(numbers.tobytes() for numbers in (hashes, splits, *chosen, *spans)))
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW = 32                     # letters under one rolling hash, about 40 characters of English
-SAMPLED = 8                     # one window in so many is compared, chosen by its hash: the same ones in every copy
+NEIGHBOURS = 16                 # of so many windows in a row one is compared, chosen by its hash: the same one in every copy
 COPY = 80                       # letters, about 100 characters: a shared stretch this long is a copy, a shorter one may be a phrase
 SHINGLE = 48                    # letters, about 60 characters: a shorter stretch counts as no copy at all
 SLAB = 1 << 20                  # characters that are cut at a time
@@ -64,9 +64,20 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def sampled(letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the windows that are compared: the letter at which each begins, int64 [k], and its hash, uint64 [k]."""
+    """Return the windows that are compared: the letter at which each begins, int64 [k], and its hash, uint64 [k].
+
+    Winnowing: of every NEIGHBOURS windows in a row the one with the smallest hash is compared, about one in eight. So two texts
+    that share WINDOW + NEIGHBOURS - 1 letters always share such a window.
+    """
     hashes = rolling(letters)
-    begins = np.flatnonzero(hashes % np.uint64(SAMPLED) == 0)
+    lowest = hashes
+    for step in STEPS[:4]:  # of NEIGHBOURS windows from each one on
+        lowest = np.minimum(lowest[:-step], lowest[step:]) if len(lowest) > step else lowest
+    edge = np.zeros(NEIGHBOURS - 1, np.uint64)
+    highest = np.concatenate([edge, lowest, edge])
+    for step in STEPS[:4]:  # a window is compared if it is the lowest of one of the rows that it belongs to
+        highest = np.maximum(highest[:-step], highest[step:])
+    begins = np.flatnonzero(hashes == highest[: len(hashes)])
     return begins, hashes[begins]
 
 

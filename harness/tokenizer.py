@@ -21,15 +21,17 @@ PIECES = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?{LETTER}+|\d{{1,3}}| ?(?:[
 BORDER = "\ue000"               # separates pieces in training; a private-use character, harmless if a text contains it
 
 
-def affordable(parts: list[str], tokens: int) -> float:
-    """The share of a text that its `tokens` most frequent characters make up: the largest character coverage that leaves room for
-    merges."""
+def rare_characters(parts: list[str], vocab_size: int) -> dict[int, str]:
+    """The characters of a text that get no token of their own, as a table for str.translate that puts a border in their place.
+    The most frequent ones get a token: those that make up 99.95 % of the text, if three quarters of the vocabulary suffice."""
     counts = np.zeros(0x110000, np.int64)
     for part in parts:
         points, seen = np.unique(np.frombuffer(part.encode("utf-32-le"), np.uint32), return_counts=True)
         counts[points] += seen
-    falling = np.sort(counts[counts > 0])[::-1]
-    return float(falling[:tokens].sum() / falling.sum()) * (1 - 1e-6) if len(falling) > tokens else 1.0
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    share = (np.cumsum(counts[order]) - counts[order]) / max(counts.sum(), 1)   # of the more frequent characters
+    frequent = np.count_nonzero(share < (0.9995 if vocab_size >= 1024 else 0.99))
+    return {int(point): BORDER for point in order[min(frequent, (vocab_size - 259) * 3 // 4) :]}
 
 
 class Tokenizer:
@@ -68,13 +70,15 @@ class Tokenizer:
         if vocab_size < 320:
             raise HarnessError("usage", f"vocab_size {vocab_size}: expected 256 (plain bytes) or at least 320 (bytes and letters)")
         import sentencepiece
-        model, parts = io.BytesIO(), [text[i : i + 50_000] for text in texts for i in range(0, len(text), 50_000)]
+        model = io.BytesIO()
+        parts = [text[i : i + 50_000] for text in texts for i in range(0, len(text), 50_000)]
+        rare = rare_characters(parts, vocab_size)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(BORDER.join(PIECES.findall(part)) for part in parts),
+                sentence_iterator=(BORDER.join(PIECES.findall(part)).translate(rare) for part in parts),
                 model_writer=model, pretokenization_delimiter=BORDER, split_by_unicode_script=False, split_by_number=False,
                 model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
-                character_coverage=min(0.9995 if vocab_size >= 1024 else 0.99, affordable(parts, (vocab_size - 259) // 2)),
+                character_coverage=1.0,  # without the rare characters, which are encoded as bytes
                 required_chars="\u2581",  # how SentencePiece writes a space: without it a rare space would come back as U+2581
                 normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
