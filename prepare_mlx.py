@@ -40,7 +40,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default=None, help=f"machine size: {', '.join(PRESETS)} (default: this machine's)")
     parser.add_argument("--vocab-size", type=int, default=0,
                         help="vocabulary size in tokens, 256 for plain bytes (default: the preset's)")
-    parser.add_argument("--field", default="text", help="field (.jsonl) or column (.parquet) with the text (default: text)")
+    parser.add_argument("--field", default="text", help="field of JSON objects or column of tables with the text (default: text)")
+    parser.add_argument("--allow-loss", action="store_true", help="go on even if more than 2 %% of the text cannot be read")
     parser.add_argument("--shards", type=int, default=1, help="number of files to fetch of a hub dataset (default: 1)")
     parser.add_argument("--revision", default="", help="commit, branch or tag of a hub dataset (default: the commit in --list)")
     parser.add_argument("--json", type=Path, help="write a description of the prepared dataset to this file")
@@ -82,7 +83,7 @@ def main() -> int:
             preset = args.preset or detect_preset()
             dataset = args.dataset or ("stories" if preset in ("tiny", "demo", "cpu") else "tinystories")
             entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards,
-                            revision=args.revision)
+                            revision=args.revision, allow_loss=args.allow_loss)
             if args.json:
                 write_atomically(args.json, json.dumps(entry, indent=1).encode())
             print(f"ready: {entry['id']}  vocabulary {entry['vocab_size']:,}, {entry['seq_len']} tokens of context, "
