@@ -22,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import PROGRAM, HarnessError, kind_of
+from harness import PROGRAM, HarnessError, kind_of, open_plain
 
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
+LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
+COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # limits of what is copied of a run directory
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
 SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
 
@@ -74,6 +76,31 @@ def serve(run_dir: Path) -> None:
             os._exit(1)
 
 
+def copy_run(run_dir: Path, target: Path) -> None:
+    """Copy the plain files of a run directory, which a candidate wrote: links, pipes and devices are left out.
+
+    Errors: HarnessError("violation") for more than COPY_BYTES bytes, COPY_FILES files, or folders nested deeper than COPY_DEPTH.
+    """
+    left, names, stack = COPY_BYTES, COPY_FILES, [(run_dir, target, 0)]
+    while stack:
+        source, place, depth = stack.pop()
+        place.mkdir(mode=0o700)
+        with os.scandir(source) as entries:
+            for entry in entries:
+                names -= 1
+                size = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+                left -= size
+                folder = entry.is_dir(follow_symlinks=False)
+                if names < 0 or left < 0 or (folder and depth == COPY_DEPTH):
+                    raise HarnessError("violation", f"the run directory is too large to be scored: expected at most {COPY_FILES:,} "
+                                       f"files, {COPY_BYTES >> 30} GiB and folders nested {COPY_DEPTH} deep")
+                if folder:
+                    stack.append((Path(entry.path), place / entry.name, depth + 1))
+                elif entry.is_file(follow_symlinks=False):
+                    with os.fdopen(open_plain(Path(entry.path)), "rb") as read, open(place / entry.name, "wb") as write:
+                        shutil.copyfileobj(read, write, 1 << 20)
+
+
 def end_group(process: subprocess.Popen) -> None:
     """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before."""
     try:
@@ -89,16 +116,22 @@ class LogitsServer:
     """The scorer's end of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order asked.
 
     run_dir: holds the candidate. shape: [rows, seq_len, vocab] of a batch. wrap: command to start the server under, a sandbox.
-    log: receives the end of the server's log on `close`. scratch: the server's TMPDIR, emptied first; default: a new folder.
+    log: receives the end of the server's log on `close`. scratch: the server's only folder, emptied first; default: a new one.
+    load_limit: seconds from the start until the model is loaded. `load_seconds` is how long that took, by this process's clock.
 
-    The scratch folder and the log's nameless file are new for each server: under `wrap`, no server finds what another left.
+    The server gets a copy of the run directory (scratch/run) and a TMPDIR (scratch/tmp). Both and the log's nameless file are new
+    for each server: under `wrap`, no server finds what another left, and none can tell by the kernel's cache of files which pages
+    of the copy another one has read.
     """
 
-    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None):
+    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None,
+                 load_limit: float = LOAD_LIMIT):
         self.asked, self.answered, self._unread, self._kept = 0, 0, b"", log
+        self._limit, self.load_seconds = load_limit, 0.0
         self._log, self._scratch = tempfile.TemporaryFile(), scratch or Path(tempfile.mkdtemp())  # noqa: SIM115
         shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(mode=0o700)
+        (self._scratch / "tmp").mkdir(mode=0o700, parents=True)
+        copy_run(run_dir, self._scratch / "run")
         with contextlib.ExitStack() as stack:
             files = [os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
                      else tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
@@ -106,10 +139,12 @@ class LogitsServer:
             self.tokens = shared(token_file, np.int32, [2, *shape[:2]])
             self.logits = shared(logit_file, np.float32, [2, *shape])
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
-                    **{k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"},  # it would lead to held-out data
-                    "TMPDIR": str(self._scratch)})
+                [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(self._scratch / "run")], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
+                    # the other variables would lead to the data
+                    **{k: v for k, v in os.environ.items() if not k.startswith("AUTORESEARCH_") or k == "AUTORESEARCH_TIER"},
+                    "TMPDIR": str(self._scratch / "tmp")})
+        self._started = time.monotonic()
         self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
 
     def _send(self, message: dict) -> None:
@@ -118,10 +153,13 @@ class LogitsServer:
             self.process.stdin.flush()
 
     def _receive(self, expected: int | None) -> None:
-        deadline, descriptor = time.monotonic() + ANSWER_LIMIT, self.process.stdout.fileno()
+        loading, descriptor = expected is None, self.process.stdout.fileno()
+        deadline = self._started + self._limit if loading else time.monotonic() + ANSWER_LIMIT
         while b"\n" not in self._unread:
             if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise HarnessError("timeout", f"the model gave no logits within {ANSWER_LIMIT} s")
+                raise HarnessError("timeout", f"importing the train file and load_model took more than {self._limit:.1f} s; train "
+                                   "in the budget, and only read weights in load_model" if loading else
+                                   f"the model gave no logits within {ANSWER_LIMIT} s")
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 words = os.pread(self._log.fileno(), 4096, max(0, os.fstat(self._log.fileno()).st_size - 4096))
@@ -146,6 +184,7 @@ class LogitsServer:
         model always sees the same shape. Errors: those of `answer`, if the model could not be loaded."""
         if not self.asked:
             self._receive(None)  # the reply that the model is loaded
+            self.load_seconds = time.monotonic() - self._started
         i = self.asked % 2
         self.tokens[i][: len(batch)] = batch
         self.tokens[i][len(batch):] = batch[0]

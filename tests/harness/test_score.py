@@ -360,15 +360,17 @@ def test_a_group_is_ended_whoever_is_left_of_it(monkeypatch, macos, script):
         end_group(process)  # a second time there is nobody left
 
 
-def test_the_server_is_told_nothing_of_the_held_out_data(tiny, candidate):
-    told = "pathlib.Path(__file__).with_name('seen').write_text(repr([dict(os.environ), sys.argv]))\n"
+def test_the_server_is_told_nothing_of_the_data(tiny, candidate, tmp_path):
+    told = f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(repr([dict(os.environ), sys.argv]))\n"
     source = "import os, pathlib, sys\n" + told + BIGRAM
     run_dir = candidate(source=source)
-    assert score(run_dir, tiny).returncode == 0
-    seen = (run_dir / "seen").read_text()
+    done = program(ROOT / "prepare_mlx.py", "score", run_dir, home=tiny.home, AUTORESEARCH_DATA=str(tiny.train))
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "seen").read_text()
     assert "serve" in seen
     assert "AUTORESEARCH_HOME" not in seen
     assert str(tiny.held) not in seen
+    assert str(tiny.train) not in seen
 
 
 def test_the_server_is_started_under_the_given_command(tiny, candidate):
@@ -377,21 +379,23 @@ def test_the_server_is_started_under_the_given_command(tiny, candidate):
     assert refusal(score(run_dir, tiny))[:2] == (1, "crash")
 
 
-def test_each_server_gets_a_scratch_folder_of_its_own_and_the_log_only_at_the_end(tiny, candidate, tmp_path):
-    source = """import pathlib, sys, tempfile
+def test_each_server_gets_a_scratch_folder_and_a_copy_of_its_own_and_the_log_only_at_the_end(tiny, candidate, tmp_path):
+    source = f"""import pathlib, sys, tempfile
 scratch, here = pathlib.Path(tempfile.gettempdir()), pathlib.Path(__file__).parent
-assert not list(scratch.iterdir()) and not (here / 'serve.log').exists()
+assert not list(scratch.iterdir()) and not (here / 'serve.log').exists() and not (here / 'left').exists()
 (scratch / 'left').write_text('x')
+(here / 'left').write_text('x')
 print('printed', file=sys.stderr)
-with open(here / 'seen', 'a') as file:
-    file.write(f'{scratch}\\n')
+with open({str(tmp_path / "seen")!r}, 'a') as file:
+    file.write(f'{{scratch.parent}}\\n')
 """ + BIGRAM
     run_dir = candidate(source=source)
     for more in ((), ("--scratch", tmp_path / "scratch")):
         done = score(run_dir, tiny, *more)
         assert done.returncode == 0, done.stderr
         assert (run_dir / "serve.log").read_text().split() == ["printed"] * 2
-    seen = (run_dir / "seen").read_text().split()
+    assert not (run_dir / "left").exists()
+    seen = (tmp_path / "seen").read_text().split()
     assert seen[2:] == [str(tmp_path / "scratch")] * 2
     assert len(set(seen[:2])) == 2
     assert not any(os.path.exists(place) for place in seen)
@@ -424,7 +428,8 @@ def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp
     run_dir = candidate()
     code, kind, message = refusal(score(run_dir, tiny, "--held", tmp_path / "nowhere"))
     assert (code, kind) == (2, "data")
-    assert "held-out data was expected in" in message
+    assert "held-out data was expected for nowhere" in message
+    assert str(tmp_path) not in message, "an agent may read it, and is to learn no path to the text"
     other = tmp_path / "held"
     other.mkdir()
     for file in tiny.held.iterdir():
@@ -435,6 +440,7 @@ def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp
     code, kind, message = refusal(score(run_dir, tiny, "--held", other))
     assert (code, kind) == (2, "data")
     assert "is not the text that was prepared" in message
+    assert str(tmp_path) not in message
     (other / "val.bin").write_bytes((tiny.held / "val.bin").read_bytes())
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"val_bytes": meta["val_bytes"] + 1}))
@@ -450,10 +456,10 @@ def test_nothing_is_left_behind(tiny, candidate):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says it by prctl")
-def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
+def test_other_processes_may_not_look_into_the_scorer(tiny, candidate, tmp_path):
     """The server asks whether its parent may be dumped: if not, its memory is root's to see, not the user's."""
     source = "import os, pathlib\nstat = os.stat(f'/proc/{os.getppid()}/maps')\n" \
-             "pathlib.Path(__file__).with_name('owner').write_text(str(stat.st_uid))\n" + BIGRAM
+             f"pathlib.Path({str(tmp_path / 'owner')!r}).write_text(str(stat.st_uid))\n" + BIGRAM
     if os.getuid() == 0:
         code = "import ctypes, harness, pathlib\nfrom harness.score import score\n" \
                "try: score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
@@ -462,7 +468,7 @@ def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
     else:
         run_dir = candidate(source=source)
         assert score(run_dir, tiny).returncode == 0
-        assert (run_dir / "owner").read_text() == "0"
+        assert (tmp_path / "owner").read_text() == "0"
 
 
 @pytest.mark.slow
