@@ -71,10 +71,11 @@ def table(tiny):
 def candidate(tiny, table, tmp_path):
     """Makes a run directory as a trainer would leave it: a bigram model with an edit."""
     def make(edit: str = "pass", source: str = BIGRAM, **facts):
-        (tmp_path / "train_x.py").write_text(source.replace("EDIT", edit.replace("\n", "\n        ")))
-        np.save(tmp_path / "bigram.npy", table)
-        (tmp_path / "train.json").write_text(json.dumps({**FACTS, "data": tiny.train.name, **facts}))
-        return tmp_path
+        (run_dir := tmp_path / "run").mkdir(exist_ok=True)
+        (run_dir / "train_x.py").write_text(source.replace("EDIT", edit.replace("\n", "\n        ")))
+        np.save(run_dir / "bigram.npy", table)
+        (run_dir / "train.json").write_text(json.dumps({**FACTS, "data": tiny.train.name, **facts}))
+        return run_dir
     return make
 
 
