@@ -5,18 +5,22 @@ Each ends with the score that the honest file gets, or as a failure by name; and
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT
+from night_kit import git
 
+from agent.git.worktree import Repository
 from agent.trial import sandbox
 from agent.trial.lab import FROZEN as PARTS
 from agent.trial.lab import Lab
 from agent.trial.trial import run_trial
 
+needs_sandbox = pytest.mark.skipif(not sandbox.available().present, reason=f"no sandbox here: {sandbox.available()}")
 ATTACKS = ROOT / "tests" / "attacks"
 FROZEN = [p.relative_to(ROOT) for name in PARTS for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
 GUARD = '\n\nif __name__ == "__main__":\n    main()\n'
@@ -42,8 +46,8 @@ def lab(folder: Path, tiny, name: str, **changes) -> Lab:
     return Lab(**{**settings, **changes})
 
 
-def trial(folder: Path, tiny, name: str, **changes):
-    return run_trial(lab(folder, tiny, name, **changes), folder / "night" / "trials" / "0001-1", 1, None)
+def trial(folder: Path, tiny, name: str, reference=None, **changes):
+    return run_trial(lab(folder, tiny, name, **changes), folder / "night" / "trials" / "0001-1", 1, reference)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def honest(tiny, tmp_path_factory) -> float:
 
 @pytest.mark.parametrize("name", [
     "prints_a_summary", "writes_the_result", "patches_everything", "looks_for_the_validation_text", "edits_the_harness",
-    "leaves_a_child"])
+    "leaves_a_child", "fills_its_run_directory_with_traps"])
 def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     result = trial(tmp_path, tiny, name)
     assert result.status == "ok", result.error
@@ -74,6 +78,8 @@ def test_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     ("warms_up_for_too_long", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
     ("sleeps_past_its_budget", "timeout", "still running after", {"budget": "1s", "startup_seconds": 2.0}),
     ("fills_the_disk", "violation", "wrote more than", {"directory_bytes": 50 << 20}),
+    ("hides_its_result_in_a_pipe", "crash", "no train.json", {}),
+    ("nests_folders", "violation", "folders nested 8 deep", {}),
 ])
 def test_ends_as_a_failure_by_name(tiny, tmp_path, name, status, said, changes):
     result = trial(tmp_path, tiny, name, **changes)
@@ -106,8 +112,74 @@ def test_a_child_that_was_left_is_ended(tiny, tmp_path):
     assert not running
 
 
-@pytest.mark.skipif(not sandbox.available().present, reason=f"no sandbox here: {sandbox.available()}")
-@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything", "whispers"])
+@pytest.fixture(scope="module")
+def baseline(tiny, tmp_path_factory) -> dict:
+    """The summary of an honest trial of one second, with what it took by the driver's clock."""
+    result = trial(tmp_path_factory.mktemp("baseline"), tiny, "honest", budget="1s")
+    assert result.status == "ok", result.error
+    return result.summary
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("trains_before_its_budget_starts", "by the driver's clock (budget 1s; the baseline took"),
+    ("slows_its_clock", "by the driver's clock (budget 1s; the baseline took"),
+    ("trains_in_load_model", "importing the train file and load_model took more than"),
+    ("answers_slowly", "scoring was still running after"),
+])
+@pytest.mark.parametrize("sandboxed", [False, pytest.param(True, marks=needs_sandbox)])
+def test_time_that_a_candidate_takes_beside_its_budget_ends_it(tiny, tmp_path, monkeypatch, baseline, name, said, sandboxed):
+    """None of these says how long it trained, or what it says is a lie. The slack is shortened here, to wait for less."""
+    monkeypatch.setattr("agent.trial.lab.SLACK_SECONDS", 2.0)
+    monkeypatch.setattr("agent.trial.lab.LOAD_SLACK_SECONDS", 1.0)
+    result = trial(tmp_path, tiny, name, baseline, budget="1s", sandboxed=sandboxed)
+    assert (result.status, result.val_bpb) == ("timeout", None)
+    assert said in result.error["message"]
+    assert result.seconds < 20
+
+
+def test_an_honest_trial_fits_into_the_time_of_the_baseline(tiny, tmp_path, baseline):
+    result = trial(tmp_path, tiny, "honest", baseline, budget="1s")
+    assert result.status == "ok", result.error
+    assert result.summary["trainer_seconds"] > 1
+
+
+@needs_sandbox
+def test_a_trial_goes_on_from_no_other(tiny, tmp_path):
+    """Neither from weights beside its run directory nor from what an earlier trial of its own left in TMPDIR."""
+    scores = {}
+    for name in ("honest", "goes_on_from_other_trials"):
+        place = lab(tmp_path / name, tiny, name, sandboxed=True)
+        results = [run_trial(place, place.folder / "trials" / f"000{n}-{seed}", seed, None) for n, seed in ((0, 1), (1, 1), (1, 2))]
+        assert [result.status for result in results] == ["ok"] * 3, [result.error for result in results]
+        scores[name] = [result.val_bpb for result in results]
+        assert "found" not in "".join(log.read_text() for log in place.folder.rglob("*.train.log"))
+    assert scores["honest"] == scores["goes_on_from_other_trials"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore tells about other processes' pages on Linux")
+@pytest.mark.parametrize("sandboxed", [False, pytest.param(True, marks=needs_sandbox)])
+def test_two_servers_share_no_page_of_a_run_directory(tiny, tmp_path, honest, sandboxed):
+    result = trial(tmp_path, tiny, "tells_by_the_page_cache", sandboxed=sandboxed)
+    assert result.status == "ok", result.error
+    assert result.val_bpb == honest
+
+
+def test_a_training_that_edits_the_nights_harness_is_a_violation(tiny, tmp_path):
+    for file in FROZEN:
+        (tmp_path / "repo" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / "repo" / file)
+    git(tmp_path / "repo", "init", "-q")
+    git(tmp_path / "repo", "add", "-A")
+    git(tmp_path / "repo", "commit", "-qm", "start")
+    repository = Repository(tmp_path / "repo")
+    result = trial(tmp_path, tiny, "edits_the_nights_harness", repository=repository, base=repository.head)
+    assert (result.status, result.val_bpb) == ("violation", None)
+    assert "the night's copy of the harness was changed" in result.error["message"]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything", "whispers",
+                                  "reads_the_training_text_at_scoring", "edits_the_nights_harness"])
 def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     result = trial(tmp_path, tiny, name, sandboxed=True)
     assert result.status == "ok", result.error
@@ -116,10 +188,10 @@ def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, na
         assert (tmp_path / "worktree" / file).read_bytes() == (ROOT / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "whispers"])
+@pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "whispers", "reads_the_training_text_at_scoring"])
 def test_without_the_sandbox_it_is_not_refused(tiny, tmp_path, honest, name):
-    """What only the sandbox covers, said here so that nobody believes more: held-out text can be read by the folder's owner, and
-    two processes of a model can leave each other notes."""
+    """What only the sandbox covers, said here so that nobody believes more: held-out text can be read by the folder's owner, two
+    processes of a model can leave each other notes, and load_model can read the whole training text."""
     result = trial(tmp_path, tiny, name)
     assert result.status == "ok", result.error
     assert result.val_bpb < honest
