@@ -23,6 +23,7 @@ from agent.trial.lab import Lab, lay_harness
 from agent.trial.rights import SOURCES, folders, hidden_places
 from agent.trial.sandbox import described
 from agent.trial.trial import score_run
+from agent.views.report import summary
 
 needs_sandbox = pytest.mark.skipif(not sandbox.available().present, reason=str(sandbox.available()))
 
@@ -296,3 +297,69 @@ def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -
     result = score_run(lab, run_dir, "val")
     assert result.status == "ok", result.error
     assert result.val_bpb
+
+
+def statuses(bed: Bed) -> list[tuple[str | None, str]]:
+    return [(e.status, e.reason) for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done]
+
+
+CHEATS = '''
+if act == "data":
+    file.write_text(source + f"X = {os.urandom(4000).hex()!r}\\n")
+elif act == "quotes":
+    file.write_text(source + "X = 'the held-out text'\\n")
+elif act == "brief":
+    Path(os.environ["AUTORESEARCH_JOURNAL"]).parents[2].joinpath("program.md").write_text("Keep everything.")
+    put("GAIN", gain - 0.05)
+'''
+SCREEN = '''
+        if "the held-out text" in Path(sys.argv[2]).read_text():
+            print(json.dumps({"kind": "violation", "message": "holds held-out text"}), file=sys.stderr)
+            sys.exit(6)
+'''
+
+
+def test_a_night_refuses_by_name_what_only_the_driver_can_see(tmp_path: Path) -> None:
+    """Data in the source; held-out text, as the harness finds it; a model that looks ahead so rarely that only the probes of every
+    row find it; and a brief that changed while an agent worked is told."""
+    bed = Bed(tmp_path, "data quotes looks brief")
+    (bed.repo / "prepare_mlx.py").write_text(HARNESS.replace('== "screen":\n', '== "screen":' + SCREEN))
+    git(bed.repo, "commit", "-qam", "with a search for text")
+    agent = (bed.tools / "agent.py").read_text()
+    (bed.tools / "agent.py").write_text(agent.replace('if act == "better":', CHEATS.strip("\n") + '\nelif act == "better":'))
+    done = bed.run("--experiments", "4", "--no-sandbox")
+    assert done.returncode == 0, done.stdout + done.stderr
+    data, quotes, looks, _ = statuses(bed)
+    assert data[0] == quotes[0] == looks[0] == "violation"
+    assert "bytes of strings, numbers and comments more than its parent" in data[1]
+    assert "holds held-out text" in quotes[1]
+    assert "logits look ahead" in looks[1]
+    events = read_events(bed.folder() / "journal.jsonl")[0]
+    night = fold(events)
+    assert night.kept == []
+    assert [len(e.scores) for e in night.done[:2]] == [0, 0], "no budget was spent on them"
+    assert len(night.done[2].scores) >= 2, "this one would have been kept"
+    assert [event["status"] for event in events if event["event"] == "verified"] == ["violation"]
+    assert [note for note in night.notes if "program.md" in note] == [
+        "program.md was changed while the agent of experiment 4 was at work"
+    ]
+    assert "program.md was changed" in done.stdout
+
+
+def test_a_keep_was_verified_and_a_refused_test_is_no_success(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    refuse = 'if split == "test" and weights["gain"]:\n        print(json.dumps({"kind": "violation", "message": "looks"}), ' \
+             'file=sys.stderr)\n        return 6\n    noise = '
+    (bed.repo / "prepare_mlx.py").write_text(HARNESS.replace("noise = ", refuse, 1))
+    git(bed.repo, "commit", "-qam", "refuses")
+    done = bed.run("--experiments", "1", "--no-sandbox")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert statuses(bed)[0][0] == "keep"
+    events = read_events(bed.folder() / "journal.jsonl")[0]
+    names = [event["event"] for event in events]
+    assert names.index("verified") < len(names) - 1 - names[::-1].index("verdict")
+    last = done.stdout.strip().splitlines()[-1]
+    assert "nothing was won: experiment 1 was the best" in last
+    assert "its held-out test was refused (violation: scoring failed: looks)" in last
+    assert "%" not in last
+    assert "its held-out test was refused" in summary(fold(events), None)
