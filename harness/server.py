@@ -5,15 +5,18 @@ Requests and replies are JSON lines through pipes. Tokens and logits travel thro
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import math
 import mmap
 import os
+import platform
 import resource
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,10 @@ from harness import PROGRAM, HarnessError, kind_of, open_plain
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
 LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
 COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # limits of what is copied of a run directory
+# Linux: calls by which a process learns what others did, through keyrings or the kernel's cache of files. No model needs them.
+# add_key, request_key, keyctl, mincore, cachestat, preadv2, io_uring_setup; and how the kernel calls the architecture
+DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
+                "aarch64": (0xC00000B7, 217, 218, 219, 232, 451, 286, 425)}
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
 SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
 
@@ -40,6 +47,24 @@ def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.AC
     return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
 
 
+def deny_calls() -> None:
+    """Have the kernel refuse DENIED_CALLS to this process and its children, for good (seccomp). Does nothing elsewhere than on
+    Linux, and where the kernel has no such filter."""
+    if sys.platform != "linux" or platform.machine() not in DENIED_CALLS:
+        return
+    architecture, *calls = DENIED_CALLS[platform.machine()]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06                         # opcodes of a filter: BPF_LD, _JEQ, _JGE, _RET
+    allowed, refused = 0x7FFF0000, 0x00050000 | 38                              # SECCOMP_RET_ALLOW, _ERRNO with ENOSYS
+    end_at = len(calls) + 5                                                     # a jump counts the instructions in between
+    program = [(load, 0, 0, 4), (equal, 0, end_at - 2, architecture), (load, 0, 0, 0), (at_least, end_at - 4, 0, 0x40000000)]
+    program += [(equal, end_at - 5 - i, 0, call) for i, call in enumerate(calls)]
+    program += [(end, 0, 0, allowed), (end, 0, 0, refused)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    libc = ctypes.CDLL(None)
+    libc.prctl(38, 1, 0, 0, 0)                                                  # PR_SET_NO_NEW_PRIVS
+    libc.prctl(22, 2, ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code))))  # PR_SET_SECCOMP
+
+
 def serve(run_dir: Path) -> None:
     """Run the logits server on standard input and output. Only this process imports the candidate.
 
@@ -50,6 +75,7 @@ def serve(run_dir: Path) -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the candidate's prints go to the log, whose size is limited
     resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
+    deny_calls()
     first = json.loads(sys.stdin.readline())
     tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
     logits = shared(first["logits"], np.float32, [2, *first["shape"]])

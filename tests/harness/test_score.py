@@ -7,12 +7,14 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -20,8 +22,8 @@ import pytest
 from conftest import ROOT, environment, program, summary_of
 
 from harness import HarnessError
-from harness.probes import Question, bits_per_byte, log_probs, splice
-from harness.server import end_group, shared
+from harness.probes import VERIFY_POSITIONS, VERIFY_SERVERS, Question, bits_per_byte, log_probs, splice
+from harness.server import DENIED_CALLS, end_group, shared
 from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
@@ -503,3 +505,98 @@ def test_log_probs_name_what_is_not_finite():
     logits[2, 3], logits[2, 4] = np.inf, -np.inf
     with pytest.raises(HarnessError, match="non_finite"):
         log_probs(logits, np.zeros((4, 1), int))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in DENIED_CALLS, reason="a filter of Linux")
+def test_a_server_and_its_children_may_not_ask_the_kernel_about_others():
+    code = "import ctypes, os, platform\nfrom harness.server import DENIED_CALLS, deny_calls\ndeny_calls()\n" \
+           "libc = ctypes.CDLL(None, use_errno=True)\n" \
+           "for call in DENIED_CALLS[platform.machine()][1:]:\n" \
+           "    assert libc.syscall(call, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 38, call\n" \
+           "assert os.fork() or os._exit(libc.syscall(DENIED_CALLS[platform.machine()][1], 0, 0, 0, 0, 0) != -1)\n" \
+           "assert os.wait()[1] == 0\n" \
+           "print(open('/dev/null').read() == '' and os.listdir('/') != [])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def looks_ahead_at(share: float, rows: int, rng: np.random.Generator) -> Callable[[bool], bool]:
+    """A toy model that sees the next token at a share of positions, which it picks by the two tokens before; whether it passes."""
+    vocab, length = 64, 32
+    text = rng.integers(0, vocab, rows * length + 1).astype(np.int32)
+    inputs, targets = text[:-1].reshape(rows, length), text[1:].reshape(rows, length)
+    table, chosen = rng.normal(0, 1, (vocab, vocab)).astype(np.float32), rng.random((vocab, vocab)) < share
+
+    def ask(questions, ids):
+        answers = []
+        for question in questions:
+            tokens, logits = question.tokens, table[question.tokens].copy()
+            places = 1 + np.flatnonzero(chosen[tokens[:-2], tokens[1:-1]])
+            logits[places, tokens[places + 1]] += 9
+            answers.append(log_probs(logits, ids[question.row]))
+        return answers
+
+    def passes(verify: bool) -> bool:
+        try:
+            bits_per_byte(ask, inputs, targets, np.ones((rows, length), bool), rows * length, verify)
+        except HarnessError:
+            return False
+        return True
+    return passes
+
+
+def test_every_row_is_probed_before_a_keep(validation, table):
+    """No row without a probe, VERIFY_POSITIONS probes or more, and still no beginning twice in one process."""
+    asked = []
+
+    def ask(questions, ids):
+        asked.append([(q.row, q.cut) for q in questions])
+        return by_table(table)(questions, ids)
+    score = bits_per_byte(ask, *validation, 1000, verify=True)
+    assert score == pytest.approx(bits_per_byte(by_table(table), *validation, 1000))
+    rows = len(validation[0])
+    probed = [row for questions in asked for row, cut in questions if cut < 32]
+    assert set(probed) == set(range(rows))
+    assert len(asked) == min(VERIFY_SERVERS, 1 + math.ceil(VERIFY_POSITIONS / rows))
+    assert len(probed) == rows * (len(asked) - 1)
+    for questions in asked:
+        assert sorted(row for row, _ in questions) == list(range(rows))
+
+
+def test_a_model_that_looks_ahead_rarely_passes_a_score_and_is_refused_before_a_keep():
+    """At 1 % of positions, where a model passes every other ordinary score; and an honest one always passes."""
+    rng = np.random.default_rng(1)
+    assert not any(looks_ahead_at(0.01, 380, rng)(True) for _ in range(3))
+    assert all(looks_ahead_at(0.0, 380, rng)(verify) for verify in (True, False))
+
+
+@pytest.mark.slow
+def test_the_chance_to_look_ahead_unseen():
+    """What the README states, for 380 rows: a share of 0.2, 0.5 and 1 % of positions passes before a keep in about 5, 0 and 0 %."""
+    rng = np.random.default_rng(2)
+    seen = {share: np.mean([looks_ahead_at(share, 380, rng)(True) for _ in range(60)]) for share in (0.002, 0.005, 0.01)}
+    assert seen[0.002] < 0.2
+    assert seen[0.005] == seen[0.01] == 0
+
+
+def test_a_model_that_loads_too_long_is_a_timeout(tiny, candidate):
+    done = score(candidate(source="import time\ntime.sleep(60)\n" + BIGRAM), tiny, "--load-limit", "2")
+    code, kind, message = refusal(done)
+    assert (code, kind) == (5, "timeout")
+    assert "importing the train file and load_model took more than 2.0 s" in message
+    assert float(summary_of(score(candidate(), tiny, "--load-limit", "30").stdout)["load_seconds"]) > 0
+
+
+def test_a_run_directory_without_end_is_not_copied(tiny, candidate, monkeypatch):
+    from harness import server
+    run_dir = candidate()
+    monkeypatch.setattr(server, "COPY_FILES", 5)
+    for n in range(6):
+        (run_dir / f"{n}").write_text("")
+    with pytest.raises(HarnessError, match="expected at most 5 files"):
+        server.copy_run(run_dir, run_dir.parent / "copy")
+    with open(run_dir / "huge", "wb") as file:
+        file.truncate(1 << 40)  # takes no space, until it is copied
+    monkeypatch.setattr(server, "COPY_FILES", 100)
+    with pytest.raises(HarnessError, match="20 GiB"):
+        server.copy_run(run_dir, run_dir.parent / "again")

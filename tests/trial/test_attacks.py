@@ -156,10 +156,11 @@ def test_a_trial_goes_on_from_no_other(tiny, tmp_path):
     assert scores["honest"] == scores["goes_on_from_other_trials"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mincore tells about other processes' pages on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="these are calls of Linux")
+@pytest.mark.parametrize("name", ["tells_by_the_page_cache", "tells_by_the_keyring"])
 @pytest.mark.parametrize("sandboxed", [False, pytest.param(True, marks=needs_sandbox)])
-def test_two_servers_share_no_page_of_a_run_directory(tiny, tmp_path, honest, sandboxed):
-    result = trial(tmp_path, tiny, "tells_by_the_page_cache", sandboxed=sandboxed)
+def test_two_servers_learn_nothing_of_each_other_from_the_kernel(tiny, tmp_path, honest, name, sandboxed):
+    result = trial(tmp_path, tiny, name, sandboxed=sandboxed)
     assert result.status == "ok", result.error
     assert result.val_bpb == honest
 
