@@ -59,7 +59,10 @@ class Cover:
 
 _WRITES = "writes only to the run directory and a private TMPDIR"
 _READS = "prepared data but the train shard, other trials, logins and keys in the home folder cannot be read"
-_NOT_COVERED = ("other files of the user can be read", "processor, memory and GPU are shared (the driver's limits apply)")
+_NOT_COVERED = (
+    "other files of the user can be read", "processor, memory and GPU are shared (the driver's limits apply)",
+    "signs through the kernel (load, caches, keyrings)",
+)  # fmt: skip
 BUBBLEWRAP = Cover(
     "bubblewrap",
     ("no network", _WRITES, _READS, "other processes and the sockets in /tmp and /run cannot be seen"),

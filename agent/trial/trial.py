@@ -12,17 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.errors import DataError
 from agent.git.filetree import remove
 from agent.process import child
 from agent.text import failure_record
 from agent.trial import rights, sandbox
-from agent.trial.failures import REASONS, TRAINER_CODES, ending, failed, scorer_word
+from agent.trial.failures import REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
 from agent.trial.lab import SCORER_SECONDS, TRAINER_SECONDS, Lab, run_child
 from agent.trial.metrics import SummaryError, Watch, differences, read_summary
 from agent.trial.order import TrialResult
 
 SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
 SCREEN_SECONDS = 300.0
+DATA_CODE = 2  # exit code of the harness where its own data or command line is at fault
 VERIFYING = 8.0  # times as long as a score: the harness starts at most eight logits servers instead of two
 
 
@@ -135,8 +137,10 @@ def score_run(
 
 
 def _refused(outcome: child.Outcome, what: str) -> TrialResult:
-    """The failure that the harness named on standard error."""
+    """The failure that the harness named on standard error. DataError if its data is at fault, which no candidate can cause."""
     kind, message = scorer_word(outcome.log)
+    if outcome.exit_code == DATA_CODE:
+        raise DataError(f"{what}: {message or last_words(outcome)}; prepare the data again, then --resume")
     return failed(kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash"), f"{what}: {message}", outcome)
 
 

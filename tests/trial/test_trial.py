@@ -13,13 +13,13 @@ import pytest
 from night_kit import TRAINER, Bed
 from trial_kit import lab
 
-from agent.errors import Stopped
+from agent.errors import DataError, Stopped
 from agent.git.worktree import Repository
 from agent.process.environment import clean_env
 from agent.trial import sandbox
 from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
 from agent.trial.order import TrialResult
-from agent.trial.trial import run_trial, score_run
+from agent.trial.trial import run_trial, score_run, screen
 
 
 def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
@@ -108,6 +108,16 @@ def test_metal_aborts_where_memory_ends(tmp_path: Path) -> None:
 def test_exit_code_wins_over_an_error_file_that_the_candidate_wrote(tmp_path: Path) -> None:
     forged = '(Path(os.environ["AUTORESEARCH_RUN_DIR"]) / "error.json").write_text("[" * 99999); sys.exit(3); run = Path'
     assert trial(tmp_path, TRAINER.replace("run = Path", forged)).status == "nan"
+
+
+def test_held_out_data_that_is_gone_is_no_candidates_fault(tmp_path: Path) -> None:
+    place = lab(tmp_path)
+    gone = 'print(json.dumps({"kind": "data", "message": "val.bin is gone"}), file=sys.stderr); sys.exit(2)'
+    (tmp_path / "frozen" / "prepare_mlx.py").write_text(f"import json, sys\n{gone}\n")
+    with pytest.raises(DataError, match=r"scoring failed: val\.bin is gone; prepare the data again"):
+        run_trial(place, tmp_path / "trials" / "0001-7", 7, None)
+    with pytest.raises(DataError, match="the search for held-out text failed"):
+        screen(place, b"")
 
 
 def test_stop_leaves_a_trial_without_a_result(tmp_path: Path) -> None:
