@@ -9,8 +9,8 @@ others. A process must leave no message to the next: each has its own TMPDIR, it
 and the sandbox denies every other write.
 
 A probe tests one position of one row, so a model that looks ahead at few positions passes most ordinary scores. Before a keep the
-driver therefore asks for a score that probes every row, and at least VERIFY_POSITIONS positions. A model that looks ahead at a
-share p of all positions then passes with a chance of about (1 - p) ** VERIFY_POSITIONS.
+driver therefore asks for a score that probes every row, and VERIFY_POSITIONS positions if VERIFY_SERVERS processes reach so many.
+A model that looks ahead at a share p of all positions then passes with a chance of about (1 - p) ** VERIFY_POSITIONS.
 
 Not covered: files written where there is no sandbox; Metal's kernel cache on macOS; a process that outlives the first one, in a
 container where bubblewrap has no process namespace; what the kernel tells about the use of shared files, memory and keyrings.
@@ -27,7 +27,7 @@ from harness import HarnessError
 
 # The answers to a row and to its probe may differ by rounding only: bfloat16 may round differently at another place of the batch.
 PROBE_ROWS = 24                 # number of probes in an ordinary score, plus one for every 8 rows
-VERIFY_POSITIONS = 1500         # positions probed before a keep, at least
+VERIFY_POSITIONS = 1500         # positions to probe before a keep
 VERIFY_SERVERS = 8              # most processes of one score
 PROBE_TOLERANCE = 0.15          # nats, limit for the change of one log probability: two steps of a bfloat16 logit near 15
 PROBE_NOISE = 0.01              # nats, limit for the root mean square of all changes
@@ -91,7 +91,7 @@ def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored
     inputs, targets: int32 [rows, T]. scored: bool [rows, T], the targets that count.
     ask(questions, ids): starts a new process of the model and returns log probabilities, float64 [questions, T, K] in nats, at
     `ids`, int32 [rows, T, K].
-    verify: probe every row, and at least VERIFY_POSITIONS positions; else some rows.
+    verify: probe every row, in as many processes as VERIFY_POSITIONS asks for; else some rows in two.
     Each row is scored in one process and probed in others, in random order. No process sees the beginning of a row twice, so that
     none can recognise a probe or answer it from memory.
     Errors: HarnessError("violation") if a probe fails; the message begins with non_causal, cross_row or stateful. And `ask`'s.

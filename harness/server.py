@@ -35,6 +35,7 @@ COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # limits of what is co
 DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
                 "aarch64": (0xC00000B7, 217, 218, 219, 232, 451, 286, 425)}
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
+DATA_VARIABLES = {f"AUTORESEARCH_{name}" for name in ("HOME", "DATA", "RUN_DIR", "JOURNAL")}  # lead a candidate to text or weights
 SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
 
 
@@ -167,8 +168,7 @@ class LogitsServer:
             self.process = subprocess.Popen(
                 [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(self._scratch / "run")], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
-                    # the other variables would lead to the data
-                    **{k: v for k, v in os.environ.items() if not k.startswith("AUTORESEARCH_") or k == "AUTORESEARCH_TIER"},
+                    **{k: v for k, v in os.environ.items() if k not in DATA_VARIABLES},
                     "TMPDIR": str(self._scratch / "tmp")})
         self._started = time.monotonic()
         self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
