@@ -47,7 +47,7 @@ class Lab:
     vocab_size: int
     repository: Repository | None = None  # with `base`: where the harness comes from; None: it is not compared before a score
     base: str = ""
-    hidden: tuple[Path, ...] = ()  # that a candidate may not see, but for what is opened inside
+    hidden: tuple[Path, ...] = ()  # beside the night's folder and data: what a candidate may not see, but for what is opened inside
     startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget, until the baseline's need is known
     memory_bytes: int | None = None
     directory_bytes: int = 20 * GIB  # in run directory and TMPDIR together
@@ -66,8 +66,9 @@ class Lab:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.sandboxed:
             return argv
-        readable, hidden = (self.worktree, self.harness.parent, *readable), [self.held_dir, *self.hidden]
-        return sandbox.wrap(argv, rights.rules(writable, readable, hidden))[0]
+        hidden = (self.folder, self.train_dir, self.held_dir, *self.hidden)
+        opened = (self.worktree, self.harness.parent, *readable)
+        return sandbox.wrap(argv, rights.rules(writable, opened, hidden))[0]
 
     def scratch(self, run_dir: Path) -> Path:
         """TMPDIR of one trial, `tmp/NNNN-S`, made anew for each: a trial finds nothing that another one left. Kernels that a

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import PINNED, ROOT, program
 
+from harness import HarnessError
+from harness.screen import screen
 from harness.tokenizer import Tokenizer
 
 PARENT = (PINNED / "train_mlx.py").read_text()
@@ -41,7 +43,15 @@ CARRIERS = {
 def test_held_out_text_is_found_however_it_is_written(tiny, tmp_path, held_out, carry):
     tokens, text = held_out
     start = text.index("\n", 2000) + 1
-    done = screened(tmp_path, tiny, PARENT + "\n" + carry(text[start : start + 600], tokens[700:1000]) + "\n")
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "train_mlx.py").write_text(PARENT + "\n" + carry(text[start : start + 600], tokens[700:1000]) + "\n")
+    with pytest.raises(HarnessError, match=r"train_mlx\.py holds held-out text: \d+ pieces .* stand in the val split") as refused:
+        screen(tmp_path / "train_mlx.py", tmp_path / "parent.py", tiny.held)
+    assert refused.value.kind == "violation"
+
+
+def test_the_command_refuses_by_exit_code_and_names_no_folder(tiny, tmp_path, held_out):
+    done = screened(tmp_path, tiny, f"{PARENT}\nX = {held_out[1][2000:2600]!r}\n")
     assert done.returncode == 6, done.stdout + done.stderr
     record = json.loads(done.stderr.splitlines()[-1])
     assert record["kind"] == "violation"

@@ -6,6 +6,7 @@ Each ends with the score that the honest file gets, or as a failure by name; and
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -120,17 +121,19 @@ def baseline(tiny, tmp_path_factory) -> dict:
     return result.summary
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("trains_before_its_budget_starts", "by the driver's clock (budget 1s; the baseline took"),
-    ("slows_its_clock", "by the driver's clock (budget 1s; the baseline took"),
-    ("trains_in_load_model", "importing the train file and load_model took more than"),
-    ("answers_slowly", "scoring was still running after"),
+@pytest.mark.parametrize(("name", "said", "sandboxed"), [
+    ("trains_before_its_budget_starts", "by the driver's clock (budget 1s; the baseline took", False),
+    pytest.param("trains_before_its_budget_starts", "by the driver's clock (budget 1s; the baseline", True, marks=needs_sandbox),
+    ("slows_its_clock", "by the driver's clock (budget 1s; the baseline took", False),
+    ("trains_in_load_model", "importing the train file and load_model took more than", False),
+    pytest.param("trains_in_load_model", "importing the train file and load_model took more than", True, marks=needs_sandbox),
+    ("answers_slowly", "scoring was still running after", False),
 ])
-@pytest.mark.parametrize("sandboxed", [False, pytest.param(True, marks=needs_sandbox)])
 def test_time_that_a_candidate_takes_beside_its_budget_ends_it(tiny, tmp_path, monkeypatch, baseline, name, said, sandboxed):
     """None of these says how long it trained, or what it says is a lie. The slack is shortened here, to wait for less."""
     monkeypatch.setattr("agent.trial.lab.SLACK_SECONDS", 2.0)
     monkeypatch.setattr("agent.trial.lab.LOAD_SLACK_SECONDS", 1.0)
+    monkeypatch.setattr("agent.trial.lab.SLOWER", 1.5)
     result = trial(tmp_path, tiny, name, baseline, budget="1s", sandboxed=sandboxed)
     assert (result.status, result.val_bpb) == ("timeout", None)
     assert said in result.error["message"]
@@ -143,17 +146,36 @@ def test_an_honest_trial_fits_into_the_time_of_the_baseline(tiny, tmp_path, base
     assert result.summary["trainer_seconds"] > 1
 
 
+@pytest.fixture
+def outside(tiny):
+    """A folder with the train shard that is not below /tmp, which a sandbox hides as a whole."""
+    places = [p for p in (Path.home(), Path(__file__).parent) if not any(p.is_relative_to(t) for t in ("/tmp", "/var/tmp"))]
+    if not places:
+        pytest.skip("needs a home folder or a checkout that is not below /tmp")
+    with tempfile.TemporaryDirectory(prefix=".autoresearch-test-", dir=places[0]) as name:
+        shutil.copytree(tiny.train, Path(name) / "train")
+        yield Path(name)
+
+
 @needs_sandbox
-def test_a_trial_goes_on_from_no_other(tiny, tmp_path):
+def test_a_logits_server_sees_no_training_text(tiny, outside, honest):
+    changes = {"train_dir": outside / "train", "held_dir": tiny.held}
+    free = trial(outside / "free", tiny, "reads_the_training_text_at_scoring", **changes)
+    assert free.val_bpb < honest, "without a sandbox it does"
+    boxed = trial(outside / "boxed", tiny, "reads_the_training_text_at_scoring", sandboxed=True, **changes)
+    assert boxed.status == "ok", boxed.error
+    assert boxed.val_bpb == honest
+
+
+@needs_sandbox
+def test_a_trial_goes_on_from_no_other(tiny, outside):
     """Neither from weights beside its run directory nor from what an earlier trial of its own left in TMPDIR."""
-    scores = {}
-    for name in ("honest", "goes_on_from_other_trials"):
-        place = lab(tmp_path / name, tiny, name, sandboxed=True)
-        results = [run_trial(place, place.folder / "trials" / f"000{n}-{seed}", seed, None) for n, seed in ((0, 1), (1, 1), (1, 2))]
-        assert [result.status for result in results] == ["ok"] * 3, [result.error for result in results]
-        scores[name] = [result.val_bpb for result in results]
-        assert "found" not in "".join(log.read_text() for log in place.folder.rglob("*.train.log"))
-    assert scores["honest"] == scores["goes_on_from_other_trials"]
+    place, other = (lab(outside / name, tiny, name, sandboxed=True) for name in ("goes_on_from_other_trials", "honest"))
+    honest = run_trial(other, other.folder / "trials" / "0001-2", 2, None)
+    results = [run_trial(place, place.folder / "trials" / f"0001-{seed}", seed, None) for seed in (1, 2)]
+    assert [result.status for result in results] == ["ok", "ok"], [result.error for result in results]
+    assert results[1].val_bpb == honest.val_bpb
+    assert "found" not in "".join(log.read_text() for log in place.folder.rglob("*.train.log"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="these are calls of Linux")
@@ -180,7 +202,7 @@ def test_a_training_that_edits_the_nights_harness_is_a_violation(tiny, tmp_path)
 
 @needs_sandbox
 @pytest.mark.parametrize("name", ["guesses_where_the_validation_text_is", "edits_the_harness", "patches_everything", "whispers",
-                                  "reads_the_training_text_at_scoring", "edits_the_nights_harness"])
+                                  "edits_the_nights_harness"])
 def test_in_the_sandbox_it_ends_with_its_honest_score(tiny, tmp_path, honest, name):
     result = trial(tmp_path, tiny, name, sandboxed=True)
     assert result.status == "ok", result.error
