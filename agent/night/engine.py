@@ -89,7 +89,8 @@ class Engine:
             if experiment.commit is None and (end := self.propose(experiment)):
                 return end
             if experiment.commit is not None and experiment.status is None:
-                self.verdict(experiment, *self.judgement(experiment))  # moves the branch to a keep, and leaves it for all others
+                # this moves the branch to a keep, and leaves it for all others
+                self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
 
     def judgement(self, experiment: Experiment) -> Verdict:
         """Train and score the candidate, and the best again where that decides, until there is a verdict."""
@@ -101,8 +102,6 @@ class Engine:
             subject = experiment
             if experiment.scores:
                 decision = judge(self.night, experiment, self.rule)
-                if decision.action == "keep" and (cheat := self.verified(experiment)):
-                    return cheat
                 if decision.action != "again":
                     return Verdict(decision.action, f"{decision.reason}, gain {decision.gain:+.4f}", None)
                 subject = best if decision.remeasure_best else experiment
@@ -198,8 +197,10 @@ class Engine:
         parent = self.worktree.repository.file_at(experiment.parent, self.lab.train_file)
         return novelty.burdened(file.read_bytes(), parent) or novelty.refused(screen(self.lab, parent))
 
-    def verified(self, experiment: Experiment) -> Verdict | None:
-        """Probe every row for look-ahead before a keep. The verdict on a candidate that fails, None if it passes."""
+    def verified(self, experiment: Experiment, verdict: Verdict) -> Verdict:
+        """The verdict after every row was probed for look-ahead, if it is a keep: a violation if the candidate fails."""
+        if verdict.status != "keep":
+            return verdict
         self.console.stage(f"{experiment.name}: every row is probed before it is kept")
         folder = next(trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
         for _ in range(validity.MOST_INTERRUPTIONS):
@@ -207,7 +208,7 @@ class Engine:
             seconds, status = round(result.seconds, 1), result.status
             self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
             if status != "interrupted":
-                return novelty.refused(result)
+                return novelty.refused(result) or verdict
         return Verdict("discard", "it could not be probed before a keep: the machine slept each time", None)
 
     def lay(self, experiment: Experiment) -> None:

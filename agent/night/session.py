@@ -88,7 +88,7 @@ def run_session(
     console.say(f"the night ends: {words}")
     console.say(f"results: {folder / 'results.tsv'}{drawn}")
     console.say(results.last_line(engine.night))
-    return 1 if name in ("failures", "login", "missing", "rate_limit") or results.refused(engine.night) else 0
+    return 0 if name not in ("failures", "login", "missing", "rate_limit") and not results.refused(engine.night) else 1
 
 
 def _picture(folder: Path, cwd: Path) -> bool:
