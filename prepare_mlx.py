@@ -65,6 +65,8 @@ def options() -> argparse.ArgumentParser:
                                  help="seconds that importing the train file and load_model may take (default: 120)")
             command.add_argument("--verify", action="store_true",
                                  help="probe every row for look-ahead; takes three times as long or more")
+            command.add_argument("--private", action="store_true",
+                                 help="read held, wrap and verify as JSON on standard input: others can see a command line")
             command.add_argument("--rows", type=int, default=0, help="maximum rows per batch (default: 256, or what fits in 96 MB)")
     return parser
 
@@ -78,6 +80,9 @@ def main() -> int:
             serve(args.run_dir.resolve())
         elif args.command == "score":
             from harness.score import score
+            if args.private:
+                told = json.load(sys.stdin)
+                args.held, args.wrap, args.verify = Path(told["held"]), told["wrap"], told["verify"]
             summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows, args.scratch, args.load_limit,
                             args.verify)
             print("---", *(f"{key + ': ':<18}{value}" for key, value in summary.items()), sep="\n")

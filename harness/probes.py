@@ -28,7 +28,7 @@ from harness import HarnessError
 # The answers to a row and to its probe may differ by rounding only: bfloat16 may round differently at another place of the batch.
 PROBE_ROWS = 24                 # number of probes in an ordinary score, plus one for every 8 rows
 VERIFY_POSITIONS = 1500         # positions to probe before a keep
-VERIFY_SERVERS = 8              # most processes of one score
+VERIFY_SERVERS = 12             # most processes of one score
 PROBE_TOLERANCE = 0.15          # nats, limit for the change of one log probability: two steps of a bfloat16 logit near 15
 PROBE_NOISE = 0.01              # nats, limit for the root mean square of all changes
 PROBE_LEAK = 0.002              # nats, limit for the mean gain from seeing the true next token, on top of 4 standard errors
@@ -98,13 +98,14 @@ def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored
     """
     rows, seq_len = inputs.shape
     rng = np.random.default_rng()  # unseeded: different probes every time
-    servers = min(VERIFY_SERVERS, 1 + math.ceil(VERIFY_POSITIONS / rows)) if verify else 2
+    few = PROBE_ROWS + rows // 8
+    asked = min(rows, (rows + few) / 2)                                         # of one process, always: none can tell `verify`
+    servers = min(VERIFY_SERVERS, math.ceil((rows + max(rows, VERIFY_POSITIONS)) / asked)) if verify else 2
     scores = rng.permutation(rows) % servers                                    # [rows]: the process that scores the row
     ids = np.stack([targets, *rng.integers(0, int(inputs.max()) + 1, (2, rows, seq_len))], axis=-1).astype(np.int32)
-    if verify:
-        places = [(row, which) for row in range(rows) for which in range(servers) if which != scores[row]]
-    else:
-        places = [(int(row), 1 - int(scores[row])) for row in rng.permutation(rows)[: PROBE_ROWS + rows // 8]]
+    n_probes = max(rows, int(servers * asked) - rows) if verify else few
+    order = np.concatenate([rng.permutation(rows) for _ in range(servers - 1)])[:n_probes]
+    places = [(int(row), int(scores[row] + 1 + i // rows) % servers) for i, row in enumerate(order)]  # a row: each time another
     probes = [(which, splice(inputs, row, rng)) for row, which in places]
     for i, (_, probe) in enumerate(probes):
         if probe.cut == seq_len or (not verify and i % 4 == 0):  # the unchanged row, among other rows

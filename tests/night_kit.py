@@ -33,7 +33,7 @@ def score(run_dir, split):
     run = Path(run_dir)
     made = json.loads((run / "train.json").read_text())
     weights = json.loads((run / "weights.safetensors").read_text())
-    if weights.get("mode") == "unscorable" or (weights.get("mode") == "looks" and "--verify" in sys.argv):
+    if weights.get("mode") == "unscorable" or (weights.get("mode") == "looks" and json.load(sys.stdin)["verify"]):
         print(json.dumps({"kind": "violation", "message": "logits look ahead"}), file=sys.stderr)
         return 6
     noise = random.Random(f"{made['seed']} {weights['gain']}").gauss(0, 0.001)

@@ -159,7 +159,7 @@ def frozen(repository: Repository, base: str) -> dict[str, bytes]:
 
 def run_child(
     lab: Lab, argv: list[str], log: Path, run_dir: Path, wall: float, env: Mapping[str, str] | None = None,
-    watch: Callable[[], str | None] = lambda: None, stdout_to: Path | None = None,
+    watch: Callable[[], str | None] = lambda: None, stdin: str | None = None, stdout_to: Path | None = None,
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
@@ -169,7 +169,7 @@ def run_child(
     known = {name: value for name, value in lab.environ.items() if name not in DATA_VARIABLES}
     outcome = child.run(
         argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, bounds=bounds,
-        stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
+        stop=lab.stop, watch=watch, stdin=stdin, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":
         raise Stopped

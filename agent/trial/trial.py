@@ -25,7 +25,7 @@ from agent.trial.order import TrialResult
 SUSPENDED_SECONDS = 5.0  # a training that slept longer is repeated
 SCREEN_SECONDS = 300.0
 DATA_CODE = 2  # exit code of the harness where its own data or command line is at fault
-VERIFYING = 8.0  # times as long as a score: the harness starts at most eight logits servers instead of two
+VERIFYING = 8.0  # times as long as a score: the harness asks up to six times as many questions, of up to twelve logits servers
 
 
 def screen(lab: Lab, parent: bytes) -> TrialResult:
@@ -109,17 +109,17 @@ def score_run(
     scratch = lab.scratch(run_dir) / "server"
     lab.restore_harness()
     remove(scratch)
-    server = json.dumps(lab.confined([], [scratch]))
-    scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split, "--held", str(lab.held_dir)]
-    scorer += ["--wrap", server, "--scratch", str(scratch)]
-    scorer += ["--verify"] if verifying else []
+    scorer = [sys.executable, "-B", str(lab.harness), "score", str(run_dir), "--split", split]
+    scorer += ["--scratch", str(scratch), "--private"]
+    # not on the command line, which a server may see: where the held-out text is, and whether it is about to be kept
+    told = json.dumps({"held": str(lab.held_dir), "wrap": lab.confined([], [scratch]), "verify": verifying})
     if (load := lab.load_limit(reference or {})) is not None:
         scorer += ["--load-limit", f"{load:.1f}"]
     if lab.sandboxed:
         readable = [lab.worktree, lab.harness.parent, lab.held_dir]
         scorer = sandbox.wrap_scorer(scorer, rights.rules([run_dir, lab.scratch(run_dir)], readable))
     limit = lab.scorer_limit(reference or {}) * (VERIFYING if verifying else 1)
-    outcome = run_child(lab, scorer, log, run_dir, limit, stdout_to=out)
+    outcome = run_child(lab, scorer, log, run_dir, limit, stdin=told, stdout_to=out)
     remove(lab.scratch(run_dir))
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
         return failed("interrupted", "the machine slept", outcome)

@@ -546,21 +546,26 @@ def looks_ahead_at(share: float, rows: int, rng: np.random.Generator) -> Callabl
 
 
 def test_every_row_is_probed_before_a_keep(validation, table):
-    """No row without a probe, VERIFY_POSITIONS probes or more, and still no beginning twice in one process."""
+    """No row without a probe, and no beginning twice in one process, which is asked as many questions as in an ordinary score:
+    it cannot tell when to behave."""
     asked = []
 
     def ask(questions, ids):
         asked.append([(q.row, q.cut) for q in questions])
         return by_table(table)(questions, ids)
-    score = bits_per_byte(ask, *validation, 1000, verify=True)
-    assert score == pytest.approx(bits_per_byte(by_table(table), *validation, 1000))
+    score = bits_per_byte(ask, *validation, 1000)
+    ordinary = [len(questions) for questions in asked]
+    asked.clear()
+    assert bits_per_byte(ask, *validation, 1000, verify=True) == pytest.approx(score)
     rows = len(validation[0])
     probed = [row for questions in asked for row, cut in questions if cut < 32]
     assert set(probed) == set(range(rows))
-    assert len(asked) == min(VERIFY_SERVERS, 1 + math.ceil(VERIFY_POSITIONS / rows))
-    assert len(probed) == rows * (len(asked) - 1)
+    assert sorted(row for questions in asked for row, cut in questions if cut == 32) == list(range(rows)), "and scored once"
+    assert len(asked) <= VERIFY_SERVERS
+    assert len(probed) >= min(VERIFY_POSITIONS, 0.5 * rows * VERIFY_SERVERS - rows)
     for questions in asked:
-        assert sorted(row for row, _ in questions) == list(range(rows))
+        assert len({row for row, _ in questions}) == len(questions)
+        assert 0.85 * min(ordinary) < len(questions) < 1.15 * max(ordinary)
 
 
 def test_a_model_that_looks_ahead_rarely_passes_a_score_and_is_refused_before_a_keep():
@@ -600,3 +605,19 @@ def test_a_run_directory_without_end_is_not_copied(tiny, candidate, monkeypatch)
     monkeypatch.setattr(server, "COPY_FILES", 100)
     with pytest.raises(HarnessError, match="20 GiB"):
         server.copy_run(run_dir, run_dir.parent / "again")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_cannot_tell_from_its_parents_command_line_that_it_is_verified(tiny, candidate, tmp_path):
+    note = f"with open({str(tmp_path / 'seen')!r}, 'a') as file: file.write(open(f'/proc/{{os.getppid()}}/cmdline').read() + '|')\n"
+    run_dir, commands = candidate(source="import os\n" + note + BIGRAM), []
+    for verify in (False, True):
+        told = json.dumps({"held": str(tiny.held), "wrap": [], "verify": verify})
+        argv = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--private"]
+        done = subprocess.run(argv, input=told, env=environment(tiny.home), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        commands.append((tmp_path / "seen").read_text().strip("|").split("|"))
+        (tmp_path / "seen").unlink()
+    assert len(commands[0]) == 2 < len(commands[1])
+    assert len(set(commands[0] + commands[1])) == 1
+    assert str(tiny.held) not in commands[0][0]

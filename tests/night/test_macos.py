@@ -60,7 +60,7 @@ os.execvp(argv[0], argv)
 """
 SERVER = """\
         import subprocess
-        subprocess.run([*json.loads(sys.argv[sys.argv.index("--wrap") + 1]), "true"], check=True)
+        subprocess.run([*json.load(sys.stdin)["wrap"], "true"], check=True)
 """
 PMSET = "import sys; print({said!r} if sys.argv[1:] == ['-g', 'batt'] else ' lowpowermode         {low}', end='')"
 
