@@ -14,6 +14,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
                                                                        status: ok, a failure's name, or that it is to be
                                                                        repeated: interrupted, disturbed
+    verified     n, dir, status, seconds, error                        every row was probed, before a keep
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end

@@ -70,7 +70,8 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     try:
         command = desk.coder.command(job, os.environ)
         env = {
-            **command.env, "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
+            **{name: value for name, value in command.env.items() if name != "AUTORESEARCH_HOME"},  # it leads to held-out text
+            "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
             "AUTORESEARCH_EXPERIMENT": str(n),
         }  # fmt: skip
         outcome = child.run(
