@@ -50,6 +50,7 @@ OWN = (
     ),
     Coder(
         name="local",
+        check_seconds=600.0,  # it loads a model of many gigabytes
         free=True,
         binary=sys.executable,
         arguments=local,

@@ -75,7 +75,7 @@ def template(command: str) -> Coder:
         name="cmd",
         binary=words[0],
         arguments=filled_in,
-        reader=shapes.plain,
+        reader=shapes.command,
         tells_its_end=False,
         install_hint=f"put {words[0]} on PATH, or give its full path in --agent-cmd",
         login_hint=f"log in to {words[0]}; variables that it needs are passed by --agent-env NAME",

@@ -209,7 +209,8 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
     (bed.home / ".codex" / "auth.json").write_text("{}")
     env = {"PATH": f"{programs}{os.pathsep}{os.defpath}", "HOME": str(bed.home), "PYTHONPATH": str(ROOT),
            "AUTORESEARCH_HOME": str(bed.home / "data")}  # fmt: skip
-    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0"]
+    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0",
+               "--no-check-agent"]  # fmt: skip
     prices = ["--price-in", "1000", "--price-out", "10000"]
     done = subprocess.run([sys.executable, "-m", "agent.loop", *options, *prices], cwd=bed.repo, env=env, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
