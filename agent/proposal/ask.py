@@ -21,7 +21,7 @@ from agent.journal.settings import Settings
 from agent.process import child
 from agent.text import failure_record, one_line, redact
 
-LINGER_SECONDS = 30.0  # that an agent may go on after its last word; nothing is waited for but its exit
+LINGER_SECONDS = 30.0  # that an agent may go on after its final message, when nothing is left to come but its exit
 WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
 
 
@@ -77,7 +77,7 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         }  # fmt: skip
         outcome = child.run(
             command.argv, cwd=desk.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
-            watch=_Lingering(desk.coder, job, out, log),
+            watch=Lingering(desk.coder, job, out, log, LINGER_SECONDS),
             bounds=child.Bounds(settings.max_agent_minutes * 60, desk.coder.idle_seconds), pidfile=desk.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
@@ -101,11 +101,11 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     return proposal
 
 
-class _Lingering:
-    """A `watch` that ends an agent as `finished` if its structured output has said so for LINGER_SECONDS and it does not exit."""
+class Lingering:
+    """A `watch` that ends an agent as `finished` if its structured output has said so for `seconds` and it does not exit."""
 
-    def __init__(self, coder: Coder, job: Job, out: Path, log: Path) -> None:
-        self.coder, self.job, self.out, self.log = coder, job, out, log
+    def __init__(self, coder: Coder, job: Job, out: Path, log: Path, seconds: float) -> None:
+        self.coder, self.job, self.out, self.log, self.seconds = coder, job, out, log, seconds
         self.size, self.since = 0, time.monotonic()  # of its standard output, which has not grown since then
 
     def __call__(self) -> str | None:
@@ -116,7 +116,7 @@ class _Lingering:
         now = time.monotonic()
         if size != self.size:
             self.size, self.since = size, now
-        elif size and self.coder.tells_its_end and now - self.since > LINGER_SECONDS:
+        elif size and self.coder.tells_its_end and now - self.since > self.seconds:
             self.since = now
             reply = self.coder.reply(_text(self.out), _text(self.log), self.job)
             return "finished" if reply.failure is None and reply.message else None

@@ -21,6 +21,7 @@ from agent.git.command import run_git
 from agent.journal.settings import Settings
 from agent.journal.state import Night
 from agent.process import child
+from agent.proposal.ask import Lingering
 from agent.text import one_line, redact
 
 PROMPT = """\
@@ -28,6 +29,7 @@ This only checks that you can be reached before a night of experiments. Use no t
 Answer with the one word: ready
 """
 NOT_STARTED = (126, 127)  # exit codes of a shell for a program that is no program, or is not there
+LINGER_SECONDS = 3.0  # that an agent may go on after its answer
 SKIP = "--no-check-agent starts the night without asking"
 
 
@@ -104,6 +106,7 @@ def ask_for_a_word(
                "AUTORESEARCH_SEED": "0", "GIT_CEILING_DIRECTORIES": str(place)}  # fmt: skip
         outcome = child.run(
             command.argv, cwd=work, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=stop,
+            watch=Lingering(coder, job, out, log, LINGER_SECONDS),
             bounds=child.Bounds(coder.check_seconds), pidfile=folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":

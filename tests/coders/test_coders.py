@@ -531,7 +531,8 @@ time.sleep(600)
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     done = bed.loop("--agent", "opencode", "--tag", "night", "--baseline-seeds", "3", "--disk-gb", "0", "--no-picture",
-                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", PATH=path, OPENCODE_API_KEY="x")
+                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", "--no-check-agent",
+                    PATH=path, OPENCODE_API_KEY="x")
     (experiment,) = fold(read_events(bed.folder() / "journal.jsonl")[0]).done
     assert (experiment.status, experiment.description, experiment.cost) == ("keep", "more gain", 0.1), done.stdout
 
