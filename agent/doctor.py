@@ -19,7 +19,6 @@ from typing import Any
 
 import click
 
-from agent import deep
 from agent.coders import table
 from agent.errors import NightError
 from agent.journal.settings import Settings
@@ -255,6 +254,8 @@ def _first_line(text: str) -> str:
 
 def deeply(folder: Path) -> bool:
     """Run the long checks, write their file; whether none is bad."""
+    from agent import deep  # whose imports need git, which may be what is missing
+
     results = []
     for result in deep.examine(folder):
         results.append(result)

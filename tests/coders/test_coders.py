@@ -54,7 +54,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 def test_the_table_is_complete() -> None:
     assert table.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
-                              "search", "chat", "local"]  # fmt: skip
+                              "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
     assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
 
