@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from night_kit import Bed
 
+from agent.acp import ask
 from agent.coders import table
-from agent.coders.coder import CoderError, Job, Reply
+from agent.coders.coder import CoderError, Reply
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 
@@ -22,19 +22,24 @@ pytest.importorskip("acp")
 AGENT = shlex.join([sys.executable, str(Path(__file__).with_name("acp_agent.py"))])
 
 
-def talk(folder: Path, *scenario: str, model: str | None = None, command: str = AGENT, seconds: float = 60) -> Reply:
-    """One job of the row `acp`, with the scripted agent playing `scenario`."""
-    for name in ("worktree", "scratch"):
-        (folder / name).mkdir(exist_ok=True)
-    (folder / "worktree" / "train_mlx.py").write_text("GAIN = 0.0\n")
-    (folder / "outside.py").write_text("SECRET = 1\n")
-    environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "NOBODYS_BUSINESS": "x"}
-    job = Job(folder / "worktree", "train_mlx.py", "PROMPT-TEXT", folder / "scratch", model=model, extra_args=scenario)
-    coder = table.acp(command, environ)
-    run = coder.command(job, environ)
-    done = subprocess.run(run.argv, cwd=job.worktree, env=run.env, input=run.stdin, capture_output=True, text=True, timeout=seconds)
-    print(done.stderr, file=sys.stderr)
-    return coder.reply(done.stdout, done.stderr, job)
+Talk = Callable[..., Reply]
+
+
+@pytest.fixture
+def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """A conversation with the scripted agent, which plays the words of `scenario`, in a worktree and as the loop has it."""
+    (tmp_path / "worktree").mkdir()
+    (tmp_path / "worktree" / "train_mlx.py").write_text("GAIN = 0.0\n")
+    (tmp_path / "outside.py").write_text("SECRET = 1\n")
+    monkeypatch.chdir(tmp_path / "worktree")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in table.get("acp").env_set.items():
+        monkeypatch.setenv(name, value)
+
+    def converse(*scenario: str, model: str | None = None, command: str = AGENT) -> Reply:
+        return ask(Path("train_mlx.py"), [*shlex.split(command), *scenario], "PROMPT-TEXT", model)
+
+    return converse
 
 
 def edited(folder: Path) -> bool:
@@ -46,35 +51,35 @@ def seen(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("way", ["fs", "own-tool"])
-def test_an_edit_with_its_words_usage_and_cost(tmp_path: Path, way: str) -> None:
-    reply = talk(tmp_path, way, "cost", "dump")
+def test_an_edit_with_its_words_usage_and_cost(talk: Talk, tmp_path: Path, way: str) -> None:
+    reply = talk(way, "cost", "dump")
     assert edited(tmp_path)
     assert (reply.failure, reply.hypothesis, reply.description) == (None, "larger steps", "double LR")
     assert reply.message == "Raised it.\n\nHYPOTHESIS: larger steps\nDESCRIPTION: double LR", "what follows the last tool call"
     assert (reply.tokens_in, reply.tokens_out, reply.cost_usd) == (1050, 50, 0.25)
     assert "PROMPT-TEXT" in seen(tmp_path)["prompt"]
-    assert not {"NOBODYS_BUSINESS", "PYTHONPATH", "PYTHONSAFEPATH"} & set(seen(tmp_path)["env"])
+    assert not {"PYTHONPATH", "PYTHONSAFEPATH"} & set(seen(tmp_path)["env"]), "those are our client's own"
 
 
-def test_permission_is_given_to_read_the_worktree_and_to_edit_the_train_file(tmp_path: Path) -> None:
-    talk(tmp_path, "asks", "dump")
+def test_permission_is_given_to_read_the_worktree_and_to_edit_the_train_file(talk: Talk, tmp_path: Path) -> None:
+    talk("asks", "dump")
     assert seen(tmp_path)["permission"] == ["allow_once", *["reject_once"] * 8]
 
 
-def test_no_file_outside_is_served_and_no_other_one_written(tmp_path: Path) -> None:
-    reply = talk(tmp_path, "strays", "fs", "dump")
+def test_no_file_outside_is_served_and_no_other_one_written(talk: Talk, tmp_path: Path) -> None:
+    reply = talk("strays", "fs", "dump")
     assert len(seen(tmp_path)["errors"]) == 6
     assert (tmp_path / "outside.py").read_text() == "SECRET = 1\n"
     assert sorted(path.name for path in (tmp_path / "worktree").iterdir()) == ["train_mlx.py"]
     assert (reply.failure, edited(tmp_path)) == (None, True)
 
 
-def test_a_model_is_chosen_among_those_that_the_agent_offers(tmp_path: Path) -> None:
-    assert talk(tmp_path, "models", "dump", model="large").failure is None
+def test_a_model_is_chosen_among_those_that_the_agent_offers(talk: Talk, tmp_path: Path) -> None:
+    assert talk("models", "dump", model="large").failure is None
     assert seen(tmp_path)["model"] == "large"
-    unknown = talk(tmp_path, "models", model="huge")
+    unknown = talk("models", model="huge")
     assert (unknown.failure, unknown.detail) == ("missing", "no model 'huge'; the agent offers small, large")
-    none = talk(tmp_path, model="large")
+    none = talk(model="large")
     assert (none.failure, "offers no choice of models" in (none.detail or "")) == ("missing", True)
 
 
@@ -85,17 +90,17 @@ def test_a_model_is_chosen_among_those_that_the_agent_offers(tmp_path: Path) -> 
     ("stop=refusal", "agent_error", "the agent stopped for refusal", None),
     ("dies", "agent_error", "exit code 1", None),
 ])  # fmt: skip
-def test_failures_are_named(tmp_path: Path, scenario: str, failure: str, words: str, wait: float | None) -> None:
+def test_failures_are_named(talk: Talk, tmp_path: Path, scenario: str, failure: str, words: str, wait: float | None) -> None:
     began = time.monotonic()
-    reply = talk(tmp_path, scenario)
+    reply = talk(scenario)
     assert (reply.failure, reply.wait_seconds) == (failure, wait), reply
     assert words in (reply.detail or "")
     assert time.monotonic() - began < 30
     assert not edited(tmp_path)
 
 
-def test_a_program_that_does_not_speak_the_protocol_is_an_agent_error(tmp_path: Path) -> None:
-    assert talk(tmp_path, "just text", command="echo").failure == "agent_error"
+def test_a_program_that_does_not_speak_the_protocol_is_an_agent_error(talk: Talk) -> None:
+    assert talk("just text", command="echo").failure == "agent_error"
 
 
 def test_the_agents_command_is_needed_and_looked_for_at_the_start() -> None:
