@@ -22,6 +22,7 @@ import click
 
 from agent.coders import table
 from agent.errors import NightError
+from agent.journal.settings import Settings
 from agent.night import power
 from agent.night.limits import hours_until
 from agent.process.child import Bounds, run
@@ -68,12 +69,14 @@ class Finding:
         return f"{self.state:<5}{self.subject:<10} {self.text}"
 
 
-def examine(folder: Path, train_file: str, environ: Mapping[str, str]) -> Iterable[Finding]:
-    """All checks, for a night from the checkout `folder`."""
+def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool = False) -> Iterable[Finding]:
+    """All checks, for a night from the checkout `folder`; `ask`: the agents are asked for a word each, too."""
     yield check_python()
     yield from check_mac()
     yield check_git(folder, train_file)
     yield from check_agents(environ)
+    if ask:
+        yield from ask_agents(environ, folder, train_file)
     yield check_data(environ)
     yield from check_framework(folder, "torch" if "torch" in train_file else "mlx")
     yield check_disk(folder)
@@ -147,6 +150,27 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
             yield Finding(coder.name, "ok", f"{_first_line(said)}, with a login")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
     yield Finding("agent", "ok", f"without --agent a night takes {table.detect(environ).coder.name}{others}")
+
+
+def ask_agents(environ: Mapping[str, str], folder: Path, train_file: str) -> Iterable[Finding]:
+    """Each installed agent, asked for one word as before a night. This costs what a short question costs, and takes a while."""
+    if shutil.which("git") is None:
+        return  # told by check_git; without it the next import fails
+    from agent.proposal.check import ask_for_a_word
+
+    try:
+        source = train_file, (folder / train_file).read_bytes()
+    except OSError as error:
+        yield Finding("agents", "bad", f"{train_file} can't be read ({error}); run this in the project's folder")
+        return
+    for coder in table.TABLE.values():
+        if not (coder.login_env or coder.login_files) or coder.find(environ) is None:
+            continue  # chat and local are asked before their night: only that knows their model
+        with tempfile.TemporaryDirectory() as scratch:
+            answer = ask_for_a_word(coder, Settings(), Path(scratch), source)
+        cost = answer.usage.get("cost")
+        price = f" (${cost:.4f})" if cost else ""
+        yield Finding(coder.name, "ok" if answer.kind == "ok" else "note", answer.words + price)
 
 
 def check_data(environ: Mapping[str, str]) -> Finding:
@@ -275,8 +299,9 @@ def _coloured(state: str, text: str) -> str:
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
 @click.option("--launchd", metavar="HH:MM", help="Print a LaunchAgent that starts a night at this time, and how to install it.")
 @click.option("--deep", "deeper", is_flag=True, help="Prove by short trainings what could only be guessed; about ten minutes.")
+@click.option("--agents", "ask", is_flag=True, help="Ask each installed agent for one word; costs a few cents at most.")
 @click.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch")
-def main(train_file: str, launchd: str | None, deeper: bool) -> None:
+def main(train_file: str, launchd: str | None, deeper: bool, ask: bool) -> None:
     """Check whether a night could run here; each line says ok or how to mend it."""
     if launchd is not None:
         click.echo(launch_agent(launchd, Path.cwd()))
@@ -284,7 +309,7 @@ def main(train_file: str, launchd: str | None, deeper: bool) -> None:
     if deeper:
         sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []
-    for finding in examine(Path.cwd(), train_file, os.environ):
+    for finding in examine(Path.cwd(), train_file, os.environ, ask):
         click.echo(_coloured(finding.state, str(finding)[5:]))
         bad += [finding.subject] if finding.state == "bad" else []
     click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")

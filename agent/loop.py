@@ -32,7 +32,8 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 _EXIT_CODES = """\
 Exit codes: 0 the night ended as planned; 1 it ended early, and the last lines say why; 2 a wrong option or folder; 8 another driver
 works on this night; 9 the journal is damaged; 10 the data or the harness failed; 11 the unchanged train file does not train;
-130 stopped at once. Every night that has begun can go on with --resume.
+12 the agent does not answer, or --max-cost can't be held with it; 130 stopped at once. Every night that has begun can go on with
+--resume.
 """
 
 
@@ -63,6 +64,8 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     option("--agent-args", help="Extra arguments for the agent's command line, for example '--effort high'."),
     option("--agent-env", multiple=True, help="Another environment variable that the agent may see. Repeatable."),
     option("--base-url", help="URL of the endpoint for --agent chat."),
+    option("--check-agent/--no-check-agent", default=None,
+           help="Ask the agent for one word before anything is trained. Default: on."),
     option("--max-agent-minutes", type=click.FloatRange(0), help="Time limit for the agent in one experiment. Default: 15."),
     option("--price-in", type=click.FloatRange(0),
            help="US dollars per million input tokens, for agents that report only tokens."),

@@ -108,6 +108,9 @@ source = file.read_text()
 def put(name, value):
     file.write_text(re.sub(rf"^{name} = .*$", f"{name} = {value}", file.read_text(), flags=re.M))
 
+if n == 0:  # asked for one word before the night
+    print("ready")
+    sys.exit()
 gain = float(re.search(r"^GAIN = (.*)$", source, re.M)[1])
 Path(__file__).with_name(f"prompt-{n}").write_text(prompt)
 with open(Path(__file__).with_name("calls"), "a") as calls:
@@ -210,7 +213,8 @@ class Bed:
         return {**kept, **own, **extra}
 
     def command(self, *options: str, tag: str = "night") -> list[str]:
-        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture")
+        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture",
+                "--no-check-agent")  # fmt: skip
         return [sys.executable, "-m", "agent.loop", "--agent-cmd", self.agent, "--tag", tag, *fast, *options]
 
     def run(self, *options: str, tag: str = "night", **extra: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,7 @@ FLOORS = (
     {"proposal", "search"},
     {"night"},
     {"deep"},
-    {"loop", "doctor", "local", "dashboard"},
+    {"loop", "doctor", "local", "acp", "dashboard"},
 )
 
 

@@ -41,6 +41,7 @@ _ZONE = r"(?:Z|[+-]\d\d:?\d\d|\(?(?:UTC|GMT|[A-Z][a-z]+/[A-Za-z_]+|[PMCE][SD]?T)
 _WHEN = re.compile(rf"^\W{{0,4}}(?:(?:at|on|by|time)\W{{1,3}}){{0,2}}({_DAY})?(?:[, T]| at ){{0,3}}({_TIME})(?: ?({_ZONE}))?", re.I)
 _US = {"P": "America/Los_Angeles", "M": "America/Denver", "C": "America/Chicago", "E": "America/New_York"}
 LONGEST_WAIT = 7 * 86400.0  # seconds; a number that claims more than a week is not a wait
+MOST_CUES = 100  # the last ones: a log may hold the same refusal thousands of times
 JUST_PAST = 900.0  # seconds; a moment this long ago means that the limit lifts now: clocks differ, and the message took a while
 SOON = 30.0  # seconds to wait for a limit that lifts now
 
@@ -71,7 +72,7 @@ def wait_seconds(text: str, now: float | None = None) -> float | None:
     text = " ".join(text.split())  # a wait may be wrapped over two lines
     waits = [float(hit[1]) for hit in _HEADER.finditer(text)]
     moments = [float(hit[1]) for hit in _EPOCH.finditer(text)]
-    for cue in _CUE.finditer(text):
+    for cue in list(_CUE.finditer(text))[-MOST_CUES:]:
         following = text[cue.end() : cue.end() + 120]
         if (moment := next(_moments(following, now), None)) is not None:
             moments.append(moment)

@@ -1,4 +1,4 @@
-"""The rows of the agents that come with this project: `search`, `chat` and `local`, each a module run as a program."""
+"""The rows of the agents that come with this project: `search`, `chat`, `local` and `acp`, each a module run as a program."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ OWN = (
     ),
     Coder(
         name="local",
+        check_seconds=600.0,  # it loads a model of many gigabytes
         free=True,
         binary=sys.executable,
         arguments=local,
@@ -59,5 +60,15 @@ OWN = (
         env_names=("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "MLX_METAL_FAST_SYNCH"),
         env_set=OURS,
         edit_only=EDITS,
+    ),
+    Coder(  # the agent's own command is put behind it by `table.acp`
+        name="acp",
+        binary=sys.executable,
+        arguments=lambda job: ["-m", "agent.acp", job.train_file, *model(job, "--model"), "--"],
+        reader=shapes.own,
+        install_hint="it comes with this project",
+        login_hint="log in with the command of the agent itself; variables that it needs are passed by --agent-env NAME",
+        env_set=OURS,
+        edit_only="edits of the train file are all it permits; an agent that does not ask is held by nothing but the guard",
     ),
 )

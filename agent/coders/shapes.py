@@ -22,6 +22,14 @@ def plain(stdout: str, log: str, job: Job) -> Reply:
     return _failed("", reply, log) if LIMIT_OR_LOGIN.search(log) else reply
 
 
+def command(stdout: str, log: str, job: Job) -> Reply:
+    """A user's own command, read as `plain`; a last line such as {"cost_usd": 0.02, "tokens_in": 900} tells what it used."""
+    before, _, last = stdout.rstrip().rpartition("\n")
+    told = next(_lines(last), {})
+    known = {name: told[name] for name in ("cost_usd", "tokens_in", "tokens_out") if name in told}
+    return replace(plain(before, log, job), **known) if known else plain(stdout, log, job)
+
+
 def claude(stdout: str, log: str, job: Job) -> Reply:
     """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage.
 
@@ -139,7 +147,7 @@ def copilot(stdout: str, log: str, job: Job) -> Reply:
 
 
 _AIDER_TOKENS = re.compile(
-    r"^Tokens: ([\d.,]+)([kM]?) sent.*?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
+    r"^Tokens: ([\d.,]+)([kM]?) sent.{0,200}?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
 )
 
 
@@ -210,7 +218,7 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
         if line.lstrip().startswith("{"):
             try:
                 item = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(item, dict):
                 yield item
@@ -221,7 +229,7 @@ def _object(text: str) -> dict[str, Any] | None:
     for start in re.finditer(r"^[ \t]*(?=\{\s*\")", text, re.M):
         try:
             item = json.JSONDecoder().raw_decode(text, start.end())[0]
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(item, dict):
             return item
@@ -242,6 +250,6 @@ def _file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             item = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return item if isinstance(item, dict) else {}

@@ -7,6 +7,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
     session      settings, pid, agent, sandbox                         a driver began or resumed the night
     experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
+    agent_check  kind, message, usage, seconds                         the agent was asked for one word before the night
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
     candidate    n, commit, ast, lines, description, hypothesis, family, usage, seconds
                                                                        what the agent left, kept under a ref
@@ -165,6 +166,14 @@ class Night:
             length += 1
         return status, length
 
+    def unproposed(self) -> str:
+        """Why a night that asked its agent brought no change at all, in words; "" if it did bring one, or asked for none."""
+        kinds = [e.status or "" for e in self.done] + [str(failure["kind"]) for failure in self.agent_failures]
+        if not kinds or any(e.commit for e in self.done) or set(kinds) - {"agent_error", "noop", "rate_limit", "login", "missing"}:
+            return ""
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        return f"the agent never changed the file: {counts}"
+
     def since_keep(self) -> int:
         """Experiments since the last keep (or the baseline)."""
         return len([e for e in self.done if e.n > max(self.kept, default=0)])
@@ -196,6 +205,9 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
+    asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
+    if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
+        _spend(night, {"usage": {"cost": None}, "n": asked.n})
     night.settings, night.ended = event["settings"], None
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox
@@ -238,6 +250,10 @@ def _spend(night: Night, event: Mapping[str, Any]) -> None:
         account.cost += cost or 0.0
         account.tokens += int(usage.get("tokens") or 0)
     night.agent_seconds += event.get("seconds") or 0.0
+
+
+def _agent_check(night: Night, event: Mapping[str, Any]) -> None:
+    _spend(night, event)
 
 
 def _agent_failed(night: Night, event: Mapping[str, Any]) -> None:
@@ -315,6 +331,7 @@ _HANDLERS = {
     "night_start": _night_start,
     "session": _session,
     "experiment": _experiment,
+    "agent_check": _agent_check,
     "agent_failed": _agent_failed,
     "candidate": _candidate,
     "trial_start": _trial_start,

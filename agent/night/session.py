@@ -19,6 +19,7 @@ from agent.night.limits import Stopper
 from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
+from agent.proposal.check import before_the_night
 from agent.trial import sandbox
 from agent.trial.lab import Lab, lay_harness
 from agent.trial.rights import folders, hidden_places
@@ -69,6 +70,8 @@ def run_session(
     console.say(f"sandbox of trainings: {boxed}")
     engine.recover()
     try:
+        source = night.train_file, repository.file_at(night.base, night.train_file)
+        before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
             engine.held_out()
@@ -88,7 +91,8 @@ def run_session(
     console.say(f"the night ends: {words}")
     console.say(f"results: {folder / 'results.tsv'}{drawn}")
     console.say(results.last_line(engine.night))
-    return 0 if name not in ("failures", "login", "missing", "rate_limit") and not results.refused(engine.night) else 1
+    fine = name not in ("failures", "login", "missing", "rate_limit")
+    return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
 
 
 def _picture(folder: Path, cwd: Path) -> bool:

@@ -50,6 +50,8 @@ def last_line(night: Night) -> str:
     tests = [(night.tests.get(n) or {}).get("test_bpb") for n in (0, night.best)]
     if tests[0] and tests[1] and night.kept:
         text += f"; held-out test {tests[1]:.4f} from {tests[0]:.4f}"
+    if unproposed := night.unproposed():
+        text += f"; {unproposed}"
     return text
 
 

@@ -54,7 +54,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 def test_the_table_is_complete() -> None:
     assert table.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
-                              "search", "chat", "local"]  # fmt: skip
+                              "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
     assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
 
@@ -209,7 +209,8 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
     (bed.home / ".codex" / "auth.json").write_text("{}")
     env = {"PATH": f"{programs}{os.pathsep}{os.defpath}", "HOME": str(bed.home), "PYTHONPATH": str(ROOT),
            "AUTORESEARCH_HOME": str(bed.home / "data")}  # fmt: skip
-    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0"]
+    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0",
+               "--no-check-agent"]  # fmt: skip
     prices = ["--price-in", "1000", "--price-out", "10000"]
     done = subprocess.run([sys.executable, "-m", "agent.loop", *options, *prices], cwd=bed.repo, env=env, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
@@ -530,7 +531,8 @@ time.sleep(600)
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     done = bed.loop("--agent", "opencode", "--tag", "night", "--baseline-seeds", "3", "--disk-gb", "0", "--no-picture",
-                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", PATH=path, OPENCODE_API_KEY="x")
+                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", "--no-check-agent",
+                    PATH=path, OPENCODE_API_KEY="x")
     (experiment,) = fold(read_events(bed.folder() / "journal.jsonl")[0]).done
     assert (experiment.status, experiment.description, experiment.cost) == ("keep", "more gain", 0.1), done.stdout
 
