@@ -12,7 +12,7 @@ from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import choose_tag, latest, neighbours
+from agent.journal.folder import choose_tag, latest, neighbours, runs_folder
 from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import fold
 from agent.night import setup
@@ -82,7 +82,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, **options: An
 
 
 def _inspect(tag: str | None, status: bool) -> int:
-    runs = Repository(Path.cwd()).root / "runs"
+    runs = runs_folder(Repository(Path.cwd()).root)
     folder = runs / (tag or latest(runs))
     events, torn = read_events(folder / "journal.jsonl")
     if not events:
@@ -101,8 +101,8 @@ def _inspect(tag: str | None, status: bool) -> int:
 
 def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     repository = Repository(Path.cwd())
-    runs = repository.root / "runs"
-    tag = choose_tag(runs, tag, resume)
+    runs = runs_folder(repository.root)
+    tag = choose_tag(runs, tag, resume, repository.leftover)
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
     new = not read_events(folder / "journal.jsonl")[0]
@@ -110,7 +110,6 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     if new:
         choose(options)  # before anything is made: a typing error leaves nothing behind
     with Journal(folder) as journal, Console() as console:
-        (folder / ".gitignore").write_text("*\n")  # whatever the user ignores, a night is no part of their repository
         (folder / "logs").mkdir(exist_ok=True)
         stopper = Stopper(folder, console.say)
         stopper.install()

@@ -105,7 +105,6 @@ class Coder:
     login_files: tuple[Login, ...] = ()
     prompt_on_stdin: bool = True
     idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
-    leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 

@@ -193,6 +193,10 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
+    if night.ended is None:  # the driver before this one was killed
+        for experiment in night.experiments:
+            if experiment.trials and experiment.trials[-1].status == "running":
+                experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended = event["settings"], None
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agent.errors import Stopped
-from agent.git.filetree import remove, walk
+from agent.files import GIB, directory_bytes, remove
+from agent.git.filetree import walk
 from agent.git.worktree import Repository
 from agent.process import child
 from agent.process.environment import clean_env
@@ -22,7 +23,6 @@ from agent.trial.order import parse_budget
 HARNESS = "prepare_mlx.py"
 FROZEN = (HARNESS, "harness")  # the harness's command line and its folder: a night uses them as its base commit has them
 UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
     if place.is_symlink() or not place.is_dir():
         return False
     folders = {str(parent) for name in contents for parent in PurePosixPath(name).parents}
-    found = dict(walk(place, folders, everything=True))
+    found = dict(walk(place, folders))
     return found.keys() == contents.keys() and all(
         stat.S_ISREG(found[name].st_mode) and (place / name).read_bytes() == content for name, content in contents.items()
     )
@@ -114,7 +114,7 @@ def run_child(
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
-    taken, free = sum(map(child.directory_bytes, written)), shutil.disk_usage(run_dir).free
+    taken, free = sum(map(directory_bytes, written)), shutil.disk_usage(run_dir).free
     room = min(lab.directory_bytes, taken + max(0, free - lab.spare_bytes))
     bounds = child.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
     known = {name: value for name, value in lab.environ.items() if name != "AUTORESEARCH_HOME"}  # it leads to held-out data

@@ -6,13 +6,12 @@ The score is taken from the scorer's standard output and nowhere else.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.git.filetree import remove
+from agent.files import remove
 from agent.text import failure_record
 from agent.trial import rights, sandbox
 from agent.trial.failures import REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
@@ -34,7 +33,7 @@ def check_import(lab: Lab) -> dict[str, Any] | None:
     scratch = _fresh(lab.folder / "trials" / "import")
     outcome = run_child(lab, lab.confined(python, [scratch, lab.scratch(scratch)]), log, scratch, IMPORT_SECONDS)
     for used in (scratch, lab.scratch(scratch)):
-        shutil.rmtree(used, ignore_errors=True)
+        remove(used)
     if outcome.reason != "exited" or outcome.exit_code == 0:
         return None
     return failed("crash", f"importing {lab.train_file} fails: {last_words(outcome)}", outcome).error
@@ -100,6 +99,6 @@ def score_run(lab: Lab, run_dir: Path, split: str) -> TrialResult:
 
 
 def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     return folder
