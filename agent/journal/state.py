@@ -208,6 +208,10 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
     asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
     if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
         _spend(night, {"usage": {"cost": None}, "n": asked.n})
+    if night.ended is None:  # the driver before this one was killed
+        for experiment in night.experiments:
+            if experiment.trials and experiment.trials[-1].status == "running":
+                experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended = event["settings"], None
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox

@@ -135,5 +135,6 @@ def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, bu
     for name in (HARNESS, train_file):
         repository.file_at(repository.head, name)
     worktree.check_free()
-    changed = repository.changed(*FROZEN, train_file)
+    repository.refuse_stored_elsewhere(repository.head, train_file, *repository.files(repository.head, *FROZEN))
+    changed = repository.changed(repository.head, *FROZEN, train_file)
     return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

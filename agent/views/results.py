@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from agent.files import write_anew
 from agent.journal.state import Experiment, Night
 from agent.text import one_line
 
@@ -26,9 +26,7 @@ def _row(experiment: Experiment) -> str:
 
 def write_results(night: Night, path: Path) -> None:
     """Replace results.tsv as a whole, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(results(night), encoding="utf-8")
-    os.replace(fresh, path)
+    write_anew(path, results(night).encode())
 
 
 def last_line(night: Night) -> str:
