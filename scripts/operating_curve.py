@@ -3,8 +3,9 @@
     nice python scripts/operating_curve.py --nights 1000 --jobs 2
 
 The simulator plays the driver: it trains what `decide` asks for and knows nothing of how it decides. Each row has so many nights
-of 100 equal candidates, and as many in which one candidate, at a random place among equal ones, gains 2 sigmas. Two other rules
-stand below for comparison: greedy (one training; a lower score is kept) and three seeds with bootstrap.
+of 100 equal candidates, and as many in which one candidate, at a random place among equal ones, gains 2 sigmas; that one has the
+night's noise and no fixed seed. Two other rules stand below for comparison: greedy (one training; a lower score is kept) and three
+seeds with bootstrap.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ class World:
     def __post_init__(self) -> None:
         self.phase = self.random.random()
 
-    def add(self, level: float, baseline: bool = False) -> int:
-        """A new file; its number."""
+    def add(self, level: float, ordinary: bool = False) -> int:
+        """A new file; its number. An ordinary one has neither noise of its own nor a fixed seed."""
         r, kind = self.random, self.noise
         made = File(level, shared=math.sqrt(kind.correlated) * r.gauss(0.0, 1.0))
-        if not baseline:
+        if not ordinary:
             made.noise = 3.0 if r.random() < kind.wide else 1.0
             made.frozen = kind.draw(r) if r.random() < kind.fixed else None
         self.files.append(made)
@@ -123,7 +124,7 @@ class Ours:
     """`agent.judgement.decision`, asked as the driver asks it."""
 
     def __init__(self, world: World, rule: Rule = DEFAULT_RULE) -> None:
-        self.world, self.rule, self.best = world, rule, world.add(0.0, baseline=True)
+        self.world, self.rule, self.best = world, rule, world.add(0.0, ordinary=True)
         self.contenders = [Contender([world.train(self.best) for _ in range(rule.baseline_trials)], lines=100, kept=True)]
         self.pairs, self.reason = 0, ""
 
@@ -142,7 +143,7 @@ class Greedy:
     """One training; a lower score is kept and becomes the score to beat."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.best = world, world.add(0.0, baseline=True)
+        self.world, self.best = world, world.add(0.0, ordinary=True)
         self.score = world.train(self.best)[1]
 
     def keeps(self, number: int) -> bool:
@@ -157,7 +158,7 @@ class ThreeSeeds:
     """Three trainings each; kept if the mean is lower in 95 % of all 27 x 27 pairs of bootstrap resamples."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.best = world, world.add(0.0, baseline=True)
+        self.world, self.best = world, world.add(0.0, ordinary=True)
         self.means = self.resample(self.best)
 
     def resample(self, number: int) -> list[float]:
@@ -185,13 +186,15 @@ class Night:
     spent: int = 0
 
 
-def simulate(noise: Noise, draw: random.Random, policy: Policy = Ours, better_at: int = 0, gain: float = 2.0, number: int = CANDIDATES) -> Night:
+def simulate(
+    noise: Noise, draw: random.Random, policy: Policy = Ours, better_at: int = 0, gain: float = 2.0, number: int = CANDIDATES
+) -> Night:  # fmt: skip
     """A night of equal candidates; with `better_at` it ends after that one, which gains `gain` sigmas."""
     world = World(noise, draw)
     rule, false_keeps = policy(world), 0
     for n in range(1, number + 1):
         before, better = world.trainings, n == better_at
-        kept = rule.keeps(world.add(world.files[rule.best].level - gain * better))
+        kept = rule.keeps(world.add(world.files[rule.best].level - gain * better, ordinary=better))
         if better:
             return Night(false_keeps, world.trainings, kept, world.trainings - before)
         false_keeps += kept
@@ -228,7 +231,7 @@ def main(nights: int, jobs: int, seed: int) -> None:
     """Print what our rule keeps by luck, finds and costs, under several kinds of noise."""
     table = Table(
         "noise, in sigmas", title=f"nights of {CANDIDATES} equal candidates; {nights} nights a figure",
-        caption="power: share found of candidates that gain 2 sigmas\ntrainings: for each equal candidate, all counted; until a gain is kept",
+        caption="power: share of gains of 2 sigmas that is kept\ntrainings: for each equal candidate; until a gain is kept",
     )  # fmt: skip
     for name in ("false keeps", "power", "trainings", "to keep"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist, median
 from typing import Literal
 
@@ -39,22 +40,30 @@ from agent.journal.state import Experiment, Night
 PRIOR_SIGMA = 0.0003  # bpb; the quietest machine seen. Sigma is not estimated below it from few trainings
 UNKNOWN_SIGMA = 0.03  # bpb; the noisiest machine reported, assumed until something was trained twice
 
-BEST_PART = 1 / 3  # of the first looks, which tell how the machine does
-BY_LUCK = -NormalDist().inv_cdf(BEST_PART)  # sigmas by which so many of equal candidates lead
-RIVALS = 16  # recent first looks that tell how the machine does now; by simulation
-RIVAL_WORTH = 0.6  # trainings of the best that one first look is worth, as evidence of the best's score now
-HALF_LIFE = 16.0  # trainings after which one of the best counts half as evidence of its score now
-ASIDE = 4.0  # sigmas from the middle of the same file's trainings: set aside
+# What the best would score now
+RECENT = 12  # trainings of the best that are looked at
+HALF_LIFE = 12.0  # trainings after which one of the best counts half
+RIVALS = 16  # recent first looks that tell how the machine does
 FEWEST_RIVALS = 5
+RIVAL_WORTH = 0.6  # trainings of the best that one first look counts for
+BEST_PART = 1 / 3  # of the first looks, by whose edge they are judged: the others may be worse for other reasons
+BY_LUCK = -NormalDist().inv_cdf(BEST_PART)  # sigmas by which so many of equal candidates lead
+
+# Outliers
+ASIDE = 4.0  # sigmas from the middle of the same file's trainings, beyond which one is set aside
 LUCKIEST = 2.5  # sigmas of lead that one look may claim
-SPOILT = -3.5  # sigmas of lead at which one later look is passed over
+SPOILT = -3.5  # sigmas of lead below which one later look is passed over
+
+SHORTER_FLOOR = 0.75  # of the margin: a shorter candidate that seems worse than this is discarded
+
+# The night's noise
 PAUSE = 8  # trainings between two of one file, above which they say nothing of the noise: the machine may have changed
-LAG = 3
-THRIFT = 0.7
-REPEATED_DRAW = 0.02  # of the middle difference: two trainings closer than this repeat one random draw
-AGREE = 0.0005  # chance that independent repeats agree so well
+LAG = 3  # a training is compared with so many before it, so that long bursts don't outweigh the others
+FEW = 3  # trainings by which a candidate that was not kept may speak for the night: it may be a noisy one
+REPEATED_DRAW, FAR = 0.02, 3.5  # of the middle difference: smaller ones repeat one random draw, larger ones are outliers
+MEAN_DIFFERENCE = 1.12  # of two draws from a normal distribution, without those beyond `FAR`, in sigmas
 MAD = 0.6745  # middle distance from the median, in sigmas
-SHAMOS = 0.9539  # middle difference of two draws from a normal distribution, in sigmas
+AGREE = 0.0005  # chance that independent repeats agree so well
 
 Action = Literal["keep", "discard", "train candidate", "train best"]
 Reason = Literal["better", "simpler", "worse", "within the noise", "trial limit", "repeats agree", "promising", "side by side"]
@@ -84,19 +93,20 @@ class Rule:
     false_keeps: float = 0.05  # chance that a night of equal candidates keeps any of them
     experiments: int = 100  # candidates that share this chance; a longer night needs its own number
     baseline_trials: int = 6  # of the first best, before any candidate
-    looks: tuple[float, ...] = (0.58, 0.7, 0.85)  # sigmas by which the mean of the first trainings must lead
-    lead: float = 0.9  # the same, while it is trained side by side
+    looks: tuple[float, ...] = (0.54, 0.66, 0.82)  # sigmas by which the mean of the first trainings must lead
+    lead: float = 0.85  # the same, while it is trained side by side
+    thrift: float = 1.6  # trainings of an average candidate, above which all of these rise: a wave makes many look good
     sure: float = 6.0  # sigmas of lead after which the other looks are left out
     min_pairs: int = 5  # before a keep
     max_pairs: int = 12
     ahead: float = 0.75  # share of the candidate's trainings that must beat the best's middle one
     gap: float = 4.0  # sigmas between all trainings of the one and all of the other: kept after `gap_pairs`
     gap_pairs: int = 2
-    compared: float = 0.1  # share of candidates that come to a comparison in a night of equals
-    own: float = 1.0  # trainings of the night that the candidate's own spread is mixed with
+    compared: float = 0.15  # share of candidates that come to a comparison in a night of equals
+    own: float = 0.5  # trainings of the night that the candidate's own spread is mixed with
     margin: float = 1.0  # sigmas that a shorter candidate may be worse
     margin_risk: float = 0.05  # chance to keep a shorter one that is worse by the whole margin
-    shorter_pairs: tuple[int, ...] = (4, 6)  # pairs at which a candidate that has only its brevity for it is judged
+    shorter_pairs: tuple[int, ...] = (4, 6, 8)  # pairs at which a candidate that has only its brevity for it is judged
 
     def bar(self, earlier: int) -> float:
         """The z that a keep must clear after `earlier` comparisons that kept nothing.
@@ -111,7 +121,7 @@ class Rule:
     @property
     def margin_bar(self) -> float:
         """The z that a shorter candidate must clear above the margin."""
-        return _quantile(self.margin_risk / len(self.shorter_pairs))
+        return _quantile(self.margin_risk / 2)
 
 
 DEFAULT_RULE = Rule()
@@ -197,11 +207,11 @@ def decide(contenders: Sequence[Contender], rule: Rule = DEFAULT_RULE) -> Step:
         if pairs >= rule.max_pairs:
             return step("discard", "trial limit")
     floor = sigma * (rule.lead if pairs else rule.looks[min(looks, len(rule.looks)) - 1])
-    floor += THRIFT * sigma * max(0.0, spent(earlier) - 1.5)
+    floor += sigma * max(0.0, trained_each(earlier) - rule.thrift)
     if pairs:
         floor *= math.sqrt(max(1.0, own_spread(own, sigma, 3.0)))
     if shorter and pairs < rule.shorter_pairs[-1]:
-        floor = min(floor, lost - rule.margin / 2 * sigma)
+        floor = min(floor, lost - SHORTER_FLOOR * rule.margin * sigma)
     if gain < floor:
         return step("discard", "worse" if side < -2 * error else "within the noise")
     if not pairs and looks < len(rule.looks) and level - max(own) < rule.sure * sigma:
@@ -210,14 +220,11 @@ def decide(contenders: Sequence[Contender], rule: Rule = DEFAULT_RULE) -> Step:
 
 
 def side_by_side(best: Contender, candidate: Contender) -> tuple[list[float], list[float]]:
-    """The scores of best and candidate since the best was trained for this candidate; both empty before."""
-    first = candidate.trials[0][0] if candidate.trials else math.inf
-    last = candidate.trials[-1][0] if candidate.kept else math.inf  # later ones belong to its successors
-    theirs = [trial for trial in best.trials if first < trial[0] <= last]
+    """The scores of the best and of the candidate since the best was trained beside it; both empty before."""
+    theirs = [trial for trial in best.trials if trial[0] > candidate.trials[0][0]]
     begin = theirs[0][0] if theirs else math.inf
-    end = theirs[-1][0] + 1 if candidate.kept and theirs else math.inf
-    mine = [score for when, score in candidate.trials if begin < when]
-    return [score for _, score in theirs], mine[: len(theirs)] if end < math.inf else mine
+    mine = [score for when, score in candidate.trials if when > begin]
+    return [score for _, score in theirs], mine[: len(theirs)] if candidate.kept else mine  # later ones are for its successors
 
 
 def looks_lead(own: Sequence[float], level: float, sigma: float) -> float:
@@ -233,7 +240,7 @@ def level_now(trials: Sequence[tuple[int, float]], firsts: Sequence[float], now:
     Where most candidates are worse than the best, their best fifth leads by less, and the level seems worse than it is. That lets
     at most about a fifth of them have a second look.
     """
-    recent = trials[-12:]
+    recent = trials[-RECENT:]
     middle, weight, total = median(score for _, score in recent), 0.0, 0.0
     for when, score in recent:
         if abs(score - middle) <= ASIDE * sigma:
@@ -249,10 +256,10 @@ def level_now(trials: Sequence[tuple[int, float]], firsts: Sequence[float], now:
     return total / weight if weight > 1e-9 else middle
 
 
-def spent(contenders: Sequence[Contender]) -> float:
-    """Trainings for each candidate that was not kept, those of the best beside it included."""
+def trained_each(contenders: Sequence[Contender]) -> float:
+    """Trainings for each candidate that was not kept, those of the best beside it included; 0 until there are some."""
     spans = [c.trials[-1][0] - c.trials[0][0] + 1 for c in contenders if c.trials and not c.kept]
-    return sum(spans) / len(spans) if len(spans) > 10 else 0.0
+    return sum(spans) / len(spans) if len(spans) > 2 * FEWEST_RIVALS else 0.0
 
 
 def comparisons(contenders: Sequence[Contender]) -> int:
@@ -262,14 +269,17 @@ def comparisons(contenders: Sequence[Contender]) -> int:
 
 
 def lost_by_brevity(contenders: Sequence[Contender], sigma: float) -> float:
-    """How much worse (bpb) the best is than the best ever kept, by the comparisons that led to it."""
+    """How much worse (bpb) the best may be than the best ever kept, by the comparisons that led to it.
+
+    A comparison counts one standard error lower than it came out: what was kept was lucky in it, too.
+    """
     gained = most = 0.0
-    kept = [contender for contender in contenders if contender.kept]
-    for best, candidate in zip(kept, kept[1:], strict=False):
+    for best, candidate in pairwise(contender for contender in contenders if contender.kept):
         theirs, mine = side_by_side(best, candidate)
         if not theirs or not mine:  # kept by an earlier version
             theirs, mine = ([score for _, score in contender.trials] for contender in (best, candidate))
-        gained += _mean(set_aside(theirs, sigma)) - _mean(set_aside(mine, sigma))
+        error = sigma * math.sqrt(1 / len(theirs) + 1 / len(mine))
+        gained += _mean(set_aside(theirs, sigma)) - _mean(set_aside(mine, sigma)) - error
         most = max(most, gained)
     return most - gained
 
@@ -300,7 +310,7 @@ def own_spread(scores: Sequence[float], sigma: float, prior: float) -> float:
 def agrees_too_well(scores: Sequence[float], sigma: float) -> bool:
     """Whether the scores differ so little that independent trainings do so once in 1 / `AGREE`, by the chi-squared distribution.
 
-    Never where the night's own noise is next to nothing: then nothing can be told.
+    Never where the night's own noise is next to nothing: nothing can be told there.
     """
     if len(scores) < 2 or sigma <= PRIOR_SIGMA:
         return False
@@ -308,7 +318,8 @@ def agrees_too_well(scores: Sequence[float], sigma: float) -> bool:
     x = sum((score - mean) ** 2 for score in scores) / sigma**2 / 2
     if x > half / 2:
         return False
-    term = total = math.exp(-x) * x**half / math.gamma(half + 1)
+    term: float = math.exp(-x) * x**half / math.gamma(half + 1)
+    total = term
     for k in range(1, 12):
         term *= x / (half + k)
         total += term
@@ -316,10 +327,10 @@ def agrees_too_well(scores: Sequence[float], sigma: float) -> bool:
 
 
 def estimate_noise(contenders: Iterable[Contender]) -> Noise:
-    """Standard deviation of one training, from the middle difference between trainings of one file made close together.
+    """Standard deviation of one training, from differences between trainings of one file made close together.
 
-    The middle is what outliers and a few noisy files move least. A candidate's first trial is left out, which selected it. The
-    prior only ever adds: with few trials that agree by chance sigma stays near `PRIOR_SIGMA`.
+    Those far above the middle difference (outliers) and far below it (a fixed seed) are left out, and so is a candidate's first
+    trial, which selected it. The prior only ever adds: with few trials that agree by chance sigma stays near `PRIOR_SIGMA`.
     """
     differences: list[float] = []
     freedom = 0
@@ -327,7 +338,7 @@ def estimate_noise(contenders: Iterable[Contender]) -> Noise:
         trials = contender.trials[1:] if n else contender.trials
         burst: list[float] = []
         last = 0
-        for when, score in trials:
+        for when, score in trials if contender.kept else trials[:FEW]:
             if burst and when - last > PAUSE:
                 burst = []
             freedom += bool(burst)
@@ -338,8 +349,8 @@ def estimate_noise(contenders: Iterable[Contender]) -> Noise:
         return Noise(UNKNOWN_SIGMA, 0)
     differences.sort()
     middle = differences[len(differences) // 2]
-    drawn = [difference for difference in differences if difference > REPEATED_DRAW * middle]
-    sigma = (drawn[len(drawn) // 2] if drawn else middle) / SHAMOS
+    drawn = [difference for difference in differences if REPEATED_DRAW * middle < difference < FAR * middle]
+    sigma = _mean(drawn) / MEAN_DIFFERENCE if drawn else middle
     return Noise(math.sqrt(sigma**2 + PRIOR_SIGMA**2 / freedom), freedom)
 
 
@@ -357,7 +368,8 @@ def contenders(night: Night) -> list[Contender]:
     """The experiments of a night as the rule sees them."""
     kept = {0, *night.kept}
     return [
-        Contender([(t.order, t.val_bpb) for t in e.trials if t.val_bpb is not None], e.lines, e.n in kept) for e in night.experiments
+        Contender([(t.order, t.val_bpb) for t in e.trials if t.val_bpb is not None], e.lines, e.n in kept)
+        for e in night.experiments
     ]
 
 

@@ -1,9 +1,10 @@
-"""The rule of decision: its promises by simulation, in small, and each of its steps. scripts/operating_curve.py has the full table."""
+"""The rule of decision: its promises by simulation, in small, and each of its steps. The full table: scripts/operating_curve.py."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,15 +37,15 @@ def power(noise: str, number: int, gain: float = 2.0) -> float:
 @pytest.mark.parametrize(
     ("noise", "false_nights", "trainings"),
     [
-        ("Gaussian", 0.08, 1.7),  # 0.05 is promised; of so few nights more may have one
-        ("5 % outliers of -6", 0.08, 1.8),
-        ("drift of -3 over the night", 0.08, 2.0),
-        ("step of -1 after 40 %", 0.08, 1.9),
-        ("a fifth of candidates with a fixed seed", 0.08, 1.7),
+        ("Gaussian", 0.1, 1.7),  # 0.05 is promised; of so few nights more may have one
+        ("5 % outliers of -6", 0.1, 1.8),
+        ("drift of -1 over the night", 0.1, 1.9),
+        ("step of -1 after 40 %", 0.1, 1.9),
+        ("a fifth of candidates with a fixed seed", 0.1, 1.7),
     ],
 )
 def test_a_night_of_equal_candidates(noise: str, false_nights: float, trainings: float) -> None:
-    found, cost = equals(noise, 90)
+    found, cost = equals(noise, 60)
     assert found <= false_nights
     assert cost <= trainings
 
@@ -211,7 +212,7 @@ def test_all_comparisons_of_a_night_together_risk_what_was_promised() -> None:
     for rule in (Rule(), Rule(experiments=10), Rule(experiments=1000), Rule(false_keeps=0.2)):
         risks = [0.5 * math.erfc(rule.bar(earlier) / math.sqrt(2)) for earlier in range(20_000)]
         assert rule.false_keeps * 0.95 < sum(risks) <= rule.false_keeps * 1.0001
-        assert all(later <= first for first, later in zip(risks, risks[1:], strict=False))
+        assert all(later <= first for first, later in pairwise(risks))
 
 
 def test_the_same_next_step_follows_from_the_journal() -> None:
@@ -248,7 +249,7 @@ def simpler(gain: float, lines: int, number: int) -> float:
 
 
 def test_a_shorter_file_is_kept_unless_it_is_worse_by_the_margin() -> None:
-    assert simpler(-1.0, -5, 500) <= 0.06
+    assert simpler(-1.0, -5, 300) <= 0.07
     assert simpler(-2.0, -5, 100) <= 0.01
     assert simpler(0.0, -5, 200) >= 0.3
     assert simpler(0.0, 5, 200) <= 0.01
@@ -257,7 +258,7 @@ def test_a_shorter_file_is_kept_unless_it_is_worse_by_the_margin() -> None:
 
 def test_a_simplification_goes_through_the_same_comparison() -> None:
     play = Play(lines=97)
-    step = play.play([0.9995, 1.001, 1.0, 0.998, 1.0015, 0.9985, 1.0005, 0.999], PLAIN)
+    step = play.play([score - 0.001 for score in PLAIN[::-1]], PLAIN)
     assert (step.action, step.reason) == ("keep", "simpler")
     assert step.pairs in DEFAULT_RULE.shorter_pairs
     assert step.words.startswith("simpler: ")
@@ -266,7 +267,7 @@ def test_a_simplification_goes_through_the_same_comparison() -> None:
 def test_many_small_losses_do_not_add_up() -> None:
     """60 shorter files in a row, each worse than the one before by 0.3 sigmas."""
     lost, kept = [], []
-    for seed in range(25):
+    for seed in range(16):
         world = World(NOISES["Gaussian"], random.Random(seed))
         rule = Ours(world)
         kept.append(sum(rule.keeps(world.add(world.files[rule.best].level + 0.3), -3) for _ in range(60)))
@@ -278,9 +279,11 @@ def test_many_small_losses_do_not_add_up() -> None:
 def test_what_earlier_simplifications_lost_is_no_longer_to_lose() -> None:
     first = at(0, (*BASELINE, *PLAIN), kept=True)
     first.trials[6:] = [(9 + 2 * k, score) for k, (_, score) in enumerate(first.trials[6:])]
-    worse = Contender([(6 + k, 1.0024) for k in range(3)] + [(10 + 2 * k, score + 0.0024) for k, score in enumerate(PLAIN)], 90, True)
+    worse = Contender(
+        [(6 + k, 1.0024) for k in range(3)] + [(10 + 2 * k, score + 0.0024) for k, score in enumerate(PLAIN)], 90, True
+    )
     assert decision.lost_by_brevity([first], 0.003) == 0.0
-    assert decision.lost_by_brevity([first, worse], 0.003) == pytest.approx(0.0024, abs=1e-6)
+    assert decision.lost_by_brevity([first, worse], 0.003) == pytest.approx(0.0024 + 0.003 * math.sqrt(2 / 6), abs=1e-6)
 
 
 # ---- noise ----
@@ -298,7 +301,7 @@ def test_the_noise_is_close_and_outliers_move_it_little(spoilt: int) -> None:
     for _ in range(200):
         scores = [draw.gauss(1.0, 0.003) for _ in range(12)]
         scores[:spoilt] = [1.03] * spoilt
-        found.append(estimate_noise([at(0, scores)]).sigma / 0.003)
+        found.append(estimate_noise([at(0, scores, kept=True)]).sigma / 0.003)
     assert 0.9 < np.median(found) < 1.3
 
 
@@ -344,7 +347,9 @@ def test_scores_must_be_finite(bad: list[float]) -> None:
     best=st.lists(st.floats(-10, 10), min_size=1, max_size=8), candidate=st.lists(st.floats(-10, 10), min_size=1, max_size=8),
     order=st.randoms(use_true_random=False), lines=st.integers(90, 110),
 )  # fmt: skip
-def test_any_order_of_trainings_has_a_next_step(best: list[float], candidate: list[float], order: random.Random, lines: int) -> None:
+def test_any_order_of_trainings_has_a_next_step(
+    best: list[float], candidate: list[float], order: random.Random, lines: int
+) -> None:  # fmt: skip
     """Also those that this rule would not have asked for: a journal may come from an earlier version."""
     places = list(range(1, len(best) + len(candidate)))
     order.shuffle(places)
