@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist, median
 from typing import Literal
@@ -335,16 +336,11 @@ def estimate_noise(contenders: Iterable[Contender]) -> Noise:
     differences: list[float] = []
     freedom = 0
     for n, contender in enumerate(contenders):
-        trials = contender.trials[1:] if n else contender.trials
-        burst: list[float] = []
-        last = 0
-        for when, score in trials if contender.kept else trials[:FEW]:
-            if burst and when - last > PAUSE:
-                burst = []
-            freedom += bool(burst)
-            differences += [abs(score - other) for other in burst[-LAG:]]
-            burst.append(score)
-            last = when
+        trials = contender.trials[n > 0 :] if contender.kept else contender.trials[n > 0 : FEW + 1]
+        if len(trials) > 1:
+            found, repeats = _close_together(tuple(trials))
+            differences += found
+            freedom += repeats
     if not differences:
         return Noise(UNKNOWN_SIGMA, 0)
     differences.sort()
@@ -352,6 +348,21 @@ def estimate_noise(contenders: Iterable[Contender]) -> Noise:
     drawn = [difference for difference in differences if REPEATED_DRAW * middle < difference < FAR * middle]
     sigma = _mean(drawn) / MEAN_DIFFERENCE if drawn else middle
     return Noise(math.sqrt(sigma**2 + PRIOR_SIGMA**2 / freedom), freedom)
+
+
+@lru_cache(maxsize=1000)
+def _close_together(trials: tuple[tuple[int, float], ...]) -> tuple[tuple[float, ...], int]:
+    """Differences between trainings with no `PAUSE` between them, and how many trainings repeat one before."""
+    differences: list[float] = []
+    freedom, burst, last = 0, list[float](), trials[0][0]
+    for when, score in trials:
+        if when - last > PAUSE:
+            burst = []
+        freedom += bool(burst)
+        differences += [abs(score - other) for other in burst[-LAG:]]
+        burst.append(score)
+        last = when
+    return tuple(differences), freedom
 
 
 def judge(night: Night, experiment: Experiment, rule: Rule = DEFAULT_RULE) -> Step:
