@@ -5,7 +5,7 @@ trainings of the night in the order they ended and says what comes next: train t
 knows nothing else, so a driver that was killed finds the same next step in its journal.
 
 1. Looks. The candidate is trained once. Nearly all candidates are no better, and most of them show it here: the training must lead
-   what the best would score now by about 0.6 sigmas, as roughly one equal candidate in four does. Then it is trained a second and a
+   what the best would score now by about 0.5 sigmas, as three in ten equal candidates do. Then it is trained a second and a
    third time, and the mean must lead by more each time. Looks choose who is compared. They prove nothing, because a lucky
    candidate was chosen for its luck.
 2. Comparison. What is left is trained side by side with the best: best, candidate, candidate, best, and so on. Only these trainings
@@ -13,7 +13,7 @@ knows nothing else, so a driver that was killed finds the same next step in its 
    when its lead is larger than luck explains. It is discarded as soon as it leads by less than `lead` sigmas.
 
 "What the best would score now" (`level_now`) comes from the best's own trainings, where recent ones count more, and from the best
-fifth of the recent first looks, which tell how the machine does today. An error in it costs trainings or a missed gain, but never
+third of the recent first looks, which tell how the machine does today. An error in it costs trainings or a missed gain, but never
 makes a false keep.
 
 How large a lead luck explains: all comparisons of a night that keep nothing share the risk `false_keeps` (`Rule.bar`). The noise is
@@ -238,8 +238,8 @@ def looks_lead(own: Sequence[float], level: float, sigma: float) -> float:
 def level_now(trials: Sequence[tuple[int, float]], firsts: Sequence[float], now: int, sigma: float) -> float:
     """What the best would score (bpb) if it were trained now, `now` being the place of the newest training.
 
-    Where most candidates are worse than the best, their best fifth leads by less, and the level seems worse than it is. That lets
-    at most about a fifth of them have a second look.
+    Where most candidates are worse than the best, their best third leads by less, and the level seems worse than it is. That lets
+    at most about a third of them have a second look.
     """
     recent = trials[-RECENT:]
     middle, weight, total = median(score for _, score in recent), 0.0, 0.0
