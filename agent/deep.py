@@ -96,11 +96,11 @@ def examine(checkout: Path) -> Iterator[Result]:
     (checkout / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkout / "runs", prefix=".doctor-") as folder:  # Linux's sandbox hides /tmp
         bench = Bench(checkout, Path(folder))
-        yield attention(bench)
+        yield (fused := attention(bench))
         made, _ = bench.run(sys.executable, "prepare_mlx.py", "--dataset", "stories")
         if made.ok:
             yield memory(bench)
-            yield dtypes(bench)
+            yield dtypes(bench) if fused.state != "skip" else Result("dtypes", "skip", "no GPU in use", {})
         else:
             yield Result("data", "bad", f"stories could not be prepared: {one_line(made.tail(300), 300)}", {})
         yield night(bench)

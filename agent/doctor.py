@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import plistlib
 import re
 import shutil
 import sys
@@ -21,13 +22,14 @@ import click
 
 from agent.coders import table
 from agent.errors import NightError
+from agent.files import GIB
 from agent.journal.settings import Settings
 from agent.night import power
+from agent.night.limits import hours_until
 from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home
 from agent.trial import sandbox
 
-GIB = 1 << 30
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
 _OLDEST_GIT = (2, 31)  # rev-parse --path-format
 # Asked in a child, since nothing here imports a framework or the harness. BLAS first: it must be there before MLX.
@@ -252,9 +254,31 @@ def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no answer"])[0][:100]
 
 
+def launch_agent(clock: str, folder: Path) -> str:
+    """A property list for launchd, with the user's PATH: launchd's own has no folder with their agents."""
+    try:
+        hours_until(clock)
+    except NightError as error:
+        raise click.UsageError(str(error)) from None
+    hour, minute = map(int, clock.split(":"))
+    label, logs = "autoresearch.night", str(folder / "runs" / "launchd.log")
+    content = {
+        "Label": label, "WorkingDirectory": str(folder),
+        "ProgramArguments": [sys.executable, "-m", "agent.loop", "--until", "07:00"],
+        "EnvironmentVariables": {"PATH": os.environ["PATH"]}, "StandardOutPath": logs, "StandardErrorPath": logs,
+        "StartCalendarInterval": {"Hour": hour, "Minute": minute},
+    }  # fmt: skip
+    place = f"~/Library/LaunchAgents/{label}.plist"
+    return plistlib.dumps(content).decode() + (
+        f"<!-- save it as {place}, then: launchctl bootstrap gui/$(id -u) {place}\n"
+        f"     to remove it: launchctl bootout gui/$(id -u)/{label}\n"
+        "     The Mac has to be awake at that time. An agent whose login is in the keychain needs you to be logged in. -->"
+    )
+
+
 def deeply(folder: Path) -> bool:
     """Run the long checks, write their file; whether none is bad."""
-    from agent import deep  # whose imports need git, which may be what is missing
+    from agent import deep  # fails to import where there is no git
 
     results = []
     for result in deep.examine(folder):
@@ -273,11 +297,15 @@ def _coloured(state: str, text: str) -> str:
 
 @click.command()
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
+@click.option("--launchd", metavar="HH:MM", help="Print a LaunchAgent that starts a night at this time, and how to install it.")
 @click.option("--deep", "deeper", is_flag=True, help="Prove by short trainings what could only be guessed; about ten minutes.")
 @click.option("--agents", "ask", is_flag=True, help="Ask each installed agent for one word; costs a few cents at most.")
 @click.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch")
-def main(train_file: str, deeper: bool, ask: bool) -> None:
+def main(train_file: str, launchd: str | None, deeper: bool, ask: bool) -> None:
     """Check whether a night could run here; each line says ok or how to mend it."""
+    if launchd is not None:
+        click.echo(launch_agent(launchd, Path.cwd()))
+        return
     if deeper:
         sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []

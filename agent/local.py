@@ -29,9 +29,9 @@ import click
 from agent.chat.edit import edit, finish
 from agent.chat.endpoint import ChatError, Endpoint
 from agent.coders.coder import Reply
+from agent.files import GIB
 from agent.process.supervise import signal_group
 
-GIB = 1 << 30
 GRACE_SECONDS = 3.0  # between TERM and KILL
 HUB = "https://huggingface.co"
 

@@ -13,16 +13,15 @@ from cloup import option, option_group
 from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
-from agent.git.filetree import remove
+from agent.files import directory_bytes, remove
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import choose_tag, latest, neighbours, require_tag
+from agent.journal.folder import choose_tag, latest, neighbours, require_tag, runs_folder
 from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import fold
 from agent.night import setup
-from agent.night.limits import Stopper, request_stop
+from agent.night.limits import Stopper, hours_until, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
-from agent.process.child import directory_bytes
 from agent.views import results
 from agent.views.terminal import Console, complain
 
@@ -46,6 +45,7 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
+    option("--until", metavar="HH:MM", help="Start no experiment after this time of day, such as 07:00."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -106,7 +106,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
         if forget is not None:
             code = _forget(forget, yes)
         else:
-            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
+            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, _with_end(options))
     except NightError as error:
         complain(str(error))
         code = error.exit_code
@@ -119,8 +119,16 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
     sys.exit(code)
 
 
+def _with_end(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with --until as hours. UsageError if both were given."""
+    until = options.pop("until")
+    if until is not None and options["hours"] is not None:
+        raise UsageError("--hours and --until: expected one of them")
+    return options if until is None else {**options, "hours": hours_until(until)}
+
+
 def _inspect(tag: str | None, status: bool) -> int:
-    runs = Repository(Path.cwd()).root / "runs"
+    runs = runs_folder(Repository(Path.cwd()).root)
     folder = runs / (tag or latest(runs))
     events, torn = read_events(folder / "journal.jsonl")
     if not events:
@@ -141,9 +149,9 @@ def _forget(tag: str, sure: bool) -> int:
     """Remove a night after showing what it is. UsageError while a driver works on it, or where nothing is left of it."""
     require_tag(tag)
     repository = Repository(Path.cwd())
-    folder = repository.root / "runs" / tag
+    folder = runs_folder(repository.root) / tag
     worktree = Worktree(repository, tag, folder / "worktree")
-    commits = worktree.leftovers()
+    commits = worktree.refs()
     if not (folder.is_dir() or commits):
         raise UsageError(f"--forget {tag}: there is no folder runs/{tag}, and no branch or ref of such a night")
     if folder.is_dir() and (pid := holder(folder)) is not None:
@@ -163,8 +171,8 @@ def _forget(tag: str, sure: bool) -> int:
 
 def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     repository = Repository(Path.cwd())
-    runs = repository.root / "runs"
-    tag = choose_tag(runs, tag, resume)
+    runs = runs_folder(repository.root)
+    tag = choose_tag(runs, tag, resume, repository.leftover)
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
     new = not read_events(folder / "journal.jsonl")[0]
@@ -172,7 +180,6 @@ def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
     if new:
         choose(options)  # before anything is made: a typing error leaves nothing behind
     with Journal(folder) as journal, Console() as console:
-        (folder / ".gitignore").write_text("*\n")  # whatever the user ignores, a night is no part of their repository
         (folder / "logs").mkdir(exist_ok=True)
         stopper = Stopper(folder, console.say)
         stopper.install()

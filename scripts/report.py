@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import click
 
-from agent.errors import NightError, UsageError
+from agent.errors import NightError
+from agent.journal.folder import latest
 from agent.journal.journal import holder
 from agent.views.report import draw, load, summary
 
@@ -24,10 +25,7 @@ def main(folder: Path | None, no_picture: bool) -> None:
     """Draw progress.png of a night and print what happened."""
     try:
         if folder is None:
-            journals = sorted(Path("runs").glob("*/journal.jsonl"), key=lambda path: path.stat().st_mtime)
-            if not journals:
-                raise UsageError("there is no night in runs/; start one: python -m agent.loop")
-            folder = journals[-1].parent
+            folder = Path("runs") / latest(Path("runs"))
         night = load(folder)
         click.echo(summary(night, holder(folder)))
         if not no_picture:

@@ -33,7 +33,7 @@ def score(run_dir, split):
     run = Path(run_dir)
     made = json.loads((run / "train.json").read_text())
     weights = json.loads((run / "weights.safetensors").read_text())
-    if weights.get("mode") == "unscorable":
+    if weights.get("mode") == "unscorable" or (weights.get("mode") == "looks" and json.load(sys.stdin)["verify"]):
         print(json.dumps({"kind": "violation", "message": "logits look ahead"}), file=sys.stderr)
         return 6
     noise = random.Random(f"{made['seed']} {weights['gain']}").gauss(0, 0.001)
@@ -48,6 +48,8 @@ def score(run_dir, split):
     return 0
 
 if __name__ == "__main__":
+    if sys.argv[1] == "screen":
+        sys.exit()
     if sys.argv[1] == "score":
         sys.exit(score(sys.argv[2], sys.argv[sys.argv.index("--split") + 1]))
     prepare(sys.argv[sys.argv.index("--json") + 1])
@@ -117,6 +119,9 @@ if act == "better":
     put("GAIN", round(gain + 0.05, 4))
 elif act == "worse":
     put("GAIN", round(gain - 0.05 - n / 1000, 4))
+elif act == "looks":
+    put("MODE", '"looks"')
+    put("GAIN", round(gain + 0.05, 4))
 elif act in ("nan", "crash", "oom", "hang", "silent", "unscorable", "slow"):
     put("MODE", f'"{act}"')
     put("GAIN", gain - n / 1000)

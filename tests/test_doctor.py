@@ -2,6 +2,7 @@
 
 import json
 import os
+import plistlib
 import re
 import shutil
 import subprocess
@@ -193,6 +194,17 @@ def test_sandbox(monkeypatch, cover, state):
     monkeypatch.setattr(sandbox, "available", lambda: cover)
     assert doctor.check_sandbox().state == state
     assert "Not covered: " in doctor.check_sandbox().text
+
+
+def test_a_launch_agent_starts_a_night_where_the_users_programs_are_found(checkout):
+    done = call(checkout, {}, "--launchd", "23:15")
+    assert done.returncode == 0, done.stderr
+    made = plistlib.loads(done.stdout.partition("<!--")[0].encode())
+    assert made["StartCalendarInterval"] == {"Hour": 23, "Minute": 15}
+    assert made["WorkingDirectory"] == str(checkout)
+    assert made["EnvironmentVariables"]["PATH"] == os.environ["PATH"]
+    assert made["ProgramArguments"][1:3] == ["-m", "agent.loop"]
+    assert "expected a time of day" in call(checkout, {}, "--launchd", "late").stderr
 
 
 def test_power_never_stops_a_night():

@@ -15,7 +15,8 @@ PARTS = sorted(path for path in (ROOT / "harness").rglob("*.py") if path.stem !=
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
 # A folder of agent/, or a file directly in it, imports what stands on an earlier line, and itself.
 FLOORS = (
-    {"errors", "text"},
+    {"errors", "files"},
+    {"text"},
     {"process", "coders"},
     {"git", "journal", "chat"},
     {"trial", "views"},

@@ -15,6 +15,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
                                                                        status: ok, a failure's name, or that it is to be
                                                                        repeated: interrupted, disturbed
+    verified     n, dir, status, seconds, error                        every row was probed, before a keep
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
@@ -207,6 +208,10 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
     asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
     if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
         _spend(night, {"usage": {"cost": None}, "n": asked.n})
+    if night.ended is None:  # the driver before this one was killed
+        for experiment in night.experiments:
+            if experiment.trials and experiment.trials[-1].status == "running":
+                experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended = event["settings"], None
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox

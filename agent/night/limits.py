@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from agent.errors import Stopped
+from agent.errors import Stopped, UsageError
+from agent.files import read_plain
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
@@ -82,6 +85,18 @@ def without_agent(night: Night, settings: Settings, kind: str, message: str, ses
     return wait
 
 
+def hours_until(clock: str, now: float | None = None) -> float:
+    """Hours from now (Unix time) to the next time that clocks here show `clock`, HH:MM. UsageError if that is no time of day."""
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock.strip())
+    if match is None:
+        raise UsageError(f"{clock!r}: expected a time of day such as 07:00")
+    here = datetime.fromtimestamp(time.time() if now is None else now)
+    end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    if end <= here:
+        end += timedelta(days=1)
+    return (end.timestamp() - here.timestamp()) / 3600
+
+
 _ONCE, _NOW = "after this experiment\n", "now\n"
 
 
@@ -111,7 +126,7 @@ class Stopper:
     def _count(self) -> int:
         requests = self._requests
         with contextlib.suppress(OSError):
-            requests += 2 if "now" in self._file.read_text() else 1
+            requests += 2 if "now" in read_plain(self._file, 64).decode("ascii", "replace") else 1
         if self._told < min(requests, 2):  # said here, not in the signal handler, which must not print
             self._told = min(requests, 2)
             words = "stopping after this experiment; once more stops now (the night can be resumed)", "stopping now"

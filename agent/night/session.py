@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped
+from agent.files import write_anew
+from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
+from agent.journal.folder import clear_leftovers
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import fold
@@ -20,9 +25,10 @@ from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
 from agent.proposal.check import before_the_night
+from agent.text import one_line
 from agent.trial import sandbox
 from agent.trial.lab import Lab, lay_harness
-from agent.trial.rights import held_out_places
+from agent.trial.rights import folders, hidden_places
 from agent.views import results
 from agent.views.terminal import Console
 
@@ -37,6 +43,7 @@ def run_session(
     if journal.torn:
         console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
     if not night.base:
+        clear_leftovers(folder)
         harness = lay_harness(repository, repository.head, folder)
         console.stage("preparing data")
         entry = setup.dataset(
@@ -55,48 +62,78 @@ def run_session(
     coder, about = choose(settings.to_json())
     boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
     journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
+    train_dir, held_dir = folders(night.dataset)
     lab = Lab(
-        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
-        train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
-        vocab_size=int(night.dataset["vocab_size"]), hidden=held_out_places(night.dataset, root, worktree.common, worktree.path),
-        startup_seconds=settings.startup,
+        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness, repository=repository, base=night.base,
+        train_dir=train_dir, held_dir=held_dir, budget=night.dataset["budget"], vocab_size=int(night.dataset["vocab_size"]),
+        hidden=hidden_places(night.dataset, root, worktree.common, worktree.path), startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
-    desk = Desk(folder, worktree.path, night.train_file, coder, settings, stopper.now)
+    desk = Desk(folder, worktree, night.train_file, coder, settings, stopper.now)
     engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
     console.say(f"sandbox of trainings: {boxed}")
-    engine.recover()
     try:
         source = night.train_file, repository.file_at(night.base, night.train_file)
         before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
+        engine.recover()
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
-            engine.held_out()
-    except (Stopped, NightError) as error:
-        words = str(error) or "stopped at once by request"
-        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
-        engine.hooks.night_end(engine.night, words)
-        raise
-    engine.record("night_end", reason=name, text=words)
+            _held_out(engine)
+        engine.record("night_end", reason=name, text=words)
+    except Exception as error:
+        raise _ended(engine, error) from error
     engine.hooks.night_end(engine.night, words)
-    worktree.close()
-    (folder / "stop").unlink(missing_ok=True)
     drawn = ""
+    with contextlib.suppress(OSError):  # the night is over and written down: what cannot be tidied is no failure of it
+        (folder / "stop").unlink(missing_ok=True)
+        worktree.close()
     if options["picture"]:
         console.stage("drawing the picture")
         drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
     console.say(f"the night ends: {words}")
     console.say(f"results: {folder / 'results.tsv'}{drawn}")
     console.say(results.last_line(engine.night))
-    return 0 if name not in ("failures", "login", "missing", "rate_limit") and not engine.night.unproposed() else 1
+    fine = name not in ("failures", "login", "missing", "rate_limit")
+    return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
+
+
+def _ended(engine: Engine, error: Exception) -> Exception:
+    """Journal whatever ends a night, if at all possible, and tell the user's hook. Returns what the command line has to say."""
+    words = one_line(str(error), 1000) or type(error).__name__
+    if isinstance(error, Stopped):
+        words = "stopped at once by request"
+    elif not isinstance(error, NightError):
+        log = engine.lab.folder / "logs" / "driver.log"
+        with contextlib.suppress(OSError):
+            write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        words = f"{type(error).__name__}: {words}; the details are in {log}; mend it, then: python -m agent.loop --resume"
+    try:
+        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
+    except Exception as unwritten:
+        words += f"; this end could not be journalled: {one_line(str(unwritten), 300) or type(unwritten).__name__}"
+        engine.night.ended = "error"  # for the hook; the journal says the same at the next start: nobody works on it
+    with contextlib.suppress(Exception):  # a hook that fails must not hide why the night ended
+        engine.hooks.night_end(engine.night, words)
+    return error if isinstance(error, (Stopped, NightError)) else NightError(words)
+
+
+def _held_out(engine: Engine) -> None:
+    """Score on the held-out test text; a night that cannot is complete without."""
+    try:
+        engine.held_out()
+    except DAMAGE as damage:
+        engine.note(f"the held-out test could not be scored: {one_line(str(damage), 300) or type(damage).__name__}")
 
 
 def _picture(folder: Path, cwd: Path) -> bool:
     """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
-    return child.run(
-        [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
-        bounds=child.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
-    ).ok  # fmt: skip
+    try:
+        return child.run(
+            [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
+            bounds=child.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
+        ).ok  # fmt: skip
+    except OSError:
+        return False

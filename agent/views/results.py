@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from agent.files import write_anew
 from agent.journal.state import Experiment, Night
 from agent.text import one_line
 
@@ -26,9 +26,7 @@ def _row(experiment: Experiment) -> str:
 
 def write_results(night: Night, path: Path) -> None:
     """Replace results.tsv as a whole, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(results(night), encoding="utf-8")
-    os.replace(fresh, path)
+    write_anew(path, results(night).encode())
 
 
 def last_line(night: Night) -> str:
@@ -37,6 +35,11 @@ def last_line(night: Night) -> str:
     if night.best is None or baseline is None or baseline.mean is None or night.leader.mean is None:
         return f"no baseline was measured; {len(night.done)} experiments; branch autoresearch/{night.tag}"
     first, best, tried = baseline.mean, night.leader.mean, len(night.done)
+    if why := refused(night):
+        return (
+            f"nothing was won: {night.leader.name} was the best, {best:.4f} from baseline {first:.4f}, but its held-out test was "
+            f"refused ({why}); {tried} experiments; branch autoresearch/{night.tag}"
+        )
     gain = f"{100 * (best - first) / first:+.1f} %" if night.kept else "nothing won"
     text = (
         f"best {best:.4f} from baseline {first:.4f}: {gain} in {tried} experiment{'s' * (tried != 1)}, "
@@ -48,6 +51,13 @@ def last_line(night: Night) -> str:
     if unproposed := night.unproposed():
         text += f"; {unproposed}"
     return text
+
+
+def refused(night: Night) -> str:
+    """Why the best's held-out test was refused, "" if it was not."""
+    test = night.tests.get(night.leader.n) if night.best is not None else None
+    error = (test or {}).get("error") or {}
+    return one_line(f"{error.get('kind')}: {error.get('message')}", 200) if test and test.get("test_bpb") is None else ""
 
 
 def status(night: Night, pid: int | None) -> list[str]:

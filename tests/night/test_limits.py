@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
+import pytest
 from story_kit import Story, told
 
+from agent.errors import UsageError
 from agent.journal.settings import Settings
 from agent.judgement.decision import Rule
 from agent.night import limits
@@ -122,3 +125,15 @@ def test_rate_limit_waits_as_told_else_longer_and_longer() -> None:
 
 def test_the_baseline_is_measured_as_often_as_the_rule_wants() -> None:
     assert Settings().baseline_seeds == Rule().baseline_trials
+
+
+@pytest.mark.parametrize(("clock", "hours"), [("07:00", 8.5), ("22:31", 1 / 60), ("22:30", 24.0), ("0:00", 1.5)])
+def test_until_is_the_next_time_that_clocks_show_it(clock: str, hours: float) -> None:
+    now = datetime(2026, 11, 22, 22, 30).timestamp()
+    assert abs(limits.hours_until(clock, now) - hours) < 1e-6
+
+
+@pytest.mark.parametrize("clock", ["7", "24:00", "07:60", "7 am", "", "-1:00"])
+def test_what_is_no_time_of_day_is_said(clock: str) -> None:
+    with pytest.raises(UsageError, match="expected a time of day such as 07:00"):
+        limits.hours_until(clock)

@@ -60,7 +60,7 @@ os.execvp(argv[0], argv)
 """
 SERVER = """\
         import subprocess
-        subprocess.run([*json.loads(sys.argv[sys.argv.index("--wrap") + 1]), "true"], check=True)
+        subprocess.run([*json.load(sys.stdin)["wrap"], "true"], check=True)
 """
 PMSET = "import sys; print({said!r} if sys.argv[1:] == ['-g', 'batt'] else ' lowpowermode         {low}', end='')"
 
@@ -322,15 +322,19 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     assert len(trainings) == len(ends)
     for profile, end in zip(trainings, ends, strict=True):
         assert allowed(profile, "file-write-create", folder / "trials" / end["dir"] / "weights")
-        assert allowed(profile, "file-write-create", folder / f"tmp/{end['n']:04d}/kernel")
+        assert allowed(profile, "file-write-create", folder / f"tmp/{end['dir']}/kernel")
+        assert allowed(profile, "file-read-data", data / "train/toy/train.bin")
     assert len(servers) >= len(ends)
     outside = [folder, folder / "trials/x", folder / "worktree", folder / "frozen", data / "train/toy", bed.repo, bed.home]
     for profile in (*trainings, *servers):
         assert [place for place in outside if allowed(profile, "file-write-create", place / "x")] == []
-        assert allowed(profile, "file-read-data", data / "train/toy/train.bin")
         assert allowed(profile, "file-read-data", folder / "worktree/train_mlx.py")
-        assert not allowed(profile, "file-read-data", data / "held/toy/val.bin")
+        others = (folder / "trials/x/weights", folder.parent / "other/trials/0000-1/weights", folder / "journal.jsonl")
+        for path in (data / "held/toy/val.bin", data / "train/other/train.bin", *others):
+            assert not allowed(profile, "file-read-data", path)
+        assert allowed(profile, "file-read-metadata", folder), "to pass through to what is open inside"
         assert not allowed(profile, "network-outbound")
+    assert not [profile for profile in servers if allowed(profile, "file-read-data", data / "train/toy/train.bin")]
     said, _ = call(bed, "agent.loop", "--status").communicate(timeout=60)
     assert "sandbox of trainings: sandbox-exec\n" in said
 
