@@ -20,8 +20,11 @@ lint: .venv/.ready
 	$(PY) -m ruff check -q .
 	$(PY) -m mypy
 
-test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
+test-slow test-gpu test-browser: test-%: .venv/.ready
 	$(PY) -m pytest -q -m $*
+
+test-agents: .venv/.ready  # a process for each command line: they mostly wait
+	$(PY) -m pytest -q -m agents -n 4 --dist loadgroup tests/coders
 
 test-torch: .venv/.ready
 	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch

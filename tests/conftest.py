@@ -29,7 +29,13 @@ PLANTED = {  # secrets of an environment
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say which files are no longer what tests look into. After a night, or once a person wrote their own brief, that is fine."""
+    """Print what tests recorded for it, and say which files are no longer what tests look into.
+
+    After a night, or once a person wrote their own brief, the latter is fine."""
+    recorded = [line for report in terminalreporter.stats.get("", []) if report.when == "teardown"
+                for name, line in report.user_properties if name == "summary"]  # fmt: skip
+    for line in sorted(recorded):
+        terminalreporter.write_line(line)
     for name in ("train_mlx.py", "train_torch.py", "program.md"):
         if (ROOT / name).read_bytes() != (PINNED / name).read_bytes():
             terminalreporter.write_line(f"note: {name} differs from tests/pinned/{name}, which the tests of its insides ran on; "

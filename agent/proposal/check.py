@@ -104,7 +104,8 @@ def ask_for_a_word(
             max_cost_usd=cost_left, pass_env=settings.agent_env, extra_args=arguments(settings.agent_args), check=True,
         )  # fmt: skip
         command = coder.command(job, os.environ)
-        env = {**command.env, "AUTORESEARCH_JOURNAL": str(folder / "journal.jsonl"), "AUTORESEARCH_EXPERIMENT": "0",
+        known = {name: value for name, value in command.env.items() if name != "AUTORESEARCH_HOME"}  # as in `ask`
+        env = {**known, "AUTORESEARCH_JOURNAL": str(folder / "journal.jsonl"), "AUTORESEARCH_EXPERIMENT": "0",
                "AUTORESEARCH_SEED": "0", "GIT_CEILING_DIRECTORIES": str(place)}  # fmt: skip
         outcome = child.run(
             command.argv, cwd=work, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=stop,
