@@ -149,10 +149,10 @@ def edit(ask: Ask, prompt: str, path: Path) -> Reply:
     return _failed(talk.usage, "agent_error", problems[-1])
 
 
-def check(ask: Ask, prompt: str, path: Path) -> Reply:
+def check(ask: Ask, prompt: str, path: Path, start_seconds: float = 0.0) -> Reply:
     """Ask for one word with a prompt as long as a night's longest, and say how long a proposal will take. The file stays.
 
-    A second question, to count, shows how fast the model writes."""
+    A second question, to count, shows how fast the model writes. `start_seconds` is what each proposal takes before it asks."""
     source = _read(path)
     filler = _without(prompt, source)
     while len(filler) < LARGEST_PROMPT and source.strip():
@@ -170,9 +170,10 @@ def check(ask: Ask, prompt: str, path: Path) -> Reply:
         return _failed(talk.usage, error.failure, str(error), error.wait_seconds)
     speed = (counted.tokens_out or len(counted.text) / CHARACTERS_PER_TOKEN) / max(counted.seconds, 1e-3)
     written = EDIT_TOKENS / speed if speed > 0 else 0.0
-    about = answer.seconds + written
+    about = start_seconds + answer.seconds + written
     size = f"{answer.tokens_in:,} tokens" if answer.tokens_in else f"{talk.length():,} characters"
-    words = f"about {_rounded(about)} s a proposal: {answer.seconds:.0f} s to read {size}, then {speed:.0f} tokens/s"
+    reading = f"{start_seconds + answer.seconds:.0f} s to start and read {size}"
+    words = f"about {_rounded(about)} s a proposal: {reading}, then {speed:.0f} tokens/s"
     hint = _hint(talk, answer).lstrip("; ")
     _tell(talk)
     return Reply(**{**asdict(talk.usage), "message": "; ".join([words, *talk.notes, *([hint] if hint else [])])})

@@ -432,7 +432,7 @@ def _joined(text: str) -> Any:
     import httpx2
 
     raw = text.encode("utf-8", "replace") + b"\n\n"
-    response = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=raw)
+    response = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=raw, request=httpx2.Request("POST", "/"))
     content, reasoning, finish, usage, ended, last = [], [], None, None, False, ""
     with contextlib.suppress(httpx2.SSEError):
         for event in httpx2.EventSource(response):
