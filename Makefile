@@ -1,6 +1,6 @@
 # make demo   a night in small, from nothing: set up, prepare, measure, run 7 experiments, draw
 # make test   lint, types and the test suite, as CI runs them
-# make test-torch   the PyTorch file, which needs a large download; test-slow, test-gpu, test-agents: what CI leaves out
+# make test-torch   the PyTorch file, which needs a large download; test-slow, test-gpu, test-agents, test-browser: what CI leaves out
 # make pin    after changing a train file or program.md by hand: copy it to where the tests of its text look
 # All set up .venv first: with uv where it is installed, else with python3 -m venv and pip.
 
@@ -8,19 +8,19 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE -u AUTORESEARCH_TIER
 
-.PHONY: demo test test-slow test-gpu test-agents test-torch soak lint pin clean
+.PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
 
 demo: .venv/.ready
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
 
 test: lint
-	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q
+	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
 
 lint: .venv/.ready
 	$(PY) -m ruff check -q .
 	$(PY) -m mypy
 
-test-slow test-gpu test-agents: test-%: .venv/.ready
+test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
 	$(PY) -m pytest -q -m $*
 
 test-torch: .venv/.ready

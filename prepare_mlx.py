@@ -4,6 +4,7 @@ The harness's face: its command line, and the names that train files import. The
     python prepare_mlx.py --dataset stories            prepare data (also: tinystories, climbmix, fineweb-edu, text:PATH)
     python prepare_mlx.py --list                       list datasets and presets
     python prepare_mlx.py score RUN_DIR                print val_bpb of a trained model, computed from its logits
+    python prepare_mlx.py screen FILE                  search a train file for held-out text
 
 A train file calls `start_run()`, `run.budget.start()`, `run.batches()` and `run.finish()`, and defines `load_model(run_dir)`.
 """
@@ -40,12 +41,17 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default=None, help=f"machine size: {', '.join(PRESETS)} (default: this machine's)")
     parser.add_argument("--vocab-size", type=int, default=0,
                         help="vocabulary size in tokens, 256 for plain bytes (default: the preset's)")
-    parser.add_argument("--field", default="text", help="field (.jsonl) or column (.parquet) with the text (default: text)")
+    parser.add_argument("--field", default="text", help="field of JSON objects or column of tables with the text (default: text)")
+    parser.add_argument("--allow-loss", action="store_true", help="go on even if more than 2 %% of the text cannot be read")
     parser.add_argument("--shards", type=int, default=1, help="number of files to fetch of a hub dataset (default: 1)")
     parser.add_argument("--revision", default="", help="commit, branch or tag of a hub dataset (default: the commit in --list)")
     parser.add_argument("--json", type=Path, help="write a description of the prepared dataset to this file")
     parser.add_argument("--list", action="store_true", help="list datasets with source and licence, and presets")
-    commands = parser.add_subparsers(dest="command", metavar="score | serve")
+    commands = parser.add_subparsers(dest="command", metavar="score | serve | screen")
+    file = commands.add_parser("screen", help="search a train file for held-out text")
+    file.add_argument("file", type=Path)
+    file.add_argument("--parent", type=Path, help="train file that it was made from: what that holds, too, does not count")
+    file.add_argument("--held", type=Path, required=True, help="folder of the held-out shards")
     for name, text in (("score", "print val_bpb of a trained model"), ("serve", "run the logits server; `score` starts it")):
         command = commands.add_parser(name, help=text)
         command.add_argument("run_dir", type=Path)
@@ -54,8 +60,14 @@ def options() -> argparse.ArgumentParser:
             command.add_argument("--held", type=Path, help="folder of the held-out shards (default: those of the run's dataset)")
             command.add_argument("--wrap", type=json.loads, default=[],
                                  help="JSON list: command to start the logits server under, such as a sandbox")
-            command.add_argument("--scratch", type=Path,
-                                 help="TMPDIR of the logits server, emptied for each server (default: a new folder)")
+            command.add_argument("--scratch", type=Path, help="folder for the logits server's copy of RUN_DIR and its TMPDIR, "
+                                 "emptied for each server (default: a new folder)")
+            command.add_argument("--load-limit", type=float, default=120.0,
+                                 help="seconds that importing the train file and load_model may take (default: 120)")
+            command.add_argument("--verify", action="store_true",
+                                 help="probe every row for look-ahead; takes three times as long or more")
+            command.add_argument("--private", action="store_true",
+                                 help="read held, wrap and verify as JSON on standard input: others can see a command line")
             command.add_argument("--rows", type=int, default=0, help="maximum rows per batch (default: 256, or what fits in 96 MB)")
     return parser
 
@@ -69,8 +81,15 @@ def main() -> int:
             serve(args.run_dir.resolve())
         elif args.command == "score":
             from harness.score import score
-            summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows, args.scratch)
+            if args.private:
+                told = json.load(sys.stdin)
+                args.held, args.wrap, args.verify = Path(told["held"]), told["wrap"], told["verify"]
+            summary = score(args.run_dir.resolve(), args.held, args.split, args.wrap, args.rows, args.scratch, args.load_limit,
+                            args.verify)
             print("---", *(f"{key + ': ':<18}{value}" for key, value in summary.items()), sep="\n")
+        elif args.command == "screen":
+            from harness.screen import screen
+            screen(args.file, args.parent, args.held)
         elif args.list:
             from harness.corpus import DATASETS
             print(*(f"{name:<12} {source:<32} {revision:<41}{licence}"
@@ -82,7 +101,7 @@ def main() -> int:
             preset = args.preset or detect_preset()
             dataset = args.dataset or ("stories" if preset in ("tiny", "demo", "cpu") else "tinystories")
             entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards,
-                            revision=args.revision)
+                            revision=args.revision, allow_loss=args.allow_loss)
             if args.json:
                 write_atomically(args.json, json.dumps(entry, indent=1).encode())
             print(f"ready: {entry['id']}  vocabulary {entry['vocab_size']:,}, {entry['seq_len']} tokens of context, "
@@ -92,7 +111,7 @@ def main() -> int:
         os._exit(130)  # without waiting for downloads
     except HarnessError as error:
         if args.command:
-            return fail(error.kind, str(error), args.run_dir)
+            return fail(error.kind, str(error), getattr(args, "run_dir", None))
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import plistlib
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +22,9 @@ import click
 
 from agent.coders import table
 from agent.errors import NightError
+from agent.journal.settings import Settings
 from agent.night import power
+from agent.night.limits import hours_until
 from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home
 from agent.trial import sandbox
@@ -65,11 +69,14 @@ class Finding:
         return f"{self.state:<5}{self.subject:<10} {self.text}"
 
 
-def examine(folder: Path, train_file: str, environ: Mapping[str, str]) -> Iterable[Finding]:
-    """All checks, for a night from the checkout `folder`."""
+def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool = False) -> Iterable[Finding]:
+    """All checks, for a night from the checkout `folder`; `ask`: the agents are asked for a word each, too."""
     yield check_python()
+    yield from check_mac()
     yield check_git(folder, train_file)
     yield from check_agents(environ)
+    if ask:
+        yield from ask_agents(environ, folder, train_file)
     yield check_data(environ)
     yield from check_framework(folder, "torch" if "torch" in train_file else "mlx")
     yield check_disk(folder)
@@ -82,6 +89,22 @@ def check_python() -> Finding:
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Finding("python", "bad", f"{version}: MLX needs an arm64 Python; install one from python.org, or let uv do it")
     return Finding("python", "ok", version)
+
+
+def check_mac() -> Iterable[Finding]:
+    """Whether this macOS has wheels of MLX, and those that know the chip."""
+    if sys.platform != "darwin":
+        return
+    asked = ["sw_vers", "-productVersion"], ["sysctl", "-n", "machdep.cpu.brand_string"]
+    version, chip = (_ask(argv, Path.cwd())[1] for argv in asked)
+    if not (major := version.partition(".")[0]).isdigit():
+        return
+    if int(major) < 14:
+        yield Finding("macos", "bad", f"{version}: MLX needs macOS 14 or later; update it in System Settings > General")
+    elif re.search(r"\bM[5-9]\b", chip) and int(major) < 26:
+        yield Finding("macos", "note", f"{version} on {chip}: MLX uses this chip's neural accelerators only from macOS 26 on")
+    else:
+        yield Finding("macos", "ok", f"{version} on {chip}")
 
 
 def check_git(folder: Path, train_file: str) -> Finding:
@@ -127,6 +150,27 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
             yield Finding(coder.name, "ok", f"{_first_line(said)}, with a login")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
     yield Finding("agent", "ok", f"without --agent a night takes {table.detect(environ).coder.name}{others}")
+
+
+def ask_agents(environ: Mapping[str, str], folder: Path, train_file: str) -> Iterable[Finding]:
+    """Each installed agent, asked for one word as before a night. This costs what a short question costs, and takes a while."""
+    if shutil.which("git") is None:
+        return  # told by check_git; without it the next import fails
+    from agent.proposal.check import ask_for_a_word
+
+    try:
+        source = train_file, (folder / train_file).read_bytes()
+    except OSError as error:
+        yield Finding("agents", "bad", f"{train_file} can't be read ({error}); run this in the project's folder")
+        return
+    for coder in table.TABLE.values():
+        if not (coder.login_env or coder.login_files) or coder.find(environ) is None:
+            continue  # chat and local are asked before their night: only that knows their model
+        with tempfile.TemporaryDirectory() as scratch:
+            answer = ask_for_a_word(coder, Settings(), Path(scratch), source)
+        cost = answer.usage.get("cost")
+        price = f" (${cost:.4f})" if cost else ""
+        yield Finding(coder.name, "ok" if answer.kind == "ok" else "note", answer.words + price)
 
 
 def check_data(environ: Mapping[str, str]) -> Finding:
@@ -210,14 +254,63 @@ def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no answer"])[0][:100]
 
 
+def launch_agent(clock: str, folder: Path) -> str:
+    """A property list for launchd, with the user's PATH: launchd's own has no folder with their agents."""
+    try:
+        hours_until(clock)
+    except NightError as error:
+        raise click.UsageError(str(error)) from None
+    hour, minute = map(int, clock.split(":"))
+    label, logs = "autoresearch.night", str(folder / "runs" / "launchd.log")
+    content = {
+        "Label": label, "WorkingDirectory": str(folder),
+        "ProgramArguments": [sys.executable, "-m", "agent.loop", "--until", "07:00"],
+        "EnvironmentVariables": {"PATH": os.environ["PATH"]}, "StandardOutPath": logs, "StandardErrorPath": logs,
+        "StartCalendarInterval": {"Hour": hour, "Minute": minute},
+    }  # fmt: skip
+    place = f"~/Library/LaunchAgents/{label}.plist"
+    return plistlib.dumps(content).decode() + (
+        f"<!-- save it as {place}, then: launchctl bootstrap gui/$(id -u) {place}\n"
+        f"     to remove it: launchctl bootout gui/$(id -u)/{label}\n"
+        "     The Mac has to be awake at that time. An agent whose login is in the keychain needs you to be logged in. -->"
+    )
+
+
+def deeply(folder: Path) -> bool:
+    """Run the long checks, write their file; whether none is bad."""
+    from agent import deep  # fails to import where there is no git
+
+    results = []
+    for result in deep.examine(folder):
+        results.append(result)
+        click.echo(_coloured(result.state, f"{result.check:<10} {result.text}"))
+    path = folder / "runs" / "doctor.json"
+    deep.write(results, path)
+    click.echo(f"written to {path}; attach it to an issue, whatever it says")
+    return not any(result.state == "bad" for result in results)
+
+
+def _coloured(state: str, text: str) -> str:
+    colours = {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}
+    return click.style(f"{state:<5}", fg=colours[state]) + text
+
+
 @click.command()
 @click.option("--train-file", default="train_mlx.py", show_default=True, help="The file a night would improve.")
-def main(train_file: str) -> None:
+@click.option("--launchd", metavar="HH:MM", help="Print a LaunchAgent that starts a night at this time, and how to install it.")
+@click.option("--deep", "deeper", is_flag=True, help="Prove by short trainings what could only be guessed; about ten minutes.")
+@click.option("--agents", "ask", is_flag=True, help="Ask each installed agent for one word; costs a few cents at most.")
+@click.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch")
+def main(train_file: str, launchd: str | None, deeper: bool, ask: bool) -> None:
     """Check whether a night could run here; each line says ok or how to mend it."""
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    if launchd is not None:
+        click.echo(launch_agent(launchd, Path.cwd()))
+        return
+    if deeper:
+        sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []
-    for finding in examine(Path.cwd(), train_file, os.environ):
-        click.echo(click.style(f"{finding.state:<5}", fg=colours[finding.state]) + str(finding)[5:])
+    for finding in examine(Path.cwd(), train_file, os.environ, ask):
+        click.echo(_coloured(finding.state, str(finding)[5:]))
         bad += [finding.subject] if finding.state == "bad" else []
     click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")
     sys.exit(1 if bad else 0)

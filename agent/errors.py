@@ -37,5 +37,11 @@ class BaselineError(NightError):
     exit_code = 11
 
 
+class AgentError(NightError):
+    """The coding agent can't be asked, or a limit of the user's can't be held with it; nothing was trained."""
+
+    exit_code = 12
+
+
 class Stopped(Exception):
     """Control flow, not an error: the user asked to stop at once. Whatever was running is repeated on resume."""

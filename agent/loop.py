@@ -10,7 +10,6 @@ import click
 import cloup
 from cloup import option, option_group
 
-from agent import __version__
 from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
@@ -20,7 +19,7 @@ from agent.journal.folder import choose_tag, latest, neighbours, require_tag
 from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import fold
 from agent.night import setup
-from agent.night.limits import Stopper, request_stop
+from agent.night.limits import Stopper, hours_until, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
 from agent.process.child import directory_bytes
@@ -33,7 +32,8 @@ INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 _EXIT_CODES = """\
 Exit codes: 0 the night ended as planned; 1 it ended early, and the last lines say why; 2 a wrong option or folder; 8 another driver
 works on this night; 9 the journal is damaged; 10 the data or the harness failed; 11 the unchanged train file does not train;
-130 stopped at once. Every night that has begun can go on with --resume.
+12 the agent does not answer, or --max-cost can't be held with it; 130 stopped at once. Every night that has begun can go on with
+--resume.
 """
 
 
@@ -46,6 +46,7 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
+    option("--until", metavar="HH:MM", help="Start no experiment after this time of day, such as 07:00."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -63,6 +64,8 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     option("--agent-args", help="Extra arguments for the agent's command line, for example '--effort high'."),
     option("--agent-env", multiple=True, help="Another environment variable that the agent may see. Repeatable."),
     option("--base-url", help="URL of the endpoint for --agent chat."),
+    option("--check-agent/--no-check-agent", default=None,
+           help="Ask the agent for one word before anything is trained. Default: on."),
     option("--max-agent-minutes", type=click.FloatRange(0), help="Time limit for the agent in one experiment. Default: 15."),
     option("--price-in", type=click.FloatRange(0),
            help="US dollars per million input tokens, for agents that report only tokens."),
@@ -94,7 +97,7 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
 @option_group(
     "Other",
     option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on."),
-    cloup.version_option(__version__, prog_name="autoresearch"),
+    cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
 def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str | None, yes: bool, **options: Any) -> None:
@@ -104,7 +107,7 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
         if forget is not None:
             code = _forget(forget, yes)
         else:
-            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, options)
+            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, _with_end(options))
     except NightError as error:
         complain(str(error))
         code = error.exit_code
@@ -115,6 +118,14 @@ def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str |
         complain(f"{error}; mend it, then: python -m agent.loop --resume")
         code = NightError.exit_code
     sys.exit(code)
+
+
+def _with_end(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with --until as hours. UsageError if both were given."""
+    until = options.pop("until")
+    if until is not None and options["hours"] is not None:
+        raise UsageError("--hours and --until: expected one of them")
+    return options if until is None else {**options, "hours": hours_until(until)}
 
 
 def _inspect(tag: str | None, status: bool) -> int:

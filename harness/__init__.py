@@ -5,6 +5,7 @@ The harness: data, clock and score. A night freezes this folder together with pr
     clock                   Budget, the machine's speed, expected epochs
     run                     batches, a training run as its train file sees it, progress
     server, score, probes   the logits server, the score computed from its logits, and the checks that the model does not cheat
+    screen                  held-out text in a train file
     tokenizer               text to token ids and back
     corpus                  documents to token shards; stories and download supply the documents
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -48,11 +50,13 @@ def kind_of(error: BaseException) -> str:
     return "oom" if isinstance(error, MemoryError) or re.search(words, str(error)) else "crash"
 
 
-def fail(kind: str, message: str, run_dir: Path, step: int | None = None) -> int:
-    """Record a failure in error.json and as a JSON line on standard error. Returns the exit code."""
+def fail(kind: str, message: str, run_dir: Path | None = None, step: int | None = None) -> int:
+    """Record a failure as a JSON line on standard error and, if there is a run directory, in its error.json. Returns the exit
+    code."""
     record = json.dumps({"kind": kind, "message": message[:2000], "step": step})
-    with contextlib.suppress(OSError):
-        write_atomically(run_dir / "error.json", record.encode())
+    if run_dir:
+        with contextlib.suppress(OSError):
+            write_atomically(run_dir / "error.json", record.encode())
     print(record, file=sys.stderr)
     return HarnessError(kind, message).exit_code
 
@@ -67,6 +71,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def open_plain(path: Path) -> int:
+    """Open a file that a candidate may have made, for reading. Returns the descriptor.
+    Errors: OSError if it is anything else than a plain file: no link is followed, and no pipe or device is waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a plain file", str(path))
+    return descriptor
 
 
 def sha256(data: bytes) -> str:

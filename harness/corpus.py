@@ -1,13 +1,13 @@
 """
 Prepare a dataset: stories, the user's own files or a hub dataset -> documents without duplicates -> train, val, test -> tokens.
 
-`prepare` is the entry. Worker processes read and tokenise block by block and keep finished parts in `work/`, so that an
-interrupted preparation continues where it stopped.
+`prepare` is the entry. Worker processes read and tokenise part by part and keep finished parts in `work/`, so that an interrupted
+preparation continues where it stopped. files.py reads files; overlap.py cuts texts and finds what two texts share.
 """
 
 import concurrent.futures
-import fcntl
-import gzip
+import concurrent.futures.process
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -18,29 +18,30 @@ import signal
 import sys
 import threading
 import time
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from harness import HarnessError, home, sha256, write_atomically
-from harness.download import bar, fetch, identity, sha256_of
+from harness.download import alone, bar, fetch, identity, sha256_of
+from harness.files import BLOCK_BYTES, SEPARATOR, Block, Loss, find_files, open_file, read_block
 from harness.machine import PRESETS, Preset, detect_preset
+from harness.overlap import COPY, NEIGHBOURS, SHINGLE, WINDOW, code_points, find, letters_of, sampled, stretches
 from harness.stories import book
 from harness.tokenizer import Tokenizer
 
-BLOCK_BYTES = 2 << 20           # text handed to one worker at a time; with WORKERS it decides how much memory is used
-WORKERS = 32                    # maximum number of worker processes, of about 40 MB each
-PASSAGE_BYTES = 2048            # a text without document separators is cut at blank lines into passages of about this size
-DOCUMENT_BYTES = 1 << 16        # a document twice as long is cut into passages of this size: one book could fill a whole split
-SEPARATOR = b"<|endoftext|>"    # between the documents of a .txt or .md file, if the file has any
+WORKERS = 12                    # maximum number of worker processes, of about 120 MB each
+HELD_OUT = 2_000_000            # bytes: up to here val and test hold out a tenth of the text each, whatever a preset scores of it
+HELD_OUT_MOST = 8_000_000       # bytes: from HELD_OUT to here they hold out a twentieth each
 STORIES_BYTES = 8 << 20         # size of the training stories: more than a CPU reads in five minutes
-TEXT_KINDS = (".txt", ".md", ".jsonl", ".parquet")
-TOKENIZER_BYTES = 16 << 20      # training text that the tokenizer learns from, sampled from the whole source
-FORMAT = 3                      # raise it when the files on disk change their meaning: existing datasets are then rebuilt
+TOKENIZER_BYTES = 16 << 20      # training text that the tokenizer learns from, sampled from all documents
+SHORTEST = 64                   # bytes: what remains of a training document beside held-out text, if it is shorter, is left out
+PHRASES = 0.007                 # share of held-out text that may stand in train in stretches that are too short for a copy
+LIMIT = 0.02                    # share of the text that may be left out unless --allow-loss is given
+FORMAT = 4                      # raise it when the files on disk change their meaning: existing datasets are then rebuilt
 DATASETS = {  # name: (licence, source, file pattern in the hub repository, its commit)
     "stories": ("MIT, made by harness/stories.py", "embedded grammar, seed 1", "", ""),
     "tinystories": ("CDLA-Sharing-1.0", "karpathy/tinystories-gpt4-clean", "*.parquet", "0397e27157956705a0260709da3095bb9c43d6a7"),
@@ -49,12 +50,12 @@ DATASETS = {  # name: (licence, source, file pattern in the hub repository, its 
 }
 
 
-def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="") -> dict:
+def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="", allow_loss=False) -> dict:
     """Make a dataset ready and make it the current one. Returns the entry that CONTRIBUTING.md describes.
 
-    dataset: a name in DATASETS, or text:PATH. vocab_size: tokens; 0: the preset's. field: field of a .jsonl object or column of a
-    .parquet file. shards: number of hub files. revision: commit, branch or tag of a hub dataset; "": the commit in DATASETS.
-    Errors: HarnessError("usage", "data").
+    dataset: a name in DATASETS, or text:PATH. vocab_size: tokens; 0: the preset's. field: field of a JSON object or column of a
+    table. shards: number of hub files. revision: commit, branch or tag of a hub dataset; "": the commit in DATASETS.
+    allow_loss: go on even if more than LIMIT of the text cannot be read. Errors: HarnessError("usage", "data").
     """
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
@@ -64,11 +65,15 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
     slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
     ident = f"{slug}-{preset.vocab_size}-{fingerprint(dataset, preset, field, shards, revision)}"
     train, held = home() / "train" / ident, home() / "held" / ident
-    with alone(ident):
+    (home() / "work").mkdir(parents=True, exist_ok=True)
+    with alone(home() / "work" / f"{ident}.lock"):
         if problem := damage(train, held):
             if train.exists():
                 print(f"note: {problem}; preparing it again", file=sys.stderr)
-            build(dataset, preset, field, shards, revision, ident)
+            try:
+                build(dataset, preset, field, shards, revision, ident, allow_loss)
+            except (OSError, concurrent.futures.process.BrokenProcessPool) as error:
+                raise trouble(error, ident) from error
     meta = json.loads((train / "meta.json").read_text())
     entry = {"id": ident, "train_dir": str(train), "held_dir": str(held), "dataset": dataset, "preset": preset_name,
              "vocab_size": meta["vocab_size"], "seq_len": preset.seq_len, "budget": preset.budget,
@@ -77,184 +82,273 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
     return entry
 
 
+def trouble(error: BaseException, ident: str) -> HarnessError:
+    """The error for what the machine refused while data was prepared: room on the disk, access, memory for a worker."""
+    work = home() / "work" / ident
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return HarnessError("data", f"the disk of {home()} is full: preparing takes about three times the size of the text; free "
+                            "some space, or set AUTORESEARCH_HOME to a folder on another disk, and run the same command again")
+    if isinstance(error, OSError):
+        return HarnessError("data", f"{error.filename or work}: {error.strerror or error}; expected files that can be read, and a "
+                            f"folder {home()} that can be written")
+    return HarnessError("data", "a worker process was killed, most likely because memory ran out; free some memory and run the "
+                        "same command again: it goes on where it stopped")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Files -> blocks -> documents
+# Reading: files -> parts, each with the documents that one worker read
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Block:
-    """Part of a source file that one worker reads: bytes start..end, or row groups start..end of a parquet file."""
-    path: str
-    start: int
-    end: int
-    field: str = "text"         # field of a .jsonl object, or column of a .parquet file
+class Part:
+    """The documents that one worker read, one after another in the file `text`; `digests` has what is known of them."""
+    text: Path
+    digests: Path
+    sizes: np.ndarray           # int64 [n]: bytes of each document
+    hashes: np.ndarray          # uint64 [n, 2]: of each document's letters, and of its bytes
+    losses: list[Loss]
+    empty: int                  # documents of white space only
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each document ends in `text`: int64 [n]."""
+        return np.cumsum(self.sizes)
+
+    def documents(self, numbers) -> list[bytes]:
+        """Some documents, given their numbers."""
+        ends = self.ends
+        with open(self.text, "rb") as file:
+            return [os.pread(file.fileno(), int(self.sizes[n]), int(ends[n] - self.sizes[n])) for n in numbers]
 
 
-def cut(window: bytes, *marks: bytes) -> int:
-    """Find where to cut text: behind the first of `marks`, else a blank line, line end or space, else between two characters."""
-    for mark in (*marks, b"\n\n", b"\n", b" "):
-        if (found := window.find(mark)) >= 0:
-            return found + len(mark)
-    return next((i for i, b in enumerate(window[:4]) if b & 0xC0 != 0x80), 0)
+def grouped(blocks: list[Block]) -> list[list[Block]]:
+    """Put small blocks together, in order, so that each group has about BLOCK_BYTES: thousands of notes are few parts."""
+    groups: list[list[Block]] = []
+    size = BLOCK_BYTES
+    for block in blocks:
+        if size + block.size > BLOCK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(block)
+        size += block.size
+    return groups
 
 
-def passages(data: bytes, size: int) -> list[bytes]:
-    """Cut text into passages of about `size` bytes at blank lines, else line ends, else spaces. Joined, they are `data` again."""
-    cuts, position = [0], 0
-    while len(data) - position > 2 * size:
-        position += size + cut(data[position + size : position + 8 * size])
-        cuts.append(position)
-    return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True) if b > a or not data]
+def read_part(blocks: list[Block], place: Path) -> Part:
+    """Read the documents of some blocks and keep them in `place`.text and `place`.digests. Documents with the same letters, which
+    are duplicates or near duplicates, get the same first hash."""
+    text, digests = place.with_suffix(".text"), place.with_suffix(".digests")
+    if not digests.exists():  # an interrupted preparation may have left it
+        documents: list[str] = []
+        losses: list[Loss] = []
+        empty = 0
+        for block in blocks:
+            found, lost, without = read_block(block)
+            documents, losses, empty = documents + found, losses + lost, empty + without
+        letters, at = letters_of(code_points("".join(documents)))
+        borders = np.searchsorted(at, np.cumsum([0, *map(len, documents)]))
+        raw = [d.encode() for d in documents]
+        pairs = ((letters[a:b].tobytes() or d, d) for a, b, d in zip(borders, borders[1:], raw, strict=False))
+        hashes = b"".join(hashlib.blake2b(data, digest_size=8).digest() for pair in pairs for data in pair)
+        write_atomically(text, b"".join(raw))
+        facts = json.dumps({"losses": [asdict(loss) for loss in losses], "empty": empty}).encode()
+        write_atomically(digests, facts + b"\n" + np.array([len(d) for d in raw], np.int64).tobytes() + hashes)
+    facts, _, numbers = digests.read_bytes().partition(b"\n")
+    found, n = json.loads(facts), len(numbers) // 24
+    return Part(text, digests, np.frombuffer(numbers, np.int64, n), np.frombuffer(numbers, np.uint64, offset=8 * n).reshape(n, 2),
+                [Loss(**loss) for loss in found["losses"]], found["empty"])
 
 
-def read_block(block: Block) -> tuple[list[str], dict[str, int]]:
-    """Read a block's documents. Also returns how many documents were skipped: {"invalid_utf8", "empty"}.
-    Errors: HarnessError("data") if a .jsonl line has no such text field."""
-    if block.path.lower().endswith(".parquet"):
-        import pyarrow.parquet as parquet
-        table = parquet.ParquetFile(block.path).read_row_groups(range(block.start, block.end), columns=[block.field])
-        raw = [(text or "").encode() for text in table.column(block.field).to_pylist()]
-    else:
-        with open(block.path, "rb") as f:
-            f.seek(block.start)
-            data = f.read(block.end - block.start)
-        if block.path.lower().endswith(".jsonl"):
-            try:
-                raw = [json.loads(line)[block.field].encode("utf-8", "surrogatepass") for line in data.splitlines() if line.strip()]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise HarnessError("data", f"{block.path}: expected one JSON object per line with a string field "
-                                   f"{block.field!r}, got {error!r}; name the field with --field") from error
-        elif SEPARATOR in data:
-            raw = [document.strip(b"\r\n") for document in data.rstrip().removesuffix(SEPARATOR).split(SEPARATOR)]
-        else:
-            raw = passages(data, PASSAGE_BYTES)
-    documents, skipped = [], {"invalid_utf8": 0, "empty": 0}
-    for document in (passage for d in raw for passage in passages(d, DOCUMENT_BYTES)):
-        try:
-            if (text := document.decode("utf-8")).strip():
-                documents.append(text)
-            else:
-                skipped["empty"] += 1
-        except UnicodeDecodeError:
-            skipped["invalid_utf8"] += 1
-    return documents, skipped
+def check_losses(losses: list[Loss], kept: int, allow_loss: bool) -> None:
+    """Print what is left out, file by file with its share of the text. kept: bytes of the text that was read.
+    Errors: HarnessError("data") if more than LIMIT of the text is lost and `allow_loss` is not set."""
+    if plain := [loss for loss in losses if not loss.bytes]:
+        names = Counter(Path(loss.name).suffix or Path(loss.name).name for loss in plain)
+        print(f"note: left out {len(plain):,} files that hold no text ({', '.join(f'{n} {k}' for k, n in names.most_common(5))})",
+              file=sys.stderr)
+    by_file: dict[str, list[Loss]] = {}
+    for loss in losses:
+        if loss.bytes:
+            by_file.setdefault(loss.name, []).append(loss)
+    lost = sum(loss.bytes for loss in losses)
+    total = max(kept + lost, 1)
+    lines = []
+    for name, found in sorted(by_file.items(), key=lambda item: -sum(loss.bytes for loss in item[1])):
+        size, where = sum(loss.bytes for loss in found), sorted(loss.where for loss in found if loss.where)
+        places = f" (line or row {', '.join(map(str, where[:3]))}{', ...' if len(where) > 3 else ''})" if where else ""
+        lines.append(f"{name}: {size:,} bytes, {share(size, total)} of the text: {found[0].why}{places}")
+    shown = "\n  ".join([*lines[:10], *([f"and {len(lines) - 10:,} more files"] if len(lines) > 10 else [])])
+    if lost > LIMIT * total and not allow_loss:
+        raise HarnessError("data", f"{share(lost, total)} of the text would be left out, expected at most {100 * LIMIT:g} %:\n"
+                           f"  {shown}\nmend or move these files, or add --allow-loss to go on without them")
+    if lines:
+        print(f"note: left out {lost:,} bytes, {share(lost, total)} of the text:\n  {shown}", file=sys.stderr)
 
 
-def blocks_of(path: Path, field: str, work: Path) -> list[Block]:
-    """Cut one source file into blocks at document borders. A .gz file, or a parquet file with huge row groups, is first unpacked
-    into `work`. Errors: HarnessError("data") if the file is damaged or has no such text column."""
-    try:
-        if path.suffix.lower() == ".gz":
-            unpacked = work / f"{sha256(str(path).encode())[:12]}-{path.stem.lower()}"
-            with gzip.open(path, "rb") as source, open(unpacked, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            path = unpacked
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet as parquet
-            file = parquet.ParquetFile(path)
-            schema = {f.name: str(f.type) for f in file.schema_arrow}
-            if schema.get(field) not in ("string", "large_string"):
-                raise HarnessError("data", f"{path}: expected a text column {field!r}, it has {schema}; choose one with --field")
-            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-            if max(groups, default=0) <= 8 * BLOCK_BYTES:
-                return [Block(str(path), i, i + 1, field) for i in range(len(groups))]
-            unpacked = work / f"{sha256(str(path).encode())[:12]}.jsonl"
-            with open(unpacked, "w", encoding="utf-8") as target:
-                for text in (t for batch in file.iter_batches(256, columns=[field]) for t in batch.column(0).to_pylist()):
-                    target.write(json.dumps({field: text or ""}) + "\n")
-            path = unpacked
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSErrors or ValueErrors
-        raise HarnessError("data", f"{path}: cannot be read as {path.suffix}, it is damaged or incomplete ({error})") from error
-    size, borders, lines = path.stat().st_size, [0], path.suffix.lower() == ".jsonl"
-    with open(path, "rb") as f:
-        while size - borders[-1] > BLOCK_BYTES:
-            start = f.seek(borders[-1] + BLOCK_BYTES)
-            # a JSON line is never cut
-            borders.append(start + (len(f.readline()) if lines else cut(f.read(BLOCK_BYTES), SEPARATOR)))
-    return [Block(str(path), a, b, field) for a, b in zip(borders, [*borders[1:], size], strict=True) if b > a]
+def share(part: int, total: int) -> str:
+    """A share in per cent with two digits that count: 0.031 %."""
+    return f"{100 * part / total:.2g} %" if part < total else "100 %"
 
 
-def own_files(dataset: str) -> list[Path]:
-    """List the user's files behind `text:PATH` in a fixed order, without hidden ones.
-    Errors: HarnessError("data") if there are none."""
-    root = Path(dataset.removeprefix("text:")).expanduser()
-    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    files = [p for p in found if Path(p.name.lower().removesuffix(".gz")).suffix in TEXT_KINDS
-             and not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    if not files:
-        reason = f"found none among {len(found)} files" if root.exists() else "there is no such path"
-        raise HarnessError("data", f"text:{root}: expected a file or folder of {', '.join(TEXT_KINDS)} (or .gz of them); {reason}")
-    return files
-
-
-def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str) -> tuple[list[Path], dict]:
-    """Return a dataset's files, fetched or generated if they are missing, and their origin for meta.json.
+def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str) -> tuple[list[Path], list[Loss], dict]:
+    """Return a dataset's files, fetched or generated if they are missing, what was left out, and their origin for meta.json.
     Errors: HarnessError("data")."""
     if dataset.startswith("text:"):
-        files = own_files(dataset)
-        return files, {"source": dataset[5:], "licence": "the user's own", "files": [identity(p) for p in files]}
+        files, losses = find_files(Path(dataset[5:]))
+        return files, losses, {"source": dataset[5:], "licence": "the user's own", "files": [identity(p) for p in files]}
     licence, source, pattern, pinned = DATASETS[dataset]
     if dataset == "stories":
         training, held_out = home() / "work" / ident / "stories.txt", home() / "held" / f"{ident}.txt"
         training.write_bytes(book(1, STORIES_BYTES, SEPARATOR))
         if not held_out.exists():  # without a seed, so that nobody can generate it again; kept, so that a repetition finds it
             held_out.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(held_out, book(None, 2 * preset.eval_bytes + 10_000, SEPARATOR))
-        return [training, held_out], {"source": f"{source}; val and test without a seed", "licence": licence}
+            write_atomically(held_out, book(None, 3 * preset.eval_bytes + 10_000, SEPARATOR))
+        return [training, held_out], [], {"source": f"{source}; val and test without a seed", "licence": licence}
     files, facts = fetch(source, pattern, shards, revision or pinned)
-    return files, {"source": source, "licence": licence, **facts}
+    return files, [], {"source": source, "licence": licence, **facts}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preparation: documents without duplicates -> train / val / test -> token shards
+# Splits: duplicates out, val and test by hash, then everything out of train that also stands in held-out text
 # ---------------------------------------------------------------------------------------------------------------------
 
 TRAIN, VAL, TEST, DROPPED = 0, 1, 2, 3
-NOT_A_WORD = re.compile(r"[\W_]+")
 
 
-def digests_of(block: Block, kept: Path) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Return for each document of a block two digests, uint64 [n, 2], its size in bytes, int64 [n], and the counts of skipped
-    documents. `kept` is the file that stores all three.
+def choose_splits(hashes: np.ndarray, sizes: np.ndarray, n_held_out: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Assign each document to TRAIN, VAL, TEST or DROPPED (duplicates): uint8 [n]. Also returns the order of the held-out ones.
 
-    The first digest is of the normalised text (lower case, words only), the second of the bytes. Documents with the same normalised
-    text are near duplicates; only the first one stays.
+    Only the text decides, so that every preset gets the same training documents: of the documents with different letters, those
+    with the lowest hashes are held out, even hashes for val and odd ones for test, until each has `held_out_limit`. A preset
+    scores the first of them in the order of their hashes. If n_held_out > 0, all of the last `n_held_out` documents are held out
+    instead, and no other. hashes: uint64 [n, 2], see `Part`. sizes: int64 [n], bytes.
     """
-    if not kept.exists():  # an interrupted preparation may have left it
-        documents, skipped = read_block(block)
-        pairs = [(NOT_A_WORD.sub(" ", d).strip().lower() or d, d) for d in documents]
-        digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for pair in pairs for text in pair)
-        sizes = np.array([len(d.encode()) for d in documents], np.int64)
-        write_atomically(kept, json.dumps(skipped).encode() + b"\n" + sizes.tobytes() + digests)
-    skipped, _, numbers = kept.read_bytes().partition(b"\n")
-    n = len(numbers) // 24
-    return np.frombuffer(numbers, np.uint64, offset=8 * n).reshape(n, 2), np.frombuffer(numbers, np.int64, n), json.loads(skipped)
+    first = np.unique(hashes[:, 0], return_index=True)[1]                       # in the order of the hashes
+    splits = np.full(len(hashes), DROPPED, np.uint8)
+    splits[first] = TRAIN
+    pool = first[first >= len(hashes) - n_held_out] if n_held_out else first
+    limit = sizes[pool].sum() if n_held_out else held_out_limit(int(sizes[pool].sum()))
+    order = []
+    for parity, split in ((0, VAL), (1, TEST)):
+        own = pool[hashes[pool, 0] % 2 == parity]
+        own = own[np.cumsum(sizes[own]) - sizes[own] < limit]                   # bytes before each document
+        splits[own] = split
+        order.append(own)
+    return splits, np.concatenate(order)
 
 
-def choose_splits(digests: np.ndarray, sizes: np.ndarray, eval_bytes: int, n_held_out: int = 0) -> np.ndarray:
-    """Assign each document to TRAIN, VAL, TEST or DROPPED (duplicates), by its digest alone: uint8 [n].
+def held_out_limit(total: int) -> int:
+    """How much of a text of `total` bytes val and test hold out each, in bytes."""
+    return min(HELD_OUT_MOST, total // 10, max(HELD_OUT, total // 20))
 
-    The documents with the lowest digests go to val, the next ones to test, until each has `eval_bytes`, at most a tenth of the
-    text. If n_held_out > 0, val and test share the last `n_held_out` documents instead.
-    digests: uint64 [n, 2], see `digests_of`. sizes: int64 [n], bytes.
+
+def compared(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The windows of a UTF-8 text that are compared. Returns the letter at which each begins, int64 [k], its hash, uint64 [k], and
+    the byte at which each letter stands, int64 [letters]."""
+    letters, at = letters_of(code_points(data.decode()))
+    if not data.isascii():
+        at = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)[at]
+    return *sampled(letters), at
+
+
+def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find where documents share stretches with the text behind `index`. Returns the stretches, int64 [k, 4]: document, first byte
+    in the document, first byte behind the stretch, letters; and for the windows of the index that stand in stretches shorter than
+    COPY, float64 [k, 3]: which window, letters of its stretch, and how many shingles of SHINGLE letters it stands for.
+
+    data: the documents, one after another. sizes: int64 [n], bytes of each. wanted: bool [n], which documents count. index: sorted
+    hashes of windows.
     """
-    first = np.unique(digests[:, 0], return_index=True)[1]                      # in the order of the digests
-    pool = first[first >= len(digests) - n_held_out] if n_held_out else first
-    limit = int(sizes[pool].sum()) // 2 if n_held_out else min(eval_bytes, int(sizes[pool].sum()) // 10)
-    passed = np.cumsum(sizes[pool]) - sizes[pool]                               # bytes before each document
-    val = passed < limit
-    splits = np.full(len(digests), DROPPED, np.uint8)
-    splits[first], splits[pool] = TRAIN, np.select([val, passed < limit + sizes[pool][val].sum()], [VAL, TEST], TRAIN)
-    return splits
+    begins, hashes, at = compared(data)
+    hit, windows = find(hashes, index)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    owner = np.searchsorted(ends, at, side="right")                             # the document of each letter
+    counts = wanted[owner[begins[hit]]] & wanted[owner[begins[hit] + WINDOW - 1]]
+    begins, windows = begins[hit][counts], windows[counts]
+    at = np.append(at, len(data))
+    rows, phrases = [], []
+    for a, b in zip(*stretches(begins), strict=True):
+        inside = windows[np.searchsorted(begins, a) : np.searchsorted(begins, b)]
+        if b - a < COPY:  # a stretch goes on for up to NEIGHBOURS - 1 letters at both ends, for as many in all on average
+            phrases += [(window, b - a, (b - a + NEIGHBOURS - SHINGLE) / len(inside)) for window in inside]
+        rows += [(n, max(at[a], starts[n]) - starts[n], min(at[b], ends[n]) - starts[n], b - a)
+                 for n in range(owner[a], owner[b - 1] + 1) if wanted[n]]
+    return np.array(rows, np.int64).reshape(-1, 4), np.array(phrases, np.float64).reshape(-1, 3)
 
 
-def tokenize_block(block: Block, splits: bytes, model: bytes, part: Path) -> tuple[list[str], list[str]]:
-    """Write a block's training tokens to `part`. Returns its validation and its test documents."""
-    pairs = list(zip(read_block(block)[0], splits, strict=True))
-    chosen = [[d for d, s in pairs if s == k] for k in (TRAIN, VAL, TEST)]
-    if not part.exists():  # an interrupted preparation may have left it
-        write_atomically(part, Tokenizer(model).encode_documents(chosen[TRAIN]).tobytes())
-    return chosen[VAL], chosen[TEST]
+def leak(found: list[tuple[np.ndarray, np.ndarray]], times: np.ndarray, shortest: int) -> float:
+    """Estimate the share of held-out shingles that stand in train once all shared stretches of `shortest` letters are out.
+    found: of each part, see `shared`. times: how often each window of the index stands in held-out text."""
+    remaining = np.zeros(len(times))
+    for _, phrases in found:
+        short = phrases[phrases[:, 1] < shortest]
+        np.maximum.at(remaining, short[:, 0].astype(np.int64), short[:, 2])
+    # NEIGHBOURS + 1 windows of text give two that are compared, and nearly as many shingles as windows
+    return float(remaining @ times) / max(times.sum() * (NEIGHBOURS + 1) / 2, 1)
+
+
+def shared_in_part(part: Part, splits: bytes, index: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`shared` for the training documents of a part. index: file of the held-out windows."""
+    return shared(part.text.read_bytes(), part.sizes, np.frombuffer(splits, np.uint8) == TRAIN, np.load(index))
+
+
+def batches_of(documents: list[bytes]) -> Iterator[list[bytes]]:
+    """Split a list of documents into lists of about BLOCK_BYTES, to bound memory."""
+    ends = np.cumsum([len(d) for d in documents]) // BLOCK_BYTES
+    for group in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(ends)) + 1):
+        yield [documents[n] for n in group]
+
+
+def windows_of(documents: list[bytes]) -> np.ndarray:
+    """The hashes of all windows of some documents that are compared, repeated ones too: uint64 [n]."""
+    return np.concatenate([np.empty(0, np.uint64), *(compared(b"".join(d))[1] for d in batches_of(documents))])
+
+
+def repeated(documents: list[bytes], index: np.ndarray) -> np.ndarray:
+    """Which documents share a copied stretch with the text behind `index`: bool [n]."""
+    found, passed = np.zeros(len(documents), bool), 0
+    for batch in batches_of(documents):
+        rows, _ = shared(b"".join(batch), np.array([len(d) for d in batch], np.int64), np.ones(len(batch), bool), index)
+        found[passed + rows[rows[:, 3] >= COPY, 0]] = True
+        passed += len(batch)
+    return found
+
+
+def without(document: bytes, spans: list[tuple[int, int]]) -> list[bytes]:
+    """What remains of a document without some byte ranges, in ascending order. Remainders below SHORTEST are left out."""
+    if not spans:
+        return [document]
+    edges = [0, *(edge for span in spans for edge in span), len(document)]
+    pieces = (document[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return [p for p in pieces if len(p) >= SHORTEST and p.strip()]
+
+
+def training_texts(part: Part, numbers: np.ndarray, spans: np.ndarray) -> list[str]:
+    """The texts of some training documents, without what they share with held-out text. spans: int64 [k, 4], see `shared`."""
+    by_document: dict[int, list[tuple[int, int]]] = {}
+    for n, a, b, _ in spans.tolist():
+        by_document.setdefault(n, []).append((a, b))
+    return [piece.decode() for n, document in zip(numbers.tolist(), part.documents(numbers), strict=True)
+            for piece in without(document, by_document.get(n, []))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building: parts -> tokenizer -> token shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+def tokenize_part(part: Part, splits: bytes, spans: np.ndarray, model: bytes, target: Path) -> tuple[int, int]:
+    """Write a part's training tokens to `target`. Returns the number of documents and bytes.
+    Errors: HarnessError("data") if the tokens do not give the text back."""
+    texts = training_texts(part, np.flatnonzero(np.frombuffer(splits, np.uint8) == TRAIN), spans)
+    data = "".join(texts).encode()
+    if not target.exists():  # an interrupted preparation may have left it
+        tokenizer = Tokenizer(model)
+        tokens = tokenizer.encode_documents(texts)
+        if tokenizer.decode_bytes(tokens.tolist()) != data:
+            raise HarnessError("data", "train: the tokenizer does not reproduce this text; please report it with the text")
+        write_atomically(target, tokens.tobytes())
+    return len(texts), len(data)
 
 
 def begin_worker(parent: int) -> None:
@@ -268,8 +362,9 @@ def begin_worker(parent: int) -> None:
 
 
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str) -> str:
-    """Hash everything that a prepared dataset depends on: the user's files byte by byte, or name and commit; and the preset.
-    Returns 10 hexadecimal digits. Errors: HarnessError("usage")."""
+    """Hash everything that a prepared dataset depends on: the user's files byte by byte and what is left out of them, or name and
+    commit; and the preset.
+    Returns 10 hexadecimal digits. Errors: HarnessError("usage", "data")."""
     if dataset == "text:" or shards < 1:
         raise HarnessError("usage", f"expected a path after text: and --shards of at least 1, got {dataset} and {shards}")
     if not (own := dataset.startswith("text:")) and dataset not in DATASETS:
@@ -277,7 +372,12 @@ def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision:
     pinned = "" if own else DATASETS[dataset][3]
     if revision and not pinned:
         raise HarnessError("usage", f"--revision {revision}: {dataset} is not a hub dataset")
-    text = [(p.name, sha256_of(p)) for p in own_files(dataset)] if own else [dataset, shards, revision or pinned]
+    try:
+        files, losses = find_files(Path(dataset[5:])) if own else ([], [])
+        facts = [(p.name, sha256_of(p)) for p in files] + [asdict(loss) for loss in losses]
+        text = facts if own else [dataset, shards, revision or pinned]
+    except OSError as error:
+        raise HarnessError("data", f"{error.filename}: cannot be read ({error.strerror or error})") from error
     return sha256(json.dumps([FORMAT, text, field, asdict(preset)]).encode())[:10]
 
 
@@ -293,76 +393,97 @@ def damage(train: Path, held: Path) -> str:
     return ""
 
 
-@contextmanager
-def alone(ident: str) -> Iterator[None]:
-    """Lock the preparation of a dataset. A second process waits here, and then finds the dataset prepared."""
-    (home() / "work").mkdir(parents=True, exist_ok=True)
-    with open(home() / "work" / f"{ident}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, ident: str) -> None:
+def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, ident: str, allow_loss: bool) -> None:
     """Fetch, clean, split and tokenise. Only the last rename makes the dataset visible as ready. Arguments: see `prepare`.
     Errors: HarnessError("data")."""
     work = home() / "work" / ident
     (work / "parts").mkdir(parents=True, exist_ok=True)
-    files, origin = source_files(dataset, preset, shards, revision, ident)
-    blocks = [b for path in files for b in blocks_of(path, field, work)]
-    numbers = range(len(blocks))
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(os.cpu_count() or 1, WORKERS, max(1, len(blocks))), multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
+    own = dataset.startswith("text:")
+    files, losses, origin = source_files(dataset, preset, shards, revision, ident)
+    workers = min(os.cpu_count() or 1, WORKERS)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
     try:
-        # 1. digests of all documents: they find duplicates and choose each document's split
-        kept = [work / "parts" / f"{i:06d}.digests" for i in numbers]
-        with bar("reading", len(blocks)) as advance:
-            read = [r for r in pool.map(digests_of, blocks, kept) if not advance()]
-        if not sum(len(sizes) for _, sizes, _ in read):
-            raise HarnessError("data", f"{dataset}: expected text, but found no document in {len(files)} files "
-                               f"({', '.join(f'{sum(r[2][k] for r in read):,} {k}' for k in ('invalid_utf8', 'empty'))})")
-        digests, sizes = (np.concatenate([r[k] for r in read]) for k in (0, 1))
-        n_held_out = sum(len(r[1]) for b, r in zip(blocks, read, strict=True) if Path(b.path).parent == home() / "held")
-        splits = choose_splits(digests, sizes, preset.eval_bytes, n_held_out)
+        # 1. files -> documents and their hashes
+        few = 1 + len(files) // (8 * workers)
+        opened = list(pool.map(open_file, files, [field] * len(files), [work] * len(files), chunksize=few))
+        losses += [loss for _, lost in opened for loss in lost]
+        held_out = [b for blocks, _ in opened for b in blocks if Path(b.name).parent == home() / "held"]
+        groups = grouped([b for blocks, _ in opened for b in blocks if b not in held_out]) + grouped(held_out)
+        numbers = range(len(groups))
+        with bar("reading", len(groups)) as advance:
+            parts = [p for p in pool.map(read_part, groups, [work / "parts" / f"{i:06d}" for i in numbers]) if not advance()]
+        losses += [loss for part in parts for loss in part.losses]
+        sizes = np.concatenate([np.empty(0, np.int64), *(part.sizes for part in parts)])
+        hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part.hashes for part in parts)])
+        if not own and (broken := next((loss for loss in losses if loss.damage), None)):
+            raise HarnessError("data", f"{broken.name}: {broken.why}; remove this file and run the same command again")
+        check_losses(losses, int(sizes.sum()), allow_loss)
+        empty = sum(part.empty for part in parts)
+        if not len(sizes):
+            raise HarnessError("data", f"{dataset}: expected text, but found no document in {len(files)} files ({empty:,} empty)")
+        # 2. the split, and what train shares with it
+        n_held_out = sum(len(part.sizes) for part in parts[len(parts) - len(grouped(held_out)) :])
+        splits, order = choose_splits(hashes, sizes, n_held_out)
+        first = np.cumsum([0, *(len(part.sizes) for part in parts)])            # number of each part's first document
+        val, test = (documents_of(parts, first, order[splits[order] == k]) for k in (VAL, TEST))
+        in_val = windows_of([] if n_held_out else val)                          # stories are made, not copied
+        twice = repeated(test, np.unique(in_val))                               # in val, too: neither train nor test
+        splits[order[splits[order] == TEST][twice]] = DROPPED
+        order, test = order[splits[order] != DROPPED], [d for d, out in zip(test, twice, strict=True) if not out]
+        in_test = windows_of([] if n_held_out else test)
+        index, times = np.unique(np.concatenate([in_val, in_test]), return_counts=True)
+        np.save(work / "held_out.npy", index)
+        by_part = [s.tobytes() for s in np.split(splits, first[1:-1])]
+        with bar("comparing", len(groups)) as advance:
+            found = [f for f in pool.map(shared_in_part, parts, by_part, [work / "held_out.npy"] * len(parts)) if not advance()]
+        # in the user's text everything goes that makes more than PHRASES; in a hub dataset common phrases stay
+        shortest = next((n for n in (COPY, SHINGLE) if leak(found, times, n) <= PHRASES), 0) if own else COPY
+        spans = [rows[rows[:, 3] >= shortest] for rows, _ in found]
         stays = splits != DROPPED
-        same = len(splits) - len(np.unique(digests[:, 1]))
+        same = len(splits) - len(np.unique(hashes[:, 1]))
         counts = {"source_files": len(files), "empty_files": sum(p.stat().st_size == 0 for p in files), "documents": len(splits),
-                  "bytes": int(sizes[stays].sum()), "duplicates": same, "near_duplicates": int((~stays).sum()) - same,
-                  **{k: sum(r[2][k] for r in read) for k in ("invalid_utf8", "empty")}}
+                  "bytes": int(sizes[stays].sum()), "duplicates": same,
+                  "near_duplicates": len(splits) - len(np.unique(hashes[:, 0])) - same, "empty": empty,
+                  "bytes_left_out": sum(loss.bytes for loss in losses),
+                  "bytes_copied_from_held_out": int(sum((rows[:, 2] - rows[:, 1]).sum() for rows in spans))}
         if counts["bytes"] < 20 * preset.seq_len or not (splits == TRAIN).any():
             raise HarnessError("data", f"the text is too small: {counts['bytes']:,} bytes in {stays.sum():,} documents, expected "
-                               f"at least about {60 * preset.seq_len:,}, and {10 * preset.eval_bytes:,} for a full evaluation")
-        everything = sha256(digests.tobytes() + splits.tobytes())
-        by_block = [part.tobytes() for part in np.split(splits, np.cumsum([len(r[1]) for r in read])[:-1])]
-        # 2. the tokenizer, learned from training documents of the whole source
+                               f"at least about {60 * preset.seq_len:,}, and {enough(preset):,} for a full evaluation; "
+                               f"{same:,} duplicates were left out")
+        origin["shared_with_train"] = round(leak(found, times, shortest), 5)
+        chosen = [within(order[splits[order] == k], sizes, preset.eval_bytes) for k in (VAL, TEST)]
+        everything = sha256(b"".join(numbers.tobytes() for numbers in (hashes, splits, *chosen, *spans)))
+
+        # 3. the tokenizer, learned from training documents of the whole source
         def sample() -> Iterator[str]:
-            step = max(1, len(blocks) // 32)
-            for i in numbers[::step]:
-                left = TOKENIZER_BYTES // len(numbers[::step])
-                for text in (d for d, s in zip(read_block(blocks[i])[0], by_block[i], strict=True) if s == TRAIN):
-                    if (left := left - len(text.encode())) < 0:
-                        break
-                    yield text
+            rate = min(TOKENIZER_BYTES / max(int(sizes[splits == TRAIN].sum()), 1), 1)
+            for i, part in enumerate(parts):
+                drawn = (splits[first[i] : first[i + 1]] == TRAIN) & (part.hashes[:, 1] <= np.uint64(int(rate * (2**64 - 1))))
+                yield from training_texts(part, np.flatnonzero(drawn), spans[i])
         model = work / "parts" / f"{everything[:12]}.model"
         if not model.exists():
             write_atomically(model, Tokenizer.train(sample(), preset.vocab_size).model)
         tokenizer = Tokenizer(model.read_bytes())
-        # 3. token shards; the hash in a part's name covers text and tokenizer
+        # 4. token shards; the hash in a file's name covers text and tokenizer
         stamp = sha256(tokenizer.model + everything.encode())[:12]
-        parts = [work / "parts" / f"{stamp}-{i:06d}.bin" for i in numbers]
-        with bar("tokenising", len(blocks)) as done:
-            held_out = [t for t in pool.map(tokenize_block, blocks, by_block, [tokenizer.model] * len(parts), parts) if not done()]
+        shards_of = [work / "parts" / f"{stamp}-{i:06d}.bin" for i in numbers]
+        with bar("tokenising", len(groups)) as advance:
+            written = [w for w in pool.map(tokenize_part, parts, by_part, spans, [tokenizer.model] * len(parts), shards_of)
+                       if not advance()]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    counts |= {"train_documents": sum(n for n, _ in written), "train_bytes": sum(n for _, n in written)}
 
     (target := work / "train").mkdir(exist_ok=True)
     with open(target / "train.bin", "wb") as out:
-        for part in parts:
-            out.write(part.read_bytes())
+        for path in shards_of:
+            out.write(path.read_bytes())
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta = {"format": FORMAT, "dataset": dataset, **origin, **counts, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
             "bos_id": tokenizer.bos_id, "seq_len": preset.seq_len, "budget": preset.budget, "data_hash": everything[:16],
             "tokenizer_hash": sha256(tokenizer.model)[:16] if tokenizer.model else "bytes"}
-    keep_held_out(home() / "held" / ident, dict(meta), tokenizer, preset, held_out)
+    texts = [[d.decode() for d in documents[: len(numbers)]] for documents, numbers in zip((val, test), chosen, strict=True)]
+    keep_held_out(home() / "held" / ident, dict(meta), tokenizer, preset, texts)
     (target / "tokenizer.model").write_bytes(tokenizer.model)
     finish(target, meta)
     (home() / "train").mkdir(exist_ok=True)
@@ -373,15 +494,33 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     print(f"{dataset}: {described}; vocabulary {tokenizer.vocab_size:,}", file=sys.stderr)
 
 
-def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset, held_out: list) -> None:
+def documents_of(parts: list[Part], first: np.ndarray, numbers: np.ndarray) -> list[bytes]:
+    """Some documents, in the order of `numbers`, which count through all parts. first: number of each part's first document."""
+    found: dict[int, bytes] = {}
+    for i, part in enumerate(parts):
+        own = numbers[(numbers >= first[i]) & (numbers < first[i + 1])]
+        found |= zip(own.tolist(), part.documents(own - first[i]), strict=True)
+    return [found[n] for n in numbers.tolist()]
+
+
+def within(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+    """The first of some documents that together have `limit` bytes, or all of them."""
+    return numbers[np.cumsum(sizes[numbers]) - sizes[numbers] < limit]
+
+
+def enough(preset: Preset) -> int:
+    """Bytes of text from which val has all that a preset scores."""
+    return preset.eval_bytes * (10 if preset.eval_bytes <= HELD_OUT else 20)
+
+
+def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset, held_out: list[list[str]]) -> None:
     """Write val.bin and test.bin, complete documents in order, to the folder that only the scorer reads.
 
-    held_out: for each block its (validation documents, test documents). Errors: HarnessError("data") if a split is too small.
+    held_out: the documents of val, then those of test. Errors: HarnessError("data") if a split is too small.
     """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, mode=0o700)
-    for k, name in enumerate(("val", "test")):
-        texts = [text for pair in held_out for text in pair[k]]
+    for name, texts in zip(("val", "test"), held_out, strict=True):
         tokens, data = tokenizer.encode_documents(texts), "".join(texts).encode()
         if tokenizer.decode_bytes(tokens) != data:
             raise HarnessError("data", f"{name}: the tokenizer does not reproduce this text; please report it with the text")
@@ -389,8 +528,8 @@ def keep_held_out(place: Path, meta: dict, tokenizer: Tokenizer, preset: Preset,
             raise HarnessError("data", f"the text is too small: {name} has {len(tokens):,} tokens, expected at least {need:,} (two "
                                f"rows); use {need / max(len(tokens), 1):.1f} times as much text, or a smaller preset")
         if (short := preset.eval_bytes - len(data)) > 0:
-            print(f"note: {name} has {len(data):,} bytes, a tenth of the text, which is {short:,} fewer than the preset scores: "
-                  f"the score will be noisier; {10 * preset.eval_bytes:,} bytes of text would be enough", file=sys.stderr)
+            print(f"note: {name} has {len(data):,} bytes, which is {short:,} fewer than the preset scores: the score will be "
+                  f"noisier; {enough(preset):,} bytes of text would be enough", file=sys.stderr)
         meta |= {f"{name}_bytes": len(data), f"{name}_documents": len(texts), f"{name}_sha256": sha256(data)}
         (place / f"{name}.bin").write_bytes(tokens.tobytes())
     (place / "tokenizer.model").write_bytes(tokenizer.model)

@@ -1,6 +1,7 @@
 """Downloads from the Hugging Face hub that resume and are checked by SHA-256, and the progress bar for them and for preparation."""
 
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,14 @@ def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[...,
         yield advance
 
 
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a lock file: a second process that asks for it waits here, and then finds the work done."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 digest of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
@@ -57,9 +66,17 @@ def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[P
     commit; files that are already here need no network. huggingface_hub handles HF_ENDPOINT, HF_TOKEN and proxies.
     Errors: HarnessError("data") if the files cannot be fetched or do not match.
     """
-    from huggingface_hub import HfApi
     place = home() / "downloads" / f"{source}@{revision}".replace("/", "--")
     place.mkdir(parents=True, exist_ok=True)
+    with alone(place / ".lock"):  # two presets of one dataset share the download
+        chosen, commit = fetch_files(source, pattern, shards, revision, place)
+    paths = [place / f["name"] for f in chosen]
+    return paths, {"revision": commit, "files": [identity(p) for p in paths]}
+
+
+def fetch_files(source: str, pattern: str, shards: int, revision: str, place: Path) -> tuple[list[dict], str]:
+    """Fetch into `place` what is missing there. Returns the entries of the files in listing.json, and the commit. See `fetch`."""
+    from huggingface_hub import HfApi
     if not (place / "listing.json").exists():
         info = patiently(f"the list of {source} at {revision}",
                          lambda: HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=30))
@@ -75,8 +92,7 @@ def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[P
             concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
         for job in [pool.submit(fetch_file, source, listing["revision"], f, place, advance) for f in chosen]:
             job.result()
-    paths = [place / f["name"] for f in chosen]
-    return paths, {"revision": listing["revision"], "files": [identity(p) for p in paths]}
+    return chosen, listing["revision"]
 
 
 def fetch_file(source: str, revision: str, file: dict, place: Path, advance: Callable[..., None]) -> None:

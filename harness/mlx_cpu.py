@@ -7,6 +7,7 @@ which MLX takes only if it is loaded first, and it switches mx.compile off. So i
 """
 
 import math
+import os
 
 from harness.machine import load_fast_blas
 
@@ -14,6 +15,8 @@ load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 
+if os.environ.get("AUTORESEARCH_DEVICE") == "cpu":  # a Mac or a GPU machine trains on its CPU, as a hosted runner has to
+    mx.set_default_device(mx.cpu)
 GPU = mx.default_device() == mx.Device(mx.gpu)
 if not GPU:
     mx.disable_compile()  # on the CPU it needs a C++ compiler for half a minute and saves a tenth of a step at best

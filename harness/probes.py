@@ -4,11 +4,16 @@ Bits per byte from log probabilities, and the probes that detect a cheating mode
 `score` passes in a function that asks the model. This module decides which rows to ask for and judges the answers.
 
 A model may use earlier tokens of the same row and nothing else: no later tokens, no other rows of the batch, no earlier requests.
-Two processes of the model run one after the other. Each scores half of the rows and is probed on the other half. The first process
-must leave no message to the second: each has its own TMPDIR and a nameless log, and the sandbox denies every other write.
+Several processes of the model run one after the other, two in an ordinary score. Each scores a part of the rows and is probed on
+others. A process must leave no message to the next: each has its own TMPDIR, its own copy of the run directory and a nameless log,
+and the sandbox denies every other write.
+
+A probe tests one position of one row, so a model that looks ahead at few positions passes most ordinary scores. Before a keep the
+driver therefore asks for a score that probes every row, and VERIFY_POSITIONS positions if VERIFY_SERVERS processes reach so many.
+A model that looks ahead at a share p of all positions then passes with a chance of about (1 - p) ** VERIFY_POSITIONS.
 
 Not covered: files written where there is no sandbox; Metal's kernel cache on macOS; a process that outlives the first one, in a
-container where bubblewrap has no process namespace.
+container where bubblewrap has no process namespace; what the kernel tells about the use of shared files, memory and keyrings.
 """
 
 import math
@@ -21,7 +26,9 @@ import numpy as np
 from harness import HarnessError
 
 # The answers to a row and to its probe may differ by rounding only: bfloat16 may round differently at another place of the batch.
-PROBE_ROWS = 24                 # number of probes, plus one for every 8 rows
+PROBE_ROWS = 24                 # number of probes in an ordinary score, plus one for every 8 rows
+VERIFY_POSITIONS = 1500         # positions to probe before a keep
+VERIFY_SERVERS = 12             # most processes of one score
 PROBE_TOLERANCE = 0.15          # nats, limit for the change of one log probability: two steps of a bfloat16 logit near 15
 PROBE_NOISE = 0.01              # nats, limit for the root mean square of all changes
 PROBE_LEAK = 0.002              # nats, limit for the mean gain from seeing the true next token, on top of 4 standard errors
@@ -77,45 +84,53 @@ def splice(inputs: np.ndarray, row: int, rng: np.random.Generator) -> Question:
     return Question(row, seq_len, inputs[row])
 
 
-def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, total_bytes: int) -> float:
+def bits_per_byte(ask: Callable, inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, total_bytes: int,
+                  verify: bool = False) -> float:
     """Probe the model and return its score: -log2 p summed over all scored tokens, divided by `total_bytes`.
 
     inputs, targets: int32 [rows, T]. scored: bool [rows, T], the targets that count.
     ask(questions, ids): starts a new process of the model and returns log probabilities, float64 [questions, T, K] in nats, at
     `ids`, int32 [rows, T, K].
-    One process scores half of the rows, another the other half; each row is probed in the process that does not score it, and the
-    order is random. No process sees the beginning of a row twice, so that none can recognise a probe or answer it from memory.
+    verify: probe every row, in as many processes as VERIFY_POSITIONS asks for; else some rows in two.
+    Each row is scored in one process and probed in others, in random order. No process sees the beginning of a row twice, so that
+    none can recognise a probe or answer it from memory.
     Errors: HarnessError("violation") if a probe fails; the message begins with non_causal, cross_row or stateful. And `ask`'s.
     """
     rows, seq_len = inputs.shape
     rng = np.random.default_rng()  # unseeded: different probes every time
-    half = rng.permutation(rows) % 2                                            # [rows]: the process that scores the row
+    few = PROBE_ROWS + rows // 8
+    asked = min(rows, (rows + few) / 2)                                         # of one process, always: none can tell `verify`
+    servers = min(VERIFY_SERVERS, math.ceil((rows + max(rows, VERIFY_POSITIONS)) / asked)) if verify else 2
+    scores = rng.permutation(rows) % servers                                    # [rows]: the process that scores the row
     ids = np.stack([targets, *rng.integers(0, int(inputs.max()) + 1, (2, rows, seq_len))], axis=-1).astype(np.int32)
-    probes = {int(row): splice(inputs, row, rng) for row in rng.permutation(rows)[: PROBE_ROWS + rows // 8]}
-    for i, (row, probe) in enumerate(probes.items()):
-        if i % 4 == 0 or probe.cut == seq_len:  # the unchanged row, among other rows
-            probe.cut, probe.tokens = seq_len, inputs[row]
+    n_probes = max(rows, int(servers * asked) - rows) if verify else few
+    order = np.concatenate([rng.permutation(rows) for _ in range(servers - 1)])[:n_probes]
+    places = [(int(row), int(scores[row] + 1 + i // rows) % servers) for i, row in enumerate(order)]  # a row: each time another
+    probes = [(which, splice(inputs, row, rng)) for row, which in places]
+    for i, (_, probe) in enumerate(probes):
+        if probe.cut == seq_len or (not verify and i % 4 == 0):  # the unchanged row, among other rows
+            probe.cut, probe.tokens = seq_len, inputs[probe.row]
         else:  # a model that looks ahead would also raise the probe's next token
-            ids[row, probe.cut - 1, 1] = probe.tokens[probe.cut]
+            ids[probe.row, probe.cut - 1, 1] = probe.tokens[probe.cut]
 
-    nats, answers = np.zeros(rows), ({}, {})                                    # {row: answer} while scoring, while probing
-    for which in (0, 1):
-        questions = [Question(row, seq_len, inputs[row]) for row in np.flatnonzero(half == which)]
-        questions += [probe for row, probe in probes.items() if half[row] != which]
+    nats, plain, changed = np.zeros(rows), {}, {}                               # plain: {row: answer}; changed: {probe: answer}
+    for which in range(servers):
+        questions = [(None, Question(int(row), seq_len, inputs[row])) for row in np.flatnonzero(scores == which)]
+        questions += [(i, probe) for i, (where, probe) in enumerate(probes) if where == which]
         rng.shuffle(questions)
-        for question, values in zip(questions, ask(questions, ids), strict=True):
-            row = question.row
-            if half[row] == which:
-                nats[row] = -math.fsum(values[scored[row], 0])
-            if row in probes:
-                answers[int(half[row] != which)][row] = values
+        for (i, question), values in zip(questions, ask([q for _, q in questions], ids), strict=True):
+            if i is None:
+                nats[question.row] = -math.fsum(values[scored[question.row], 0])
+                plain[question.row] = values
+            else:
+                changed[i] = values
 
-    moved = {row: answers[0][row][: p.cut] - answers[1][row][: p.cut] for row, p in probes.items()}  # [cut, K] each
-    ahead = np.array([moved[row][-1, 0] for row, p in probes.items() if p.cut < seq_len] or [0.0])
-    noise = math.sqrt(np.mean(np.concatenate([m[:-1] for m in moved.values()]) ** 2))
-    worst = max(probes, key=lambda row: np.abs(moved[row]).max())
+    moved = [plain[probe.row][: probe.cut] - changed[i][: probe.cut] for i, (_, probe) in enumerate(probes)]  # [cut, K] each
+    ahead = np.array([m[-1, 0] for m, (_, probe) in zip(moved, probes, strict=True) if probe.cut < seq_len] or [0.0])
+    noise = math.sqrt(np.mean(np.concatenate([m[:-1] for m in moved]) ** 2))
+    worst = max(range(len(probes)), key=lambda i: np.abs(moved[i]).max())
     if noise > PROBE_NOISE or np.abs(moved[worst]).max() > PROBE_TOLERANCE:
-        raise HarnessError("violation", diagnose(ask, probes[worst], inputs, ids))
+        raise HarnessError("violation", diagnose(ask, probes[worst][1], inputs, ids))
     if ahead.mean() > PROBE_LEAK + 4 * noise / math.sqrt(len(ahead)):
         raise HarnessError("violation", f"non_causal: the true next token gains {ahead.mean():.4f} nats where the input contains "
                            f"it, expected at most {PROBE_LEAK}")

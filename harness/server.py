@@ -5,15 +5,18 @@ Requests and replies are JSON lines through pipes. Tokens and logits travel thro
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import math
 import mmap
 import os
+import platform
 import resource
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,10 +25,17 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import PROGRAM, HarnessError, kind_of
+from harness import PROGRAM, HarnessError, kind_of, open_plain
 
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
+LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
+COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # limits of what is copied of a run directory
+# Linux: calls by which a process learns what others did, through keyrings or the kernel's cache of files. No model needs them.
+# add_key, request_key, keyctl, mincore, cachestat, preadv2, io_uring_setup; and how the kernel calls the architecture
+DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
+                "aarch64": (0xC00000B7, 217, 218, 219, 232, 451, 286, 425)}
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
+DATA_VARIABLES = {f"AUTORESEARCH_{name}" for name in ("HOME", "DATA", "RUN_DIR", "JOURNAL")}  # lead a candidate to text or weights
 SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
 
 
@@ -38,6 +48,24 @@ def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.AC
     return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
 
 
+def deny_calls() -> None:
+    """Have the kernel refuse DENIED_CALLS to this process and its children, for good (seccomp). Does nothing elsewhere than on
+    Linux, and where the kernel has no such filter."""
+    if sys.platform != "linux" or platform.machine() not in DENIED_CALLS:
+        return
+    architecture, *calls = DENIED_CALLS[platform.machine()]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06                         # opcodes of a filter: BPF_LD, _JEQ, _JGE, _RET
+    allowed, refused = 0x7FFF0000, 0x00050000 | 38                              # SECCOMP_RET_ALLOW, _ERRNO with ENOSYS
+    end_at = len(calls) + 5                                                     # a jump counts the instructions in between
+    program = [(load, 0, 0, 4), (equal, 0, end_at - 2, architecture), (load, 0, 0, 0), (at_least, end_at - 4, 0, 0x40000000)]
+    program += [(equal, end_at - 5 - i, 0, call) for i, call in enumerate(calls)]
+    program += [(end, 0, 0, allowed), (end, 0, 0, refused)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    libc = ctypes.CDLL(None)
+    libc.prctl(38, 1, 0, 0, 0)                                                  # PR_SET_NO_NEW_PRIVS
+    libc.prctl(22, 2, ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code))))  # PR_SET_SECCOMP
+
+
 def serve(run_dir: Path) -> None:
     """Run the logits server on standard input and output. Only this process imports the candidate.
 
@@ -48,6 +76,7 @@ def serve(run_dir: Path) -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the candidate's prints go to the log, whose size is limited
     resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
+    deny_calls()
     first = json.loads(sys.stdin.readline())
     tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
     logits = shared(first["logits"], np.float32, [2, *first["shape"]])
@@ -74,6 +103,31 @@ def serve(run_dir: Path) -> None:
             os._exit(1)
 
 
+def copy_run(run_dir: Path, target: Path) -> None:
+    """Copy the plain files of a run directory, which a candidate wrote: links, pipes and devices are left out.
+
+    Errors: HarnessError("violation") for more than COPY_BYTES bytes, COPY_FILES files, or folders nested deeper than COPY_DEPTH.
+    """
+    left, names, stack = COPY_BYTES, COPY_FILES, [(run_dir, target, 0)]
+    while stack:
+        source, place, depth = stack.pop()
+        place.mkdir(mode=0o700)
+        with os.scandir(source) as entries:
+            for entry in entries:
+                names -= 1
+                size = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+                left -= size
+                folder = entry.is_dir(follow_symlinks=False)
+                if names < 0 or left < 0 or (folder and depth == COPY_DEPTH):
+                    raise HarnessError("violation", f"the run directory is too large to be scored: expected at most {COPY_FILES:,} "
+                                       f"files, {COPY_BYTES >> 30} GiB and folders nested {COPY_DEPTH} deep")
+                if folder:
+                    stack.append((Path(entry.path), place / entry.name, depth + 1))
+                elif entry.is_file(follow_symlinks=False):
+                    with os.fdopen(open_plain(Path(entry.path)), "rb") as read, open(place / entry.name, "wb") as write:
+                        shutil.copyfileobj(read, write, 1 << 20)
+
+
 def end_group(process: subprocess.Popen) -> None:
     """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before."""
     try:
@@ -89,16 +143,22 @@ class LogitsServer:
     """The scorer's end of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order asked.
 
     run_dir: holds the candidate. shape: [rows, seq_len, vocab] of a batch. wrap: command to start the server under, a sandbox.
-    log: receives the end of the server's log on `close`. scratch: the server's TMPDIR, emptied first; default: a new folder.
+    log: receives the end of the server's log on `close`. scratch: the server's only folder, emptied first; default: a new one.
+    load_limit: seconds from the start until the model is loaded. `load_seconds` is how long that took, by this process's clock.
 
-    The scratch folder and the log's nameless file are new for each server: under `wrap`, no server finds what another left.
+    The server gets a copy of the run directory (scratch/run) and a TMPDIR (scratch/tmp). Both and the log's nameless file are new
+    for each server: under `wrap`, no server finds what another left, and none can tell by the kernel's cache of files which pages
+    of the copy another one has read.
     """
 
-    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None):
+    def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None,
+                 load_limit: float = LOAD_LIMIT):
         self.asked, self.answered, self._unread, self._kept = 0, 0, b"", log
+        self._limit, self.load_seconds = load_limit, 0.0
         self._log, self._scratch = tempfile.TemporaryFile(), scratch or Path(tempfile.mkdtemp())  # noqa: SIM115
         shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(mode=0o700)
+        (self._scratch / "tmp").mkdir(mode=0o700, parents=True)
+        copy_run(run_dir, self._scratch / "run")
         with contextlib.ExitStack() as stack:
             files = [os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
                      else tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
@@ -106,10 +166,11 @@ class LogitsServer:
             self.tokens = shared(token_file, np.int32, [2, *shape[:2]])
             self.logits = shared(logit_file, np.float32, [2, *shape])
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
-                    **{k: v for k, v in os.environ.items() if k != "AUTORESEARCH_HOME"},  # it would lead to held-out data
-                    "TMPDIR": str(self._scratch)})
+                [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(self._scratch / "run")], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
+                    **{k: v for k, v in os.environ.items() if k not in DATA_VARIABLES},
+                    "TMPDIR": str(self._scratch / "tmp")})
+        self._started = time.monotonic()
         self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
 
     def _send(self, message: dict) -> None:
@@ -118,10 +179,13 @@ class LogitsServer:
             self.process.stdin.flush()
 
     def _receive(self, expected: int | None) -> None:
-        deadline, descriptor = time.monotonic() + ANSWER_LIMIT, self.process.stdout.fileno()
+        loading, descriptor = expected is None, self.process.stdout.fileno()
+        deadline = self._started + self._limit if loading else time.monotonic() + ANSWER_LIMIT
         while b"\n" not in self._unread:
             if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise HarnessError("timeout", f"the model gave no logits within {ANSWER_LIMIT} s")
+                raise HarnessError("timeout", f"importing the train file and load_model took more than {self._limit:.1f} s; train "
+                                   "in the budget, and only read weights in load_model" if loading else
+                                   f"the model gave no logits within {ANSWER_LIMIT} s")
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 words = os.pread(self._log.fileno(), 4096, max(0, os.fstat(self._log.fileno()).st_size - 4096))
@@ -146,6 +210,7 @@ class LogitsServer:
         model always sees the same shape. Errors: those of `answer`, if the model could not be loaded."""
         if not self.asked:
             self._receive(None)  # the reply that the model is loaded
+            self.load_seconds = time.monotonic() - self._started
         i = self.asked % 2
         self.tokens[i][: len(batch)] = batch
         self.tokens[i][len(batch):] = batch[0]

@@ -21,6 +21,19 @@ PIECES = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?{LETTER}+|\d{{1,3}}| ?(?:[
 BORDER = "\ue000"               # separates pieces in training; a private-use character, harmless if a text contains it
 
 
+def rare_characters(parts: list[str], vocab_size: int) -> dict[int, str]:
+    """The characters of a text that get no token of their own, as a table for str.translate that puts a border in their place.
+    The most frequent ones get a token: those that make up 99.95 % of the text, if three quarters of the vocabulary suffice."""
+    counts = np.zeros(0x110000, np.int64)
+    for part in parts:
+        points, seen = np.unique(np.frombuffer(part.encode("utf-32-le"), np.uint32), return_counts=True)
+        counts[points] += seen
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    share = (np.cumsum(counts[order]) - counts[order]) / max(counts.sum(), 1)   # of the more frequent characters
+    frequent = np.count_nonzero(share < (0.9995 if vocab_size >= 1024 else 0.99))
+    return {int(point): BORDER for point in order[min(frequent, (vocab_size - 259) * 3 // 4) :]}
+
+
 class Tokenizer:
     """Text to token ids and back: `decode(encode(s)) == s`, and `token_bytes` of the ids sum to the UTF-8 length of `s`.
 
@@ -49,6 +62,7 @@ class Tokenizer:
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         """Learn the merges from training texts. 256 tokens give plain bytes.
 
+        Letters that are too rare for the vocabulary, as most Chinese ones are for 1,024 tokens, are encoded as bytes.
         Errors: HarnessError("usage") for another vocabulary below 320, ("data") if SentencePiece cannot learn from the texts.
         """
         if vocab_size == 256:
@@ -57,18 +71,21 @@ class Tokenizer:
             raise HarnessError("usage", f"vocab_size {vocab_size}: expected 256 (plain bytes) or at least 320 (bytes and letters)")
         import sentencepiece
         model = io.BytesIO()
+        parts = [text[i : i + 50_000] for text in texts for i in range(0, len(text), 50_000)]
+        rare = rare_characters(parts, vocab_size)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(BORDER.join(PIECES.findall(text[i : i + 50_000])) for text in texts
-                                   for i in range(0, len(text), 50_000)),
+                sentence_iterator=(BORDER.join(PIECES.findall(part)).translate(rare) for part in parts),
                 model_writer=model, pretokenization_delimiter=BORDER, split_by_unicode_script=False, split_by_number=False,
                 model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
-                character_coverage=0.9995 if vocab_size >= 1024 else 0.99,  # rarer letters are encoded as bytes
+                character_coverage=1.0,  # without the rare characters, which are encoded as bytes
+                required_chars="\u2581",  # how SentencePiece writes a space: without it a rare space would come back as U+2581
                 normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
                 unk_id=0, bos_id=1, eos_id=-1, pad_id=-1, num_threads=os.cpu_count() or 1, minloglevel=2)
         except RuntimeError as error:
-            raise HarnessError("data", f"this text does not give a tokenizer of {vocab_size} tokens: {error}") from error
+            raise HarnessError("data", f"this text does not give a tokenizer of {vocab_size} tokens; try another --vocab-size, 256 "
+                               f"for plain bytes ({error})") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:

@@ -1,21 +1,49 @@
-"""Let a trained model write: python scripts/sample.py RUN_DIR --prompt "Once upon a time"."""
+"""Let a trained model write.
 
+    python scripts/sample.py                                    the best model of the latest night
+    python scripts/sample.py --compare                          the baseline's text and the best's, side by side
+    python scripts/sample.py runs/TAG/trials/0007-1 --prompt "Once upon a time"
+
+A model is asked through the `load_model` of its own train file, whatever an agent has made of it. That function maps tokens to
+logits and keeps no state, so every token costs a pass over the context.
+"""
+
+import codecs
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from agent.errors import NightError  # noqa: E402
+from agent.journal.folder import latest  # noqa: E402
+from agent.journal.journal import read_events  # noqa: E402
+from agent.journal.state import Experiment, fold  # noqa: E402
 from harness import home  # noqa: E402
 from harness.tokenizer import Tokenizer  # noqa: E402
 
 
-def load(run_dir: Path):
-    """The run's own source, imported, and its logits function: int32 [B, T] -> float32 [B, T, vocab]."""
+@dataclass(frozen=True)
+class Options:
+    """temperature 0 takes the likeliest token. top_p: only the likeliest tokens whose probabilities sum to this are drawn."""
+
+    tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def load(run_dir: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Import the run's own source. Returns its logits function: int32 [B, T] -> float32 [B, T, vocab]."""
     source = next(iter(sorted(run_dir.glob("train_*.py"))), None)
     if source is None or not (run_dir / "train.json").exists():
         raise click.ClickException(f"{run_dir}: expected the directory of a finished training, with train.json and its train file")
@@ -26,32 +54,85 @@ def load(run_dir: Path):
     return module.load_model(run_dir)
 
 
-@click.command()
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--prompt", default="", help="Text to go on from. Default: the start of a document.")
-@click.option("--tokens", default=200, show_default=True, help="How many to write.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token every time.")
-@click.option("--top-k", default=50, show_default=True, help="Choose among so many of the likeliest.")
-@click.option("--seed", default=1, show_default=True)
-def main(run_dir: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Sample text from the model in RUN_DIR."""
-    logits_of = load(run_dir.resolve())
-    data = home() / "train" / json.loads((run_dir / "train.json").read_text())["data"]
-    meta, tokenizer = json.loads((data / "meta.json").read_text()), Tokenizer((data / "tokenizer.model").read_bytes())
-    context, rng = meta["seq_len"], np.random.default_rng(seed)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    for _ in range(tokens):
+def generate(logits_of: Callable, ids: list[int], context: int, stop: int, options: Options) -> Iterator[int]:
+    """Yield token ids that continue `ids`, until `stop` or options.tokens of them. context: tokens the model sees."""
+    rng, ids = np.random.default_rng(options.seed), list(ids)
+    for _ in range(options.tokens):
         window = ids[-context:]
         row = np.zeros((1, context), np.int32)  # one shape for every step; causal, so padding is free
         row[0, : len(window)] = window
         logits = logits_of(row)[0, len(window) - 1].astype(np.float64)          # [vocab]
-        best = np.argsort(-logits)[: 1 if temperature == 0 else top_k]
-        weights = np.exp((logits[best] - logits[best[0]]) / max(temperature, 1e-6))
-        chosen = int(rng.choice(best, p=weights / weights.sum()))
-        if chosen == tokenizer.bos_id:
-            break
+        order = np.argsort(-logits)
+        weights = np.exp((logits[order] - logits[order[0]]) / max(options.temperature, 1e-6))
+        weights /= weights.sum()
+        enough = 1 if options.temperature == 0 else int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
+        chosen = int(rng.choice(order[:enough], p=weights[:enough] / weights[:enough].sum()))
+        if chosen == stop:
+            return
         ids.append(chosen)
-    click.echo(tokenizer.decode(ids[1:]))
+        yield chosen
+
+
+def write(run_dir: Path, prompt: str, options: Options) -> Iterator[str]:
+    """Yield the prompt and the text that the model in run_dir adds to it, piece by piece; a character comes once it is whole."""
+    logits_of = load(run_dir.resolve())
+    data = home() / "train" / json.loads((run_dir / "train.json").read_text())["data"]
+    if not data.is_dir():
+        raise click.ClickException(f"the data that {run_dir} was trained on is gone: expected {data}; prepare it again")
+    meta, tokenizer = json.loads((data / "meta.json").read_text()), Tokenizer((data / "tokenizer.model").read_bytes())
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield prompt
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    for token in generate(logits_of, ids, meta["seq_len"], tokenizer.bos_id, options):
+        yield decoder.decode(tokenizer.decode_bytes(np.array([token])))
+    yield decoder.decode(b"", final=True)
+
+
+def run_of(experiment: Experiment, folder: Path) -> Path:
+    """A run directory of an experiment that is still there."""
+    found = [folder / "trials" / trial.folder for trial in experiment.trials if trial.status == "ok"]
+    kept = [path for path in found if (path / "train.json").exists()]
+    if not kept:
+        raise click.ClickException(f"no run folder of {experiment.name} is left in {folder / 'trials'}")
+    return kept[-1]
+
+
+@click.command()
+@click.argument("run_dir", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--tag", help="Night whose best model writes. Default: the latest.")
+@click.option("--compare", is_flag=True, help="Show the night's baseline and its best side by side.")
+@click.option("--prompt", default="", help="Text to go on from. Default: the start of a document.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Maximum length.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: always the likeliest token.")
+@click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+              help="Draw from the likeliest tokens that together have this probability.")
+@click.option("--seed", default=1, show_default=True)
+def main(run_dir: Path | None, tag: str | None, compare: bool, prompt: str, **options) -> None:
+    """Let the model in RUN_DIR write, or the best one of a night."""
+    options = Options(**options)
+    if run_dir is not None and (compare or tag):
+        raise click.UsageError("expected RUN_DIR alone, or --tag and --compare")
+    if run_dir is None:
+        runs = Path.cwd() / "runs"
+        try:
+            folder = runs / (tag or latest(runs))
+            night = fold(read_events(folder / "journal.jsonl")[0])
+            best = night.leader
+        except NightError as error:
+            raise click.ClickException(str(error)) from None
+        if compare:
+            table = Table(show_edge=False, padding=(0, 2, 0, 0))
+            sides = [night.experiments[0], best] if best.n else [best]
+            for experiment in sides:
+                table.add_column(Text(f"{experiment.name}, val_bpb {experiment.mean:.4f}"), ratio=1)
+            table.add_row(*(Text("".join(write(run_of(experiment, folder), prompt, options))) for experiment in sides))
+            Console().print(table)
+            return
+        run_dir = run_of(best, folder)
+        click.echo(f"{best.name} of the night {night.tag}, val_bpb {best.mean:.4f}:", err=True)
+    for piece in write(run_dir, prompt, options):
+        click.echo(piece, nl=False)
+    click.echo()
 
 
 if __name__ == "__main__":

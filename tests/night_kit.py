@@ -33,7 +33,7 @@ def score(run_dir, split):
     run = Path(run_dir)
     made = json.loads((run / "train.json").read_text())
     weights = json.loads((run / "weights.safetensors").read_text())
-    if weights.get("mode") == "unscorable":
+    if weights.get("mode") == "unscorable" or (weights.get("mode") == "looks" and json.load(sys.stdin)["verify"]):
         print(json.dumps({"kind": "violation", "message": "logits look ahead"}), file=sys.stderr)
         return 6
     noise = random.Random(f"{made['seed']} {weights['gain']}").gauss(0, 0.001)
@@ -48,6 +48,8 @@ def score(run_dir, split):
     return 0
 
 if __name__ == "__main__":
+    if sys.argv[1] == "screen":
+        sys.exit()
     if sys.argv[1] == "score":
         sys.exit(score(sys.argv[2], sys.argv[sys.argv.index("--split") + 1]))
     prepare(sys.argv[sys.argv.index("--json") + 1])
@@ -106,6 +108,9 @@ source = file.read_text()
 def put(name, value):
     file.write_text(re.sub(rf"^{name} = .*$", f"{name} = {value}", file.read_text(), flags=re.M))
 
+if n == 0:  # asked for one word before the night
+    print("ready")
+    sys.exit()
 gain = float(re.search(r"^GAIN = (.*)$", source, re.M)[1])
 Path(__file__).with_name(f"prompt-{n}").write_text(prompt)
 with open(Path(__file__).with_name("calls"), "a") as calls:
@@ -114,6 +119,9 @@ if act == "better":
     put("GAIN", round(gain + 0.05, 4))
 elif act == "worse":
     put("GAIN", round(gain - 0.05 - n / 1000, 4))
+elif act == "looks":
+    put("MODE", '"looks"')
+    put("GAIN", round(gain + 0.05, 4))
 elif act in ("nan", "crash", "oom", "hang", "silent", "unscorable", "slow"):
     put("MODE", f'"{act}"')
     put("GAIN", gain - n / 1000)
@@ -205,7 +213,8 @@ class Bed:
         return {**kept, **own, **extra}
 
     def command(self, *options: str, tag: str = "night") -> list[str]:
-        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture")
+        fast = ("--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture",
+                "--no-check-agent")  # fmt: skip
         return [sys.executable, "-m", "agent.loop", "--agent-cmd", self.agent, "--tag", tag, *fast, *options]
 
     def run(self, *options: str, tag: str = "night", **extra: str) -> subprocess.CompletedProcess[str]:

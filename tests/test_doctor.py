@@ -2,6 +2,7 @@
 
 import json
 import os
+import plistlib
 import re
 import shutil
 import subprocess
@@ -141,6 +142,22 @@ def test_agents_are_started_and_their_login_looked_for(tmp_path):
     assert "claude" not in findings["agent"].text
 
 
+def test_each_installed_agent_is_asked_on_request(checkout, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    result = {"type": "result", "is_error": False, "result": "ready", "total_cost_usd": 0.0123, "usage": {"output_tokens": 2}}
+    for name, body in {"claude": f"print({json.dumps(result)!r})", "codex": "sys.exit('401 Unauthorized')"}.items():
+        (programs / name).write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(tmp_path)}
+    monkeypatch.setenv("PATH", environ["PATH"])
+    asked = {found.subject: found for found in doctor.ask_agents(environ, checkout, "train_mlx.py")}
+    assert set(asked) == {"claude", "codex"}
+    assert (asked["claude"].state, "answered in" in asked["claude"].text, "$0.0123" in asked["claude"].text) == ("ok", True, True)
+    assert (asked["codex"].state, "codex login" in asked["codex"].text) == ("note", True)
+    assert [found.state for found in doctor.ask_agents(environ, tmp_path, "train_mlx.py")] == ["bad"]
+
+
 def test_framework_device_and_blas(checkout):
     pytest.importorskip("mlx.core")
     findings = {one.subject: one for one in check_framework(checkout, "mlx")}
@@ -177,6 +194,17 @@ def test_sandbox(monkeypatch, cover, state):
     monkeypatch.setattr(sandbox, "available", lambda: cover)
     assert doctor.check_sandbox().state == state
     assert "Not covered: " in doctor.check_sandbox().text
+
+
+def test_a_launch_agent_starts_a_night_where_the_users_programs_are_found(checkout):
+    done = call(checkout, {}, "--launchd", "23:15")
+    assert done.returncode == 0, done.stderr
+    made = plistlib.loads(done.stdout.partition("<!--")[0].encode())
+    assert made["StartCalendarInterval"] == {"Hour": 23, "Minute": 15}
+    assert made["WorkingDirectory"] == str(checkout)
+    assert made["EnvironmentVariables"]["PATH"] == os.environ["PATH"]
+    assert made["ProgramArguments"][1:3] == ["-m", "agent.loop"]
+    assert "expected a time of day" in call(checkout, {}, "--launchd", "late").stderr
 
 
 def test_power_never_stops_a_night():

@@ -22,7 +22,8 @@ FLOORS = (
     {"judgement"},
     {"proposal", "search"},
     {"night"},
-    {"loop", "doctor", "local"},
+    {"deep"},
+    {"loop", "doctor", "local", "acp", "dashboard"},
 )
 
 

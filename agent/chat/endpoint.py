@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from agent.coders.coder import Failure
-from agent.coders.failures import LOGIN, LONGEST_WAIT, RATE, wait_seconds
+from agent.coders.error_text import LOGIN, LONGEST_WAIT, RATE, wait_seconds
 from agent.text import one_line, redact
 
 if TYPE_CHECKING:

@@ -177,6 +177,7 @@ CLIS = (
         binary="aider",
         arguments=aider,
         reader=shapes.aider,
+        tells_its_end=False,  # after what it prints it may ask its model again
         install_hint="python -m pip install aider-chat, or uv tool install aider-chat",
         login_hint="set the key of your provider, such as OPENAI_API_KEY, and --model",
         env_names=("AIDER_MODEL", "AIDER_OPENAI_API_BASE", "AIDER_OPENAI_API_KEY", "AIDER_ANTHROPIC_API_KEY", *PROVIDERS),

@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, get_args
 
+from agent.coders.error_text import Failure as Failure
+from agent.coders.error_text import name_failure
 from agent.errors import UsageError
-
-Failure = Literal["rate_limit", "login", "missing", "agent_error"]
 
 # What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
 BASE_ENV = (
@@ -43,6 +43,7 @@ class Job:
     max_cost_usd: float | None = None  # passed on where the CLI has such a limit
     pass_env: tuple[str, ...] = ()  # further variables of the user's environment, by name
     extra_args: tuple[str, ...] = ()  # further arguments for the CLI, as the user wrote them
+    check: bool = False  # asked for one word before a night: no edit is wanted
 
     @property
     def prompt_file(self) -> Path:
@@ -74,6 +75,7 @@ class Reply:
     failure: Failure | None = None
     detail: str | None = None  # the line that names the failure, for the log and for the human
     wait_seconds: float | None = None  # with `rate_limit`: how long, where the answer says
+    structured: bool = False  # the failure stands in an error field, not only in words of a log
 
 
 Reader = Callable[[str, str, Job], Reply]  # standard output, log (standard error), the job that was run
@@ -107,6 +109,9 @@ class Coder:
     idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
     leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
+    tells_its_end: bool = True  # its output has a final message or a usage record once its work is done
+    free: bool = False  # it costs nothing, so that no price is missing
+    check_seconds: float = 180.0  # for the one word it is asked for before a night
     edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
     def command(self, job: Job, environ: Mapping[str, str]) -> Command:
@@ -127,11 +132,16 @@ class Coder:
         """What the finished agent said. Never raises: output that can't be read is an `agent_error`."""
         try:
             reply = self.reader(stdout, log, job)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            detail = f"{self.name}: output of an unknown shape ({type(error).__name__}: {error})"
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            detail = f"{self.name}: output of an unknown shape ({type(error).__name__}: {str(error)[:200]})"
             return Reply(failure="agent_error", detail=detail)
+        reply = _of_plain_types(reply)
         if reply == Reply():
             reply = Reply(failure="agent_error", detail=f"{self.name} said nothing")
+        if reply.failure is None and reply.tokens_out == 0 and reply.message:  # no model wrote this: the program did
+            named = name_failure(reply.message)
+            if named.failure != "agent_error":
+                reply = replace(reply, failure=named.failure, detail=named.detail, wait_seconds=named.wait_seconds, structured=True)
         return with_last_lines(reply)
 
     def find(self, environ: Mapping[str, str]) -> str | None:
@@ -153,6 +163,30 @@ def _has_login(login: Login, environ: Mapping[str, str]) -> bool:
         return login.needle in (Path(root) / login.path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+
+
+_LARGEST_COUNT = 1e12  # tokens, dollars or seconds: an agent that claims more says nothing
+
+
+def _of_plain_types(reply: Reply) -> Reply:
+    """The reply with None in place of what is no count, amount or text: an output may hold anything, and is journalled."""
+
+    def amount(value: object) -> float | None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST_COUNT
+        return value if number else None  # type: ignore[return-value]
+
+    def count(value: object) -> int | None:
+        return None if (known := amount(value)) is None else int(known)
+
+    def text(value: object) -> str | None:
+        return value if isinstance(value, str) else None
+
+    failure = reply.failure if reply.failure in (None, *get_args(Failure)) else "agent_error"
+    return replace(
+        reply, tokens_in=count(reply.tokens_in), tokens_out=count(reply.tokens_out), cost_usd=amount(reply.cost_usd),
+        message=text(reply.message), hypothesis=text(reply.hypothesis), description=text(reply.description), failure=failure,
+        detail=text(reply.detail), wait_seconds=amount(reply.wait_seconds), structured=reply.structured is True,
+    )  # fmt: skip
 
 
 _LAST_LINE = re.compile(r"^[ \t>*_`#-]*(HYPOTHESIS|DESCRIPTION)[*_`]*[ \t]*:(.*)$", re.I | re.M)
@@ -184,3 +218,11 @@ def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> f
     if price_in is None or price_out is None or reply.tokens_in is None or reply.tokens_out is None:
         return None
     return (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6
+
+
+def usage_of(coder: Coder, reply: Reply, price_in: float | None, price_out: float | None) -> dict[str, Any]:
+    """What a call has used, as the journal keeps it. `cost` in US dollars; None: it has cost something that isn't known."""
+    return {
+        "cost": 0.0 if coder.free else cost_usd(reply, price_in, price_out),
+        "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
+    }  # fmt: skip

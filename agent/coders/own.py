@@ -1,4 +1,4 @@
-"""The rows of the agents that come with this project: `search`, `chat` and `local`, each a module run as a program."""
+"""The rows of the agents that come with this project: `search`, `chat`, `local` and `acp`, each a module run as a program."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ EDITS = "it writes the train file and nothing else"
 
 def chat(job: Job) -> list[str]:
     endpoint = ["--base-url", job.base_url] if job.base_url else []
-    return ["-m", "agent.chat", job.train_file, *model(job, "--model"), *endpoint]
+    return ["-m", "agent.chat", job.train_file, *model(job, "--model"), *endpoint, *check(job)]
 
 
 def local(job: Job) -> list[str]:
-    return ["-m", "agent.local", job.train_file, *model(job, "--model")]
+    return ["-m", "agent.local", job.train_file, *model(job, "--model"), *check(job)]
+
+
+def check(job: Job) -> list[str]:
+    """Before a night: one word is asked with a prompt of the real size, and the time of a proposal is told."""
+    return ["--check"] if job.check else []
 
 
 OWN = (
@@ -30,6 +35,8 @@ OWN = (
         binary=sys.executable,
         arguments=lambda job: ["-m", "agent.search", "--train-file", job.train_file],
         reader=shapes.plain,
+        tells_its_end=False,
+        free=True,
         install_hint="it comes with this project",
         login_hint="it needs no login",
         env_set=OURS,
@@ -37,6 +44,7 @@ OWN = (
     ),
     Coder(
         name="chat",
+        check_seconds=600.0,  # a server may have to load its model first
         binary=sys.executable,
         arguments=chat,
         reader=shapes.own,
@@ -48,6 +56,8 @@ OWN = (
     ),
     Coder(
         name="local",
+        check_seconds=600.0,  # it loads a model of many gigabytes
+        free=True,
         binary=sys.executable,
         arguments=local,
         reader=shapes.own,
@@ -56,5 +66,15 @@ OWN = (
         env_names=("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "MLX_METAL_FAST_SYNCH"),
         env_set=OURS,
         edit_only=EDITS,
+    ),
+    Coder(  # the agent's own command is put behind it by `table.acp`
+        name="acp",
+        binary=sys.executable,
+        arguments=lambda job: ["-m", "agent.acp", job.train_file, *model(job, "--model"), "--"],
+        reader=shapes.own,
+        install_hint="it comes with this project",
+        login_hint="log in with the command of the agent itself; variables that it needs are passed by --agent-env NAME",
+        env_set=OURS,
+        edit_only="edits of the train file are all it permits; an agent that does not ask is held by nothing but the guard",
     ),
 )

@@ -13,20 +13,33 @@ from dataclasses import replace
 from typing import Any
 
 from agent.coders.coder import Job, Reply
-from agent.coders.failures import LIMIT_OR_LOGIN, name_failure
+from agent.coders.error_text import LIMIT_OR_LOGIN, name_failure
 
 
 def plain(stdout: str, log: str, job: Job) -> Reply:
     """A program that reports nothing: its output is the message."""
     reply = Reply(message=stdout.strip() or None)
-    return _failed(log, reply) if LIMIT_OR_LOGIN.search(log) else reply
+    return _failed("", reply, log) if LIMIT_OR_LOGIN.search(log) else reply
+
+
+def command(stdout: str, log: str, job: Job) -> Reply:
+    """A user's own command, read as `plain`; a last line such as {"cost_usd": 0.02, "tokens_in": 900} tells what it used."""
+    before, _, last = stdout.rstrip().rpartition("\n")
+    told = next(_lines(last), {})
+    known = {name: told[name] for name in ("cost_usd", "tokens_in", "tokens_out") if name in told}
+    return replace(plain(before, log, job), **known) if known else plain(stdout, log, job)
 
 
 def claude(stdout: str, log: str, job: Job) -> Reply:
-    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage."""
+    """One JSON object: `result`, `is_error`, `usage`, `total_cost_usd`. Cursor prints the same without the usage.
+
+    With other settings it is the last of several, one a line or in an array."""
     result = _object(stdout)
+    if result is None or (result.get("type") or "result") != "result":
+        several = [*_lines(stdout), *_array(stdout)]
+        result = next((item for item in reversed(several) if item.get("type") == "result"), None)
     if result is None:
-        return _failed(log or stdout)
+        return _failed("", log=log or stdout)
     usage = result.get("usage") or {}
     inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
     known = Reply(
@@ -55,7 +68,9 @@ def codex(stdout: str, log: str, job: Job) -> Reply:
             known = _add(known, _total(event["usage"], "input_tokens"), _total(event["usage"], "output_tokens"))
         elif kind in ("error", "turn.failed"):
             errors.append(str(event.get("message") or (event.get("error") or {}).get("message")))
-    return known if completed else _failed("\n".join(errors) or log or stdout, known)
+    if completed and not known.tokens_out and not known.message:
+        return _failed("an empty turn: the model said nothing", known)
+    return known if completed else _failed("\n".join(errors), known, log or stdout)
 
 
 def gemini(stdout: str, log: str, job: Job) -> Reply:
@@ -63,14 +78,14 @@ def gemini(stdout: str, log: str, job: Job) -> Reply:
     result = _object(stdout)
     if result is None:
         error = (_object(log) or {}).get("error")
-        return _failed(f"{error.get('code')} {error.get('message')}" if error else log or stdout)
+        return _failed(f"{error.get('code')} {error.get('message')}" if error else "", log=log or stdout)
     known = Reply(message=_text(result.get("response")))
     for model in (result.get("stats") or {}).get("models", {}).values():
         known = _add(known, _total(model["tokens"], "prompt"), _total(model["tokens"], "candidates", "thoughts"))
     if error := result.get("error"):
         return _failed(f"{error.get('code')} {error.get('message')}", known)
     if known.tokens_out is None:  # it has stopped a model that went round in circles
-        return _failed("; ".join(map(str, result.get("warnings") or [])) or log or "no answer was finished", known)
+        return _failed("; ".join(map(str, result.get("warnings") or [])), known, log or "no answer was finished")
     return known
 
 
@@ -90,17 +105,19 @@ def opencode(stdout: str, log: str, job: Job) -> Reply:
             data = event["error"].get("data") or {}
             wait = (data.get("responseHeaders") or {}).get("retry-after")
             error = f"{data.get('statusCode') or ''} {data.get('message') or event['error'].get('name')}"
+            if event["error"].get("name") == "UnknownError":  # only the log says what it was
+                error += "\n" + "\n".join(re.findall(r"^ERROR.*?error=(.*)", log, re.M))
             error += f" (retry-after: {wait})" if wait else ""
     known = replace(known, cost_usd=cost or None)  # 0 is what it says of a model whose price it doesn't know
-    return known if finished and not error else _failed(error or log or stdout, known)
+    return known if finished and not error else _failed(error, known, log or stdout)
 
 
 def qwen(stdout: str, log: str, job: Job) -> Reply:
     """A JSON array whose last element is the result. An API error is a result like any other, marked in its text."""
-    start = re.search(r"^\[", stdout, re.M)
-    if start is None:
-        return _failed(log or stdout)
-    result = json.loads(stdout[start.start() :])[-1]
+    several = _array(stdout)
+    if not several:
+        return _failed("", log=log or stdout)
+    result = several[-1]
     usage = result.get("usage") or {}
     known = Reply(
         tokens_in=_total(usage, "input_tokens"),
@@ -126,11 +143,11 @@ def copilot(stdout: str, log: str, job: Job) -> Reply:
         ended = ended or event.get("type") == "result"
     for model in _file(job.scratch_file("usage.json")).get("modelMetrics", {}).values():
         known = _add(known, _total(model["usage"], "inputTokens"), _total(model["usage"], "outputTokens"))
-    return known if ended and not error else _failed(error or log or stdout, known)
+    return known if ended and not error else _failed(error, known, log or stdout)
 
 
 _AIDER_TOKENS = re.compile(
-    r"^Tokens: ([\d.,]+)([kM]?) sent.*?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
+    r"^Tokens: ([\d.,]+)([kM]?) sent.{0,200}?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
 )
 
 
@@ -144,14 +161,14 @@ def aider(stdout: str, log: str, job: Job) -> Reply:
     if end:
         return replace(known, cost_usd=cost or None)
     errors = re.findall(r"^(?:litellm\.|The API provider)[^\n]*(?:\n(?!The API|Retrying)[^\n]+)*", stdout, re.M)
-    return _failed("\n".join(errors) or log or stdout, known)
+    return _failed("\n".join(errors), known, log or stdout)
 
 
 def goose(stdout: str, log: str, job: Job) -> Reply:
     """One JSON object with `messages`, as documented; its totals don't tell input from output."""
     result = _object(stdout)
     if result is None:
-        return _failed(log or stdout)
+        return _failed("", log=log or stdout)
     said = [part.get("text") for message in result.get("messages") or [] if message.get("role") == "assistant"
             for part in message.get("content") or []]  # fmt: skip
     return Reply(message=_text("\n".join(text for text in said if text)))
@@ -161,15 +178,16 @@ def own(stdout: str, log: str, job: Job) -> Reply:
     """This project's own agents: the last line of standard output is a Reply as JSON."""
     last = stdout.strip().rpartition("\n")[2]
     if not last.startswith("{"):
-        return _failed(log or stdout)
+        return _failed("", log=log or stdout)
     fields = json.loads(last)
     return Reply(**{key: value for key, value in fields.items() if key in Reply.__dataclass_fields__})
 
 
-def _failed(text: str, known: Reply | None = None) -> Reply:
-    named = name_failure(text)
+def _failed(error: str, known: Reply | None = None, log: str = "") -> Reply:
+    """A failure by the text of an error field; by the words of a log where that field is missing or empty."""
+    named = name_failure(error or log)
     detail = named.detail or "it said nothing"
-    return replace(known or Reply(), failure=named.failure, detail=detail, wait_seconds=named.wait_seconds)
+    return replace(known or Reply(), failure=named.failure, detail=detail, wait_seconds=named.wait_seconds, structured=bool(error))
 
 
 def _add(reply: Reply, tokens_in: int | None, tokens_out: int | None) -> Reply:
@@ -200,7 +218,7 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
         if line.lstrip().startswith("{"):
             try:
                 item = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(item, dict):
                 yield item
@@ -211,17 +229,27 @@ def _object(text: str) -> dict[str, Any] | None:
     for start in re.finditer(r"^[ \t]*(?=\{\s*\")", text, re.M):
         try:
             item = json.JSONDecoder().raw_decode(text, start.end())[0]
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(item, dict):
             return item
     return None
 
 
+def _array(text: str) -> list[dict[str, Any]]:
+    """The objects of the first JSON array that starts a line of `text`, [] without one."""
+    start = re.search(r"^\[", text, re.M)
+    try:
+        items = json.JSONDecoder().raw_decode(text, start.start())[0] if start else []
+    except (ValueError, RecursionError):
+        return []
+    return [item for item in items if isinstance(item, dict)]
+
+
 def _file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             item = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return item if isinstance(item, dict) else {}

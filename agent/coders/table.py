@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.coders import shapes
@@ -54,12 +55,7 @@ def template(command: str) -> Coder:
     """The user's own command: the prompt on standard input, the worktree as working directory.
 
     `{train_file}`, `{worktree}` and `{prompt_file}` in it are filled in. No shell reads it. Raises CoderError."""
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise CoderError(f"--agent-cmd {command!r} can't be split into words: {error}") from error
-    if not words:
-        raise CoderError("--agent-cmd is empty; expected a command, for example 'my-agent --edit {train_file}'")
+    words = _words(command)
 
     def filled_in(job: Job) -> list[str]:
         filled = words[1:]
@@ -72,10 +68,42 @@ def template(command: str) -> Coder:
         name="cmd",
         binary=words[0],
         arguments=filled_in,
-        reader=shapes.plain,
+        reader=shapes.command,
+        tells_its_end=False,
         install_hint=f"put {words[0]} on PATH, or give its full path in --agent-cmd",
         login_hint=f"log in to {words[0]}; variables that it needs are passed by --agent-env NAME",
     )
+
+
+def _words(command: str) -> list[str]:
+    """The words of --agent-cmd, with an absolute path of the program: it starts in the night's worktree. Raises CoderError."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise CoderError(f"--agent-cmd {command!r} can't be split into words: {error}") from error
+    if not words:
+        raise CoderError("--agent-cmd is empty; expected a command, for example 'my-agent --edit {train_file}'")
+    if os.sep in words[0]:
+        words[0] = os.path.abspath(os.path.expanduser(words[0]))
+    return words
+
+
+def acp(command: str | None, environ: Mapping[str, str]) -> Coder:
+    """The agent that the command starts, spoken to by the Agent Client Protocol. It sees what its own row of the table sees.
+
+    Raises CoderError without a command, or where its program is not on the PATH of `environ`."""
+    if command is None:
+        raise CoderError("--agent acp needs the agent's command; for example --agent-cmd 'gemini --acp'")
+    words, row = _words(command), TABLE["acp"]
+    found = shutil.which(words[0], path=environ.get("PATH", ""))
+    if found is None:
+        raise CoderError(f"--agent acp: no program {words[0]!r} on PATH; install it, or give its full path in --agent-cmd")
+    known = next((coder for coder in CLIS if coder.binary == os.path.basename(words[0])), None)
+    more = known.env_names if known else ()
+    given = dict(known.env_set) if known else {}
+    return replace(
+        row, arguments=lambda job: [*row.arguments(job), found, *words[1:]], env_names=more, env_set={**given, **row.env_set}
+    )  # fmt: skip
 
 
 def detect(environ: Mapping[str, str]) -> Detected:
@@ -96,10 +124,12 @@ def detect(environ: Mapping[str, str]) -> Detected:
 
 def choose(options: Mapping[str, Any]) -> tuple[Coder, str]:
     """The coding agent and a line about it. CoderError if it is unknown or not installed: better now than after the baseline."""
-    if options.get("agent") and options.get("agent_cmd"):
-        raise UsageError("--agent and --agent-cmd: expected one of them")
+    if options.get("agent") and options.get("agent_cmd") and options["agent"] != "acp":
+        raise UsageError("--agent and --agent-cmd: expected one of them, or --agent acp with both")
     arguments(options.get("agent_args"))
-    if options.get("agent_cmd"):
+    if options.get("agent") == "acp":
+        coder, about = acp(options.get("agent_cmd"), os.environ), f"agent: {options.get('agent_cmd')} by the Agent Client Protocol"
+    elif options.get("agent_cmd"):
         coder, about = template(options["agent_cmd"]), f"agent: {options['agent_cmd']}"
     elif options.get("agent"):
         coder, about = get(options["agent"]), f"agent: {options['agent']}"

@@ -15,7 +15,7 @@ from agent.process.leftovers import end_leftovers
 def sweep(folder: Path) -> list[int]:
     """End processes and remove scratch folders that a killed driver has left; the pids that were ended."""
     ended = end_leftovers(folder)
-    for left in (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "import", folder / "tmp" / "import"):
+    for left in (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "screen", folder / "tmp" / "screen"):
         shutil.rmtree(left, ignore_errors=True)
     for draft in (*folder.glob(".*.new"), *folder.glob(".stop-*")):
         draft.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ class Settings:
     baseline_seeds: int = 6  # as `Rule.baseline_trials`
     startup: float = 120.0  # seconds a training may take beyond its budget
     memory_gb: float | None = None  # of a training
+    check_agent: bool = True  # ask it for one word before anything is trained
     sandbox: bool = True  # of trainings, where the system has one
     disk_gb: float = 2.0  # free space below which the night ends
     breaker: int = 5  # failures of one kind in a row that pause the night; twice as many end it

@@ -7,6 +7,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
     session      settings, pid, agent, sandbox                         a driver began or resumed the night
     experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
+    agent_check  kind, message, usage, seconds                         the agent was asked for one word before the night
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
     candidate    n, commit, ast, lines, description, hypothesis, family, usage, seconds
                                                                        what the agent left, kept under a ref
@@ -14,6 +15,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
                                                                        status: ok, a failure's name, or that it is to be
                                                                        repeated: interrupted, disturbed
+    verified     n, dir, status, seconds, error                        every row was probed, before a keep
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
@@ -110,7 +112,9 @@ class Night:
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
-    unpriced: int = 0  # calls of an agent that used tokens and told no cost: unknown is not free
+    unpriced: int = 0  # calls without a price, in a night that knows of none: unknown is not free
+    estimated: int = 0  # calls without a price, each counted as the dearest so far
+    dearest: float = 0.0  # US dollars, of one call
     tokens: int = 0  # the agent's, not the trainer's
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
@@ -162,6 +166,14 @@ class Night:
             length += 1
         return status, length
 
+    def unproposed(self) -> str:
+        """Why a night that asked its agent brought no change at all, in words; "" if it did bring one, or asked for none."""
+        kinds = [e.status or "" for e in self.done] + [str(failure["kind"]) for failure in self.agent_failures]
+        if not kinds or any(e.commit for e in self.done) or set(kinds) - {"agent_error", "noop", "rate_limit", "login", "missing"}:
+            return ""
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        return f"the agent never changed the file: {counts}"
+
     def since_keep(self) -> int:
         """Experiments since the last keep (or the baseline)."""
         return len([e for e in self.done if e.n > max(self.kept, default=0)])
@@ -193,6 +205,9 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
+    asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
+    if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
+        _spend(night, {"usage": {"cost": None}, "n": asked.n})
     night.settings, night.ended = event["settings"], None
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox
@@ -220,12 +235,25 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
-    usage = event.get("usage") or {}
-    for account in (night, night.experiments[event["n"]]):
-        account.cost += usage.get("cost") or 0.0
+    """Count what a call of the agent cost. An event without `cost` in its usage is about no call."""
+    usage, known = event.get("usage") or {}, night.dearest > 0
+    cost = usage.get("cost")
+    if "cost" in usage and cost is None:
+        night.estimated += known
+        night.unpriced += not known
+        cost = night.dearest
+    elif cost and night.unpriced:  # the first price of the night: what came before it is estimated by it
+        night.estimated, night.unpriced = night.unpriced, 0
+        night.cost += night.estimated * cost
+    night.dearest = max(night.dearest, cost or 0.0)
+    for account in (night, night.experiments[event["n"]]) if event.get("n") is not None else (night,):
+        account.cost += cost or 0.0
         account.tokens += int(usage.get("tokens") or 0)
-    night.unpriced += bool(usage.get("tokens")) and usage.get("cost") is None
     night.agent_seconds += event.get("seconds") or 0.0
+
+
+def _agent_check(night: Night, event: Mapping[str, Any]) -> None:
+    _spend(night, event)
 
 
 def _agent_failed(night: Night, event: Mapping[str, Any]) -> None:
@@ -303,6 +331,7 @@ _HANDLERS = {
     "night_start": _night_start,
     "session": _session,
     "experiment": _experiment,
+    "agent_check": _agent_check,
     "agent_failed": _agent_failed,
     "candidate": _candidate,
     "trial_start": _trial_start,

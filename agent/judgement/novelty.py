@@ -1,26 +1,40 @@
-"""A candidate's source, looked at without running it: does it parse, is it new, how long is it?
+"""A candidate's source, looked at without running it: does it parse, is it new, how long is it, does it carry data?
 
 Where that decides already, there is an early verdict and no training.
 
 Two sources with the same `identity` train the same model: comments, formatting, docstrings and the seed do not count.
+
+Length is measured in tokens, so that no formatting shortens a file. A string counts a token for each of its bytes, because a string
+can hold code: `exec("...")`, even of compressed code, is longer than the code itself.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import io
+import math
 import re
+import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.journal.state import Experiment, Night
 from agent.text import failure_record
+from agent.trial.order import TrialResult
 
 _SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
 _SEED_CALLS = {
     "seed", "manual_seed", "manual_seed_all", "set_seed", "default_rng", "RandomState", "Random", "PRNGKey", "random.key",
 }  # fmt: skip
+
+TOKENS_A_LINE = 15  # of train_mlx.py, so that `lines` is close to what an editor shows without comments
+WORD_BYTES = 40  # a longer name or number counts a token for each byte, as a string does
+DATA_BYTES = 4096  # of constants and comments that a candidate may have more than its parent
+SOURCE_BYTES = 32 << 10  # of everything: short names can carry data, too
+_RUNS_TEXT = {"exec", "eval", "compile", "__builtins__", "__import__", "__doc__", "getsource"}  # can run a comment or docstring
 
 
 class SourceError(Exception):
@@ -29,7 +43,7 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """`identity` is a SHA-256, `lines` counts lines of code as Python itself would format them."""
+    """`identity` is a SHA-256. `lines` is the length in lines of TOKENS_A_LINE tokens, without comments and docstrings."""
 
     identity: str
     lines: int
@@ -49,14 +63,18 @@ class Verdict(NamedTuple):
 def fingerprint(path: Path) -> Source:
     """Look at a train file. SourceError if it does not parse, OSError if it cannot be read."""
     try:
-        tree = ast.parse(path.read_bytes(), filename=path.name)
-        tree = ast.fix_missing_locations(_Essence().visit(tree))
+        content = path.read_bytes()
+        whole = ast.parse(content, filename=path.name)
+        names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(whole) if not _is_method(node)}
+        hidden = _text_bytes(content) if names & _RUNS_TEXT else 0
+        tree = ast.fix_missing_locations(_Essence().visit(whole))
         dump = ast.dump(tree, annotate_fields=False)
-        lines = ast.unparse(tree).count("\n") + 1
+        tokens = sum(_weight(token) for token in _tokens(ast.unparse(tree).encode("utf-8", "surrogatepass")))
+        lines = math.ceil((tokens + hidden) / TOKENS_A_LINE)
     except SyntaxError as error:
         text = (error.text or "").strip()
         raise SourceError(f"{path.name}, line {error.lineno}: {error.msg}: {text}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise SourceError(f"{path.name}: not a Python source: {error}") from None
     return Source(hashlib.sha256(dump.encode("utf-8", "surrogatepass")).hexdigest(), lines)
 
@@ -94,9 +112,69 @@ def broken(train_file: Path) -> Verdict | None:
     return None
 
 
-def not_importable(error: dict[str, Any] | None) -> Verdict | None:
-    """A crash, if importing the train file once ended with this error."""
-    return Verdict("crash", error["message"], error) if error else None
+def burdened(source: bytes, parent: bytes) -> Verdict | None:
+    """A violation, if a train file holds far more constants and comments than its parent: a place for data, such as held-out
+    text in an encoding that no search finds."""
+    for kind, more, most in (
+        ("strings, numbers and comments", data_bytes(source) - data_bytes(parent), DATA_BYTES),
+        ("text", len(source) - len(parent), SOURCE_BYTES),
+    ):
+        if more > most:
+            what = f"the file has {more:,} bytes of {kind} more than its parent, expected at most {most:,}"
+            return _fault("violation", f"{what}; a train file brings no data of its own")
+    return None
+
+
+def data_bytes(source: bytes) -> int:
+    """Bytes of all constants, comments and long names in a Python file."""
+    try:
+        return sum(len(token.string.encode("utf-8", "surrogatepass")) for token in _tokens(source) if _carries(token))
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return len(source)
+
+
+def refused(result: TrialResult) -> Verdict | None:
+    """The verdict on a candidate that a check refused, None if it passed."""
+    error = result.error or {}
+    return Verdict(result.status, error.get("message", ""), result.error) if result.status != "ok" else None
+
+
+def _tokens(source: bytes) -> Iterator[tokenize.TokenInfo]:
+    return tokenize.tokenize(io.BytesIO(source).readline)
+
+
+def _carries(token: tokenize.TokenInfo) -> bool:
+    """Whether a token can carry data: a string, a comment, a number, or a name of unusual length."""
+    return token.type not in (*_STRUCTURE, tokenize.OP) and (token.type != tokenize.NAME or len(token.string) > WORD_BYTES)
+
+
+def _weight(token: tokenize.TokenInfo) -> int:
+    """How many tokens a token counts for: one, or its bytes if it is a string, a comment, or a long name or number."""
+    size = len(token.string.encode("utf-8", "surrogatepass"))
+    if token.type in _STRUCTURE:
+        return 0
+    return size if size > WORD_BYTES or token.type not in (tokenize.NAME, tokenize.OP, tokenize.NUMBER) else 1
+
+
+_STRUCTURE = {
+    tokenize.ENCODING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
+
+
+def _text_bytes(source: bytes) -> int:
+    """Bytes of comments and docstrings: of all that `_Essence` leaves out."""
+    comments = sum(_weight(token) for token in _tokens(source) if token.type == tokenize.COMMENT)
+    documented = (node for node in ast.walk(ast.parse(source)) if isinstance(node, _DOCUMENTED))
+    docstrings = (ast.get_docstring(node, clean=False) or "" for node in documented)
+    return comments + sum(len(text.encode("utf-8", "surrogatepass")) for text in docstrings)
+
+
+_DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _is_method(node: ast.AST) -> bool:
+    """Whether this is `mx.eval`, `mx.compile` or another method that happens to be called like a builtin function."""
+    return isinstance(node, ast.Attribute) and node.attr in ("eval", "compile", "exec")
 
 
 class _Essence(ast.NodeTransformer):

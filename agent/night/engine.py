@@ -32,7 +32,7 @@ from agent.proposal.digest import family
 from agent.text import clean
 from agent.trial.lab import Lab, lay_harness
 from agent.trial.order import TrialResult
-from agent.trial.trial import check_import, run_trial, score_run
+from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
 from agent.views.terminal import Console
 
@@ -89,7 +89,8 @@ class Engine:
             if experiment.commit is None and (end := self.propose(experiment)):
                 return end
             if experiment.commit is not None and experiment.status is None:
-                self.verdict(experiment, *self.judgement(experiment))  # moves the branch to a keep, and leaves it for all others
+                # this moves the branch to a keep, and leaves it for all others
+                self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
 
     def judgement(self, experiment: Experiment) -> Verdict:
         """Train and score the candidate, and the best again where that decides, until there is a verdict."""
@@ -160,8 +161,12 @@ class Engine:
             self.candidate(experiment, found[0], Proposal("changed", found[1]))
             return None
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        prompt = briefing.compose(self.night, briefing.program(self.program), self.hooks.before_experiment(self.night, experiment))
+        brief = briefing.program(self.program)
+        prompt = briefing.compose(self.night, brief, self.hooks.before_experiment(self.night, experiment))
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
+        if briefing.program(self.program) != brief:  # by the user, or by an agent who may write there
+            self.record("note", text=f"program.md was changed while the agent of experiment {n} was at work")
+            self.console.say(f"note: {self.night.notes[-1]}; if it was not you, look at it")
         if proposal.kind == "changed":
             commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
             self.candidate(experiment, commit, proposal)
@@ -185,12 +190,26 @@ class Engine:
             self.console.say(f"experiment {experiment.n}: {about}")
 
     def early_verdict(self, experiment: Experiment) -> Verdict | None:
-        """The verdict on a candidate that need not be trained: it is no change, was trained before, or does not start."""
-        return (
-            novelty.early_verdict(self.night, experiment)
-            or novelty.broken(self.lab.worktree / self.lab.train_file)
-            or novelty.not_importable(check_import(self.lab))
-        )
+        """The verdict on a candidate that need not be trained: no change, trained before, no Python, or with data of its own."""
+        file = self.lab.worktree / self.lab.train_file
+        if found := novelty.early_verdict(self.night, experiment) or novelty.broken(file):
+            return found
+        parent = self.worktree.repository.file_at(experiment.parent, self.lab.train_file)
+        return novelty.burdened(file.read_bytes(), parent) or novelty.refused(screen(self.lab, parent))
+
+    def verified(self, experiment: Experiment, verdict: Verdict) -> Verdict:
+        """The verdict after every row was probed for look-ahead, if it is a keep: a violation if the candidate fails."""
+        if verdict.status != "keep":
+            return verdict
+        self.console.stage(f"{experiment.name}: every row is probed before it is kept")
+        folder = next(trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
+        for _ in range(validity.MOST_INTERRUPTIONS):
+            result = verify(self.lab, self.lab.folder / "trials" / folder, self.night.experiments[0].summary())
+            seconds, status = round(result.seconds, 1), result.status
+            self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
+            if status != "interrupted":
+                return novelty.refused(result) or verdict
+        return Verdict("discard", "it could not be probed before a keep: the machine slept each time", None)
 
     def lay(self, experiment: Experiment) -> None:
         """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""

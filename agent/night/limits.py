@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from agent.errors import Stopped
+from agent.errors import Stopped, UsageError
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
 LONGEST_PAUSE = 600.0  # seconds, between failing experiments
 LONGEST_WAIT = 1800.0  # seconds, for a rate limit that does not say how long it lasts
 FIRST_WAIT = 60.0
+UNKNOWN_PRICES = 2  # calls in a row without a price, and none known, that end a night with --max-cost; one may have been cut off
 GIVE_UP_WAITS = 50  # a day of half hours: whoever limits the rate has no more for us
 
 
@@ -32,9 +35,11 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
         return "experiments", f"{done} experiments done, as asked"
     if settings.hours is not None and session_seconds >= settings.hours * 3600:
         return "hours", f"{settings.hours:g} hours are over"
-    if settings.max_cost is not None and night.cost >= settings.max_cost:
-        return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}"
-    if settings.max_cost is not None and night.unpriced and settings.price_in is None:
+    if settings.max_cost is not None and (night.cost >= settings.max_cost or night.cost + night.dearest > settings.max_cost):
+        guess = f", {night.estimated} calls of unknown price among them" if night.estimated else ""
+        one = f", and one call has cost up to ${night.dearest:.2f}" if night.cost < settings.max_cost else ""
+        return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}{guess}{one}"
+    if settings.max_cost is not None and night.unpriced >= UNKNOWN_PRICES:
         return "max_cost", "the agent tells no cost, so --max-cost cannot be held; give --price-in and --price-out, or drop it"
     if settings.target is not None and best is not None and best <= settings.target:
         return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"
@@ -77,6 +82,18 @@ def without_agent(night: Night, settings: Settings, kind: str, message: str, ses
     if settings.hours is not None and session_seconds + wait > settings.hours * 3600:
         return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
     return wait
+
+
+def hours_until(clock: str, now: float | None = None) -> float:
+    """Hours from now (Unix time) to the next time that clocks here show `clock`, HH:MM. UsageError if that is no time of day."""
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock.strip())
+    if match is None:
+        raise UsageError(f"{clock!r}: expected a time of day such as 07:00")
+    here = datetime.fromtimestamp(time.time() if now is None else now)
+    end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    if end <= here:
+        end += timedelta(days=1)
+    return (end.timestamp() - here.timestamp()) / 3600
 
 
 _ONCE, _NOW = "after this experiment\n", "now\n"

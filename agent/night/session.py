@@ -19,9 +19,10 @@ from agent.night.limits import Stopper
 from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
+from agent.proposal.check import before_the_night
 from agent.trial import sandbox
 from agent.trial.lab import Lab, lay_harness
-from agent.trial.rights import held_out_places
+from agent.trial.rights import folders, hidden_places
 from agent.views import results
 from agent.views.terminal import Console
 
@@ -54,11 +55,11 @@ def run_session(
     coder, about = choose(settings.to_json())
     boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
     journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
+    train_dir, held_dir = folders(night.dataset)
     lab = Lab(
-        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness,
-        train_dir=Path(night.dataset["train_dir"]), held_dir=Path(night.dataset["held_dir"]), budget=night.dataset["budget"],
-        vocab_size=int(night.dataset["vocab_size"]), hidden=held_out_places(night.dataset, root, worktree.common, worktree.path),
-        startup_seconds=settings.startup,
+        folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness, repository=repository, base=night.base,
+        train_dir=train_dir, held_dir=held_dir, budget=night.dataset["budget"], vocab_size=int(night.dataset["vocab_size"]),
+        hidden=hidden_places(night.dataset, root, worktree.common, worktree.path), startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
@@ -69,6 +70,8 @@ def run_session(
     console.say(f"sandbox of trainings: {boxed}")
     engine.recover()
     try:
+        source = night.train_file, repository.file_at(night.base, night.train_file)
+        before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
             engine.held_out()
@@ -88,7 +91,8 @@ def run_session(
     console.say(f"the night ends: {words}")
     console.say(f"results: {folder / 'results.tsv'}{drawn}")
     console.say(results.last_line(engine.night))
-    return 0 if name not in ("failures", "login", "missing", "rate_limit") else 1
+    fine = name not in ("failures", "login", "missing", "rate_limit")
+    return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
 
 
 def _picture(folder: Path, cwd: Path) -> bool:

@@ -22,6 +22,7 @@ from agent.process import child
 from agent.process.environment import clean_env, data_home
 from agent.trial.lab import FROZEN, HARNESS, frozen
 from agent.trial.order import parse_budget
+from agent.trial.rights import folders, public
 
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
@@ -39,7 +40,7 @@ def dataset(
     current = data_home() / "current.json"
     if name is None and preset is None and current.is_file():
         found = _entry(current)
-        if Path(found["train_dir"]).is_dir() and Path(found["held_dir"]).is_dir():
+        if all(folder.is_dir() for folder in folders({"id": found["id"]})):
             return found
     with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
         answer = Path(scratch) / "dataset.json"
@@ -82,10 +83,11 @@ class _LastLine:
 
 def require_data(entry: Mapping[str, Any]) -> None:
     """DataError if the night's data is not where it was."""
-    for key in ("train_dir", "held_dir"):
-        if not Path(entry[key]).is_dir():
-            again = f"python {HARNESS} --dataset {entry.get('name') or 'NAME'} --preset {entry['preset']}"
-            raise DataError(f"the night's data is gone: expected {entry[key]}; prepare it again: {again}")
+    for folder in folders(entry):
+        if not folder.is_dir():
+            name = entry.get("name") or "NAME"
+            again = f"python {HARNESS} --dataset {'text:PATH' if name == 'text:' else name} --preset {entry['preset']}"
+            raise DataError(f"the night's data is gone: expected {folder}; prepare it again: {again}")
 
 
 def begin(
@@ -101,7 +103,7 @@ def begin(
         "tier": os.environ.get(TIER, ""),
     }  # fmt: skip
     journal.append(
-        "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=dict(entry), sources=sources, machine=machine
+        "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=public(entry), sources=sources, machine=machine
     )
     return fold(journal.events)
 

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agent.coders.coder import Coder, CoderError, Job, Reply, cost_usd
+from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
 from agent.coders.table import arguments
 from agent.errors import Stopped
 from agent.git import guard
@@ -20,6 +21,7 @@ from agent.journal.settings import Settings
 from agent.process import child
 from agent.text import failure_record, one_line, redact
 
+LINGER_SECONDS = 30.0  # that an agent may go on after its final message, when nothing is left to come but its exit
 WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
 
 
@@ -70,11 +72,13 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     try:
         command = desk.coder.command(job, os.environ)
         env = {
-            **command.env, "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
+            **{name: value for name, value in command.env.items() if name != "AUTORESEARCH_HOME"},  # it leads to held-out text
+            "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
             "AUTORESEARCH_EXPERIMENT": str(n),
         }  # fmt: skip
         outcome = child.run(
             command.argv, cwd=desk.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
+            watch=Lingering(desk.coder, job, out, log, LINGER_SECONDS),
             bounds=child.Bounds(settings.max_agent_minutes * 60, desk.coder.idle_seconds), pidfile=desk.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
@@ -86,11 +90,9 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         shutil.rmtree(scratch, ignore_errors=True)
         for path in left:
             path.unlink(missing_ok=True)
-    cost = cost_usd(reply, settings.price_in, settings.price_out)
-    usage = {
-        "cost": cost, "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in,
-        "tokens_out": reply.tokens_out,
-    }  # fmt: skip
+    usage = usage_of(desk.coder, reply, settings.price_in, settings.price_out)
+    if outcome.exit_code == 0 and reply.failure in WAITING and not reply.structured:
+        reply = replace(reply, failure=None)  # words of a log, such as "Authenticated as", are no evidence against exit code 0
     violations = [str(violation) for violation in guard.check(desk.worktree, base, desk.train_file, seen)]
     if not violations and _holds_secret(train_file):
         violations = [f"{desk.train_file}: holds the value of a variable that looks like a key"]
@@ -98,6 +100,28 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     if violations:
         guard.scrub(desk.worktree, base, seen)
     return proposal
+
+
+class Lingering:
+    """A `watch` that ends an agent as `finished` if its structured output has said so for `seconds` and it does not exit."""
+
+    def __init__(self, coder: Coder, job: Job, out: Path, log: Path, seconds: float) -> None:
+        self.coder, self.job, self.out, self.log, self.seconds = coder, job, out, log, seconds
+        self.size, self.since = 0, time.monotonic()  # of its standard output, which has not grown since then
+
+    def __call__(self) -> str | None:
+        try:
+            size = self.out.stat().st_size
+        except OSError:
+            return None
+        now = time.monotonic()
+        if size != self.size:
+            self.size, self.since = size, now
+        elif size and self.coder.tells_its_end and now - self.since > self.seconds:
+            self.since = now
+            reply = self.coder.reply(_text(self.out), _text(self.log), self.job)
+            return "finished" if reply.failure is None and reply.message else None
+        return None
 
 
 def _judge(
@@ -117,7 +141,8 @@ def _judge(
         return proposal("violation", "; ".join(violations[:5]))
     last = one_line(outcome.tail(300), 300)
     detail = reply.detail or one_line(reply.message or "", 300) or last
-    ended = outcome.reason != "exited"
+    finished = reply.failure is None and bool(reply.message) and desk.coder.tells_its_end
+    ended = outcome.reason != "exited" and not finished  # some never exit once their work is done
     if ended and (after != before or reply.failure not in WAITING):
         silent = "said nothing for" if outcome.reason == "idle" else "was ended by the limit " + outcome.reason + " after"
         seconds = desk.coder.idle_seconds or 0.0 if outcome.reason == "idle" else outcome.seconds
@@ -128,7 +153,7 @@ def _judge(
         return proposal("login", f"{detail}; {desk.coder.login_hint}")
     if reply.failure in ("rate_limit", "missing"):
         return proposal(reply.failure, detail)
-    if outcome.exit_code != 0:
+    if outcome.exit_code != 0 and not (finished and outcome.reason != "exited"):
         ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {outcome.signal}"
         return proposal("agent_error", f"the agent failed with {ending} and changed nothing: {last or detail}")
     if reply.failure:

@@ -1,8 +1,8 @@
-"""What a night has tried, in a text of bounded size, and what to ask for when it is stuck. Pure functions.
+"""Summarise what a night has tried in a text of bounded size, and choose what to ask for when the night is stuck. Pure functions.
 
-A fresh agent knows nothing of the night but this. Of 10 experiments it sees everything, of 500 what it can act upon: what
-was kept, what nearly was, what breaks, and which kinds of idea are used up. What agents and trainings wrote is shown as
-data: one line each, behind a bar, without control characters.
+Each experiment has a fresh agent, which knows no more of the night than this text. Of 10 experiments the text has everything. Of
+500 it has what an agent can act on: what was kept, near misses, failures, and kinds of idea that are used up. Words of agents and
+trainings are shown as data: one line each, behind a bar, without control characters.
 """
 
 from __future__ import annotations

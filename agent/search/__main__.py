@@ -17,8 +17,8 @@ from agent.search.trainfile import TrainFile
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Edit the train file, say what and why. Exit codes: 0 done, 1 nothing is left to try, 2 no file to edit."""
     parser = argparse.ArgumentParser(prog="agent.search", description="Propose a change of the train file, by no language model.")
-    parser.add_argument("--random", action="store_true", help="draw uniformly from the catalogue, learn nothing")
-    parser.add_argument("--model", choices=("bandit", "random"), default="bandit", help="the same, as the driver's --model")
+    parser.add_argument("--model", choices=("bandit", "random"), default="bandit",
+                        help="random: draw uniformly from the catalogue, learn nothing")
     parser.add_argument("--train-file", default=environ.get("AUTORESEARCH_TRAIN_FILE") or "train_mlx.py")
     parser.add_argument("--list", action="store_true", help="print what could be tried, change nothing")
     options = parser.parse_args(arguments)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         return 0
     turn = environ.get("AUTORESEARCH_EXPERIMENT") or (len(state.experiments) if state else 0)
     draw = random.Random(f"{environ.get('AUTORESEARCH_SEED', '0')} {turn}")
-    found = propose(file, state, draw, learn=not (options.random or options.model == "random"))
+    found = propose(file, state, draw, learn=options.model != "random")
     if found is None:
         print(f"error: nothing in the catalogue is left to try on this {path.name}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """What a night taught about the arms of the catalogue, and Thompson sampling over them.
 
-An arm is a change's (key, direction). Its chance to help is a Beta distribution: the catalogue's prior, then what came of it
-tonight. A keep counts 1, a discard by how near it came (0.5 at no difference, falling over the noise), a failed training 0.
-Evidence fades with every keep since, for what it was gathered against has changed; failures fade faster where the kept change
-and the arm are coupled. So an idea returns by itself once its circumstances are others.
+An arm is the key and the direction of a change. The chance that it helps is a Beta distribution: the catalogue's prior, updated
+by this night's results. A keep counts 1, a failed training 0, and a discard up to 0.5, less the more it lost. Evidence fades with
+each later keep, because it was gathered against another file. Failures fade faster if the kept change and the arm are coupled. So
+an idea comes back once the file around it has changed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Every change of the catalogue that one train file can take, as edits of its bytes.
+"""List every change of the catalogue that fits one train file, as edits of its bytes.
 
-What the file does not have, in the spelling that the catalogue knows, is passed over; so are values that cannot train: a
-width that is no multiple of the head size, a batch of no whole rows, rows longer than the data's. Where other constants are
-computed of the one that changes, as width and batch are of the depth, they move with it, and the change says so.
+A change is left out if the file does not have the text that the catalogue looks for, or if the result could not train: a width
+that is no multiple of the head size, a batch that is not a whole number of rows, rows longer than the data's. Some constants are
+computed from others, such as width and batch from depth. They change along, and the description of the change says so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VALUE_LAYERS: dict[str, Callable[[int, int], bool]] = {  # the forms of `has_ve`
 
 @dataclass(frozen=True)
 class Change:
-    """One thing made different. `arm`, its kind and direction, is what the search learns about."""
+    """One change. The search learns about its `arm`: the key and the direction."""
 
     key: str
     old: str
@@ -47,7 +47,7 @@ class Change:
 
 
 def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
-    """Every change of the catalogue that this file can take. `seq_len` is the data's, None if unknown."""
+    """List every change of the catalogue that fits this file. seq_len: tokens per row of the data, None if unknown."""
     found = [change for knob in KNOBS for change in _knob(file, knob)]
     found += [change for switch in SWITCHES for change in _switch(file, switch)]
     found += [*_tables(file), *_shape(file), *_batch(file, seq_len)]
@@ -55,7 +55,7 @@ def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
 
 
 def trains(value: Mapping[str, Any], seq_len: int | None = None) -> bool:
-    """Whether constants can be trained with: whole heads, whole rows, and a row at least in every pass."""
+    """Whether a model with these constants can train: whole heads, whole rows, at least one row per micro-batch."""
     if {"WIDTH", "HEAD_DIM"} <= set(value) and value["WIDTH"] % value["HEAD_DIM"]:
         return False
     if not {"BATCH_TOKENS", "SEQ_LEN"} <= set(value):
@@ -65,7 +65,7 @@ def trains(value: Mapping[str, Any], seq_len: int | None = None) -> bool:
 
 
 def _with_followers(file: TrainFile, change: Change, seq_len: int | None) -> Change | None:
-    """The change, with a note of the constants that move with it; None if they then cannot train."""
+    """Add to a change a note of the constants that change along. None if the result could not train."""
     spans = {(edit.start, edit.end) for edit in change.edits}
     changed = {name for name, c in file.constants.items() if (c.start, c.end) in spans}
     if not changed & file.leaders:

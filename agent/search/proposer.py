@@ -1,11 +1,11 @@
 """The built-in proposer, without a language model: `python -m agent.search`, the control of every claim about agents.
 
-It is started like any coding agent: in a private worktree, with the briefing on standard input (which it does not need), and
-it edits the train file and exits. It reads the file by its syntax tree, the night by its journal, and picks one change of the
-catalogue by Thompson sampling (`agent/search/bandit.py`). What was trained before is never proposed again: the journal has the
-identity of every source. Now and then, and more often the longer nothing was kept, two changes go together, rather coupled ones.
+It is started like any coding agent: in a private worktree, with the prompt on standard input, which it ignores. It edits the
+train file and exits. It parses the file's syntax tree, reads the night's journal, and picks one change of the catalogue by
+Thompson sampling (`agent/search/bandit.py`). It never proposes a file that was trained before: the journal has the identity of
+each. Sometimes it combines two changes, more often the longer nothing was kept, and preferably two that are coupled.
 
-`--random` draws uniformly from the same catalogue and learns nothing: the control of the control.
+`--model random` draws uniformly from the same catalogue and learns nothing. It is the control for the bandit itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Found = tuple[list[Change], bytes]
 
 
 def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn: bool = True) -> Found | None:
-    """A change (or two) and the file with it; None if everything in the catalogue was tried."""
+    """Pick one change, or two, and apply it. None if everything in the catalogue was tried."""
     seq_len = state.dataset.get("seq_len") if state else None
     options = changes(file, seq_len)
     tried = {e.ast for e in state.experiments if e.ast} if state else set()

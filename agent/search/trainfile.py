@@ -1,4 +1,4 @@
-"""A train file read without running it: its constants, and where each stands, so that one literal can be replaced.
+"""Read a train file without running it: find its constants and their byte positions, so that one literal can be replaced.
 
     file = TrainFile(data, tier="mac")
     file.constants["DEPTH"].value               # of `DEPTH = {"cpu": 2, "mac": 3}[TIER]`: 3
@@ -33,7 +33,8 @@ class Edit:
 
 @dataclass(frozen=True)
 class Constant:
-    """A value and the bytes that spell it. `text` is how a literal is written, `template` how a new one is, "" for a bare one."""
+    """A value and the bytes that spell it. `text`: the literal as written. `template`: how to write a new one; "" for the bare
+    literal."""
 
     name: str
     value: Any
@@ -65,9 +66,9 @@ def spell(value: Any, like: str = "") -> str:
 class TrainFile:
     """The source of a train file. SyntaxError or ValueError if it does not parse.
 
-    `constants` holds every upper-case constant of the module whose value can be told: literals, `NAME[i]` for the parts of a
-    tuple, of tables by tier the entry of `tier`, and what is computed of all these. `lacking` names those whose table has no
-    such entry; `leaders` those that others are computed of.
+    constants: every upper-case constant of the module whose value can be computed here. These are literals, `NAME[i]` for the items
+    of a tuple, the entry for `tier` of a table by tier, and expressions of such constants.
+    lacking: constants whose table has no entry for `tier`. leaders: constants that others are computed from.
     """
 
     def __init__(self, data: bytes, tier: str) -> None:
@@ -107,7 +108,7 @@ class TrainFile:
                 self.constants[f"{name}[{i}]"] = self._constant(f"{name}[{i}]", value[i], part)
 
     def _value(self, node: ast.expr) -> Any:
-        """Of literals, constants read before, entries of tables by tier, tuples, sums, products and powers; else None."""
+        """Compute an expression of literals, earlier constants, tables by tier, tuples, sums, products and powers; else None."""
         if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
             return node.value
         if isinstance(node, ast.Name) and node.id in self.constants:

@@ -21,8 +21,16 @@ from agent.trial.order import parse_budget
 
 HARNESS = "prepare_mlx.py"
 FROZEN = (HARNESS, "harness")  # the harness's command line and its folder: a night uses them as its base commit has them
-UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens
+UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens, of a baseline
+SCORE_SECONDS = 300.0, 900.0  # the wall limit of a baseline's score: that of a training, within these
+# Keys of a summary. The driver measures the first two itself, the scorer the third: none is the candidate's own word.
+TRAINER_SECONDS, SCORER_SECONDS, LOAD_SECONDS = "trainer_seconds", "scorer_seconds", "load_seconds"
+# What a candidate may take, as a multiple of what the baseline took, and seconds on top: for start-up, saving and loading; for
+# steps and answers, which are slower in a larger model
+OVERHEAD, SLOWER = 1.5, 3.0
+SLACK_SECONDS, SLACK_SHARE, LOAD_SLACK_SECONDS = 10.0, 0.05, 5.0
 GIB = 1 << 30
+DATA_VARIABLES = ("AUTORESEARCH_HOME", "AUTORESEARCH_DATA", "AUTORESEARCH_JOURNAL")  # the user's own; they lead to data
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,10 @@ class Lab:
     held_dir: Path
     budget: str  # "300s", "200steps", "5Mtokens"
     vocab_size: int
-    hidden: tuple[Path, ...] = ()  # beside `held_dir`: where else text lies that the score is made from
-    startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget
+    repository: Repository | None = None  # with `base`: where the harness comes from; None: it is not compared before a score
+    base: str = ""
+    hidden: tuple[Path, ...] = ()  # beside the night's folder and data: what a candidate may not see, but for what is opened inside
+    startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget, until the baseline's need is known
     memory_bytes: int | None = None
     directory_bytes: int = 20 * GIB  # in run directory and TMPDIR together
     spare_bytes: int = 0  # that stay free on the disk
@@ -48,20 +58,26 @@ class Lab:
     environ: Mapping[str, str] = field(default_factory=clean_env)
 
     def confined(self, argv: list[str], writable: Sequence[Path], *readable: Path) -> list[str]:
-        """A command of the candidate's in this machine's sandbox: no network, no held-out data, writes only to `writable`.
+        """A command of the candidate's in this machine's sandbox: no network, writes only to `writable`, and of all nights and all
+        prepared data it sees these, the worktree, the harness and `readable`.
 
         An empty command gives the words to put before one."""
         for folder in writable:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.sandboxed:
             return argv
-        readable, hidden = (self.worktree, self.harness.parent, self.train_dir, *readable), [self.held_dir, *self.hidden]
-        return sandbox.wrap(argv, rights.rules(writable, readable, hidden))[0]
+        hidden = (self.folder, self.train_dir, self.held_dir, *self.hidden)
+        opened = (self.worktree, self.harness.parent, *readable)
+        return sandbox.wrap(argv, rights.rules(writable, opened, hidden))[0]
 
     def scratch(self, run_dir: Path) -> Path:
-        """TMPDIR of a candidate's trainings, `tmp/NNNN`. MLX compiles kernels there and takes what it finds compiled: so it
-        lasts from one trial of a candidate to the next, and no candidate gets another's."""
-        return self.folder / "tmp" / run_dir.name.partition("-")[0]
+        """TMPDIR of one trial, `tmp/NNNN-S`, made anew for each: a trial finds nothing that another one left. Kernels that a
+        framework caches there are compiled again, before the budget starts."""
+        return self.folder / "tmp" / run_dir.name
+
+    def restore_harness(self) -> bool:
+        """Have the night's copy of the harness as its commit has it. Returns whether anything had been changed."""
+        return self.repository is not None and restore(self.repository, self.base, self.folder)
 
     @property
     def budget_seconds(self) -> float | None:
@@ -71,8 +87,34 @@ class Lab:
 
     @property
     def wall_seconds(self) -> float:
-        """What one training may take from start to exit."""
+        """What one training may take from start to exit, as long as no baseline has told what it takes."""
         return (self.budget_seconds or UNTIMED_SECONDS) + self.startup_seconds
+
+    def trainer_limit(self, reference: Mapping[str, Any]) -> float:
+        """What one training may take from start to exit, in seconds of the driver's clock. `reference` is the baseline's summary.
+
+        A budget in seconds: the budget, 1.5 times what the baseline took beside it, and 10 s or 5 % of the budget. Another
+        budget: three times what the baseline took and 10 s, because a larger model's steps are honestly slower.
+        """
+        took, budget = reference.get(TRAINER_SECONDS), self.budget_seconds
+        if not isinstance(took, float):
+            return self.wall_seconds
+        if budget is None:
+            return min(self.wall_seconds, SLOWER * took + SLACK_SECONDS)
+        beside = OVERHEAD * max(0.0, took - budget) + max(SLACK_SECONDS, SLACK_SHARE * budget)
+        return min(self.wall_seconds, budget + beside)
+
+    def scorer_limit(self, reference: Mapping[str, Any]) -> float:
+        """What one score may take, in seconds of the driver's clock."""
+        took, (shortest, longest) = reference.get(SCORER_SECONDS), SCORE_SECONDS
+        if not isinstance(took, float):
+            return min(longest, max(shortest, self.wall_seconds))
+        return SLOWER * took + SLACK_SECONDS
+
+    def load_limit(self, reference: Mapping[str, Any]) -> float | None:
+        """What a logits server may take to import the candidate and load its model, in seconds; None: the harness's own limit."""
+        took = reference.get(LOAD_SECONDS)
+        return OVERHEAD * took + LOAD_SLACK_SECONDS if isinstance(took, float) else None
 
     @property
     def abort_loss(self) -> float:
@@ -82,13 +124,20 @@ class Lab:
 
 def lay_harness(repository: Repository, base: str, folder: Path) -> Path:
     """Write the base commit's harness to runs/<tag>/frozen, or restore it there. Returns the path of the scorer's program."""
+    restore(repository, base, folder)
+    return folder / "frozen" / HARNESS
+
+
+def restore(repository: Repository, base: str, folder: Path) -> bool:
+    """Compare runs/<tag>/frozen with the base commit byte by byte. Write it anew and return True if anything differs."""
     place, contents = folder / "frozen", frozen(repository, base)
-    if not _holds(place, contents):
-        remove(place)
-        for name, content in contents.items():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(content)
-    return place / HARNESS
+    if _holds(place, contents):
+        return False
+    remove(place)
+    for name, content in contents.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    return True
 
 
 def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
@@ -102,7 +151,7 @@ def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
     )
 
 
-@lru_cache(maxsize=2)  # called before every training
+@lru_cache(maxsize=2)  # called before every training and score; read once, so that nothing written to git later counts
 def frozen(repository: Repository, base: str) -> dict[str, bytes]:
     """Path and content of every file that a commit's harness consists of. UsageError if the commit has none."""
     return {name: repository.file_at(base, name) for name in (HARNESS, *repository.files(base, *FROZEN))}
@@ -110,17 +159,17 @@ def frozen(repository: Repository, base: str) -> dict[str, bytes]:
 
 def run_child(
     lab: Lab, argv: list[str], log: Path, run_dir: Path, wall: float, env: Mapping[str, str] | None = None,
-    watch: Callable[[], str | None] = lambda: None, stdout_to: Path | None = None,
+    watch: Callable[[], str | None] = lambda: None, stdin: str | None = None, stdout_to: Path | None = None,
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
     taken, free = sum(map(child.directory_bytes, written)), shutil.disk_usage(run_dir).free
     room = min(lab.directory_bytes, taken + max(0, free - lab.spare_bytes))
     bounds = child.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
-    known = {name: value for name, value in lab.environ.items() if name != "AUTORESEARCH_HOME"}  # it leads to held-out data
+    known = {name: value for name, value in lab.environ.items() if name not in DATA_VARIABLES}
     outcome = child.run(
         argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, bounds=bounds,
-        stop=lab.stop, watch=watch, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
+        stop=lab.stop, watch=watch, stdin=stdin, stdout_to=stdout_to, pidfile=lab.folder / "child.pid",
     )  # fmt: skip
     if outcome.reason == "stopped":
         raise Stopped

@@ -1,4 +1,4 @@
-"""What a candidate may read and write: rules for `agent/trial/sandbox.py`, and where the held-out text lies."""
+"""What a candidate may read and write: rules for `agent/trial/sandbox.py`, and what is hidden from it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,37 @@ PRIVATE = (
 )  # fmt: skip
 
 
-def held_out_places(entry: Mapping[str, Any], root: Path, git_folder: Path, worktree: Path) -> tuple[Path, ...]:
-    """Where held-out text lies that a training must not read: all held-out shards, what they were made from; of the user's
-    own text also what git keeps of it, where it is a part of the checkout `root`."""
-    homes = {data_home(), Path(entry["held_dir"]).parent.parent}
-    found = [home / name for home in homes for name in ("held", "downloads", "work")]
+SOURCES = "sources.txt"  # beside the held-out shards: the user's files that they were made from, a path a line
+
+
+def folders(entry: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The train and the held-out folder of a night's dataset. The journal, which agents read, does not name them; journals of
+    earlier versions do."""
+    train, held = (Path(entry.get(f"{kind}_dir") or data_home() / kind / entry["id"]) for kind in ("train", "held"))
+    return train, held
+
+
+def public(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset as the journal describes it to agents: without a path that leads to held-out text. The path of the user's own
+    text is kept beside the held-out shards, so that it stays hidden from trainings."""
+    name = str(entry.get("name") or "")
+    if name.startswith("text:"):
+        kept, path = folders(entry)[1] / SOURCES, name.removeprefix("text:")
+        known = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+        kept.write_text("".join(f"{line}\n" for line in dict.fromkeys([*known, path])), encoding="utf-8")
+        name = "text:"
+    return {**{key: value for key, value in entry.items() if key not in ("train_dir", "held_dir")}, "name": name or None}
+
+
+def hidden_places(entry: Mapping[str, Any], root: Path, git_folder: Path, worktree: Path) -> tuple[Path, ...]:
+    """What a training may not see: all prepared data, all nights with their trials and TMPDIRs, git's folder with other
+    candidates, and the user's own text. What is given to a training is opened inside."""
     root = root.resolve()
+    found = [data_home(), folders(entry)[1].parent.parent, root / "runs", worktree.parent.parent, git_folder]
     for source in _own_text(entry, root):
         found.append(source)
         if source.is_relative_to(root):
-            found += [git_folder, worktree / source.relative_to(root)]
+            found.append(worktree / source.relative_to(root))
     return tuple(path for path in dict.fromkeys(found) if path != worktree)
 
 
@@ -40,10 +61,12 @@ def _own_text(entry: Mapping[str, Any], root: Path) -> Iterator[Path]:
     was first made from; also what links in a folder lead to. A relative path is of older data, and taken from `root`."""
     if not str(entry.get("name") or "").startswith("text:"):
         return
-    paths = [entry["name"].removeprefix("text:")]
+    held, paths = folders(entry)[1], [entry["name"].removeprefix("text:")]
     with contextlib.suppress(OSError, ValueError, KeyError):
-        paths.append(json.loads((Path(entry["held_dir"]) / "meta.json").read_text(encoding="utf-8"))["source"])
-    for path in paths:
+        paths.append(json.loads((held / "meta.json").read_text(encoding="utf-8"))["source"])
+    with contextlib.suppress(OSError):
+        paths += (held / SOURCES).read_text(encoding="utf-8").splitlines()
+    for path in filter(None, paths):
         source = (root / Path(path).expanduser()).resolve()
         yield source
         yield from (link.resolve() for link in source.rglob("*") if link.is_symlink() and link.is_file())

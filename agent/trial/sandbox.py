@@ -6,7 +6,7 @@ Rules map real paths to what is allowed below them: HIDDEN, READ or WRITE; of ne
 readable. `agent/trial/rights.py` makes the rules of a candidate; here they become a command of bubblewrap or sandbox-exec.
 
 On Linux the folders of temporary files and sockets (/tmp, /run) are hidden as a whole, so name whatever the command needs there.
-Point TMPDIR at a writable folder: MLX compiles kernels in it, and reuses them if it stays. A signal ends a command in bubblewrap
+Point TMPDIR at a writable folder: MLX compiles kernels in it. A signal ends a command in bubblewrap
 at once, without time to tidy up. Coding agents are not wrapped: they need their network and their logins.
 """
 
@@ -58,8 +58,11 @@ class Cover:
 
 
 _WRITES = "writes only to the run directory and a private TMPDIR"
-_READS = "held-out data, logins and keys in the home folder cannot be read"
-_NOT_COVERED = ("other files of the user can be read", "processor, memory and GPU are shared (the driver's limits apply)")
+_READS = "prepared data but the train shard, other trials, logins and keys in the home folder cannot be read"
+_NOT_COVERED = (
+    "other files of the user can be read", "processor, memory and GPU are shared (the driver's limits apply)",
+    "signs through the kernel (load, caches, keyrings)",
+)  # fmt: skip
 BUBBLEWRAP = Cover(
     "bubblewrap",
     ("no network", _WRITES, _READS, "other processes and the sockets in /tmp and /run cannot be seen"),
@@ -188,7 +191,10 @@ def seatbelt_profile(rules: Rules, network: bool, strict: bool = True) -> str:
         here = f"(subpath {_quoted(path)})"
         if right == HIDDEN:
             lines.append(f"(deny file-read* file-write* {here})")
-            lines.append(f"(allow file-read-metadata (literal {_quoted(path)}))")  # to pass through to what is open inside
+            inside = [Path(other) for other, what in rules.items() if what != HIDDEN and Path(path) in Path(other).parents]
+            passed = {path, *(str(folder) for other in inside for folder in other.parents if Path(path) in folder.parents)}
+            # to pass through to what is open inside
+            lines += [f"(allow file-read-metadata (literal {_quoted(folder)}))" for folder in sorted(passed)]
         elif right == READ:
             lines += [f"(allow file-read* {here})", f"(deny file-write* {here})"]
         else:

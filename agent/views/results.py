@@ -37,6 +37,11 @@ def last_line(night: Night) -> str:
     if night.best is None or baseline is None or baseline.mean is None or night.leader.mean is None:
         return f"no baseline was measured; {len(night.done)} experiments; branch autoresearch/{night.tag}"
     first, best, tried = baseline.mean, night.leader.mean, len(night.done)
+    if why := refused(night):
+        return (
+            f"nothing was won: {night.leader.name} was the best, {best:.4f} from baseline {first:.4f}, but its held-out test was "
+            f"refused ({why}); {tried} experiments; branch autoresearch/{night.tag}"
+        )
     gain = f"{100 * (best - first) / first:+.1f} %" if night.kept else "nothing won"
     text = (
         f"best {best:.4f} from baseline {first:.4f}: {gain} in {tried} experiment{'s' * (tried != 1)}, "
@@ -45,7 +50,16 @@ def last_line(night: Night) -> str:
     tests = [(night.tests.get(n) or {}).get("test_bpb") for n in (0, night.best)]
     if tests[0] and tests[1] and night.kept:
         text += f"; held-out test {tests[1]:.4f} from {tests[0]:.4f}"
+    if unproposed := night.unproposed():
+        text += f"; {unproposed}"
     return text
+
+
+def refused(night: Night) -> str:
+    """Why the best's held-out test was refused, "" if it was not."""
+    test = night.tests.get(night.leader.n) if night.best is not None else None
+    error = (test or {}).get("error") or {}
+    return one_line(f"{error.get('kind')}: {error.get('message')}", 200) if test and test.get("test_bpb") is None else ""
 
 
 def status(night: Night, pid: int | None) -> list[str]:
@@ -61,6 +75,8 @@ def status(night: Night, pid: int | None) -> list[str]:
     if counts:
         lines.append(", ".join(f"{count} {name}" for name, count in counts.items()))
     spent = f"agent: {night.agent_seconds / 60:.1f} min, {night.tokens:,} tokens, ${night.cost:.2f}"
+    if night.estimated:
+        spent += f" ({night.estimated} calls of unknown price counted as the dearest)"
     if night.unpriced:
         spent += f" and {night.unpriced} calls of unknown cost (give --price-in and --price-out)"
     if night.disturbed:

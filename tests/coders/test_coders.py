@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 import os
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from night_kit import ROOT, Bed
 
 from agent.coders import table
 from agent.coders.coder import BASE_ENV, Coder, CoderError, Job, Reply, cost_usd, with_last_lines
-from agent.coders.failures import name_failure, wait_seconds
+from agent.coders.error_text import name_failure, wait_seconds
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 
@@ -52,7 +54,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 def test_the_table_is_complete() -> None:
     assert table.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
-                              "search", "chat", "local"]  # fmt: skip
+                              "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
     assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
 
@@ -207,7 +209,8 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
     (bed.home / ".codex" / "auth.json").write_text("{}")
     env = {"PATH": f"{programs}{os.pathsep}{os.defpath}", "HOME": str(bed.home), "PYTHONPATH": str(ROOT),
            "AUTORESEARCH_HOME": str(bed.home / "data")}  # fmt: skip
-    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0"]
+    options = ["--experiments", "1", "--tag", "night", "--baseline-seeds", "3", "--no-sandbox", "--disk-gb", "0",
+               "--no-check-agent"]  # fmt: skip
     prices = ["--price-in", "1000", "--price-out", "10000"]
     done = subprocess.run([sys.executable, "-m", "agent.loop", *options, *prices], cwd=bed.repo, env=env, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
@@ -401,7 +404,17 @@ def test_a_failure_is_named_by_its_last_line_with_words() -> None:
     assert name_failure("").detail == ""
 
 
-NOON = time.mktime((2026, 11, 22, 12, 0, 0, 0, 0, -1))
+NOON = calendar.timegm((2026, 11, 22, 12, 0, 0))  # UTC, a Sunday
+
+
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose local time is UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [
@@ -416,14 +429,31 @@ NOON = time.mktime((2026, 11, 22, 12, 0, 0, 0, 0, -1))
     ("wait 5 minutes", 300),
     (f"usage limit reached|{int(NOON) + 90}", 90),
     ("limit reached ∙ resets 3pm", 3 * 3600),
-    ("resets 11:30am (Europe/Berlin)", 23.5 * 3600),
+    ("resets 11:30am (Europe/Berlin)", 22.5 * 3600),
+    ("resets 2pm (Europe/Berlin)", 3600),
+    ("Your limit resets at 21:00", 9 * 3600),
+    ("limit reached, try again at 21:00:30 UTC", 9 * 3600 + 30),
+    ("resets Nov 28, 9am", 5 * 86400 + 21 * 3600),
+    ("You've hit your usage limit. Upgrade to Pro or try again at Nov 23rd, 2026 10:03 AM.", 22 * 3600 + 180),
+    ("try again at Jan 2nd 9:00", None),  # more than a week
+    ("available again in 5 hours", 5 * 3600),
+    ("quota resets at 2026-11-22T12:30:00Z", 1800),
+    ("quota resets at 2026-11-22 13:30:00+01:00", 1800),
+    ("resets 7am PST", 3 * 3600),
+    (f"usage limit reached|{NOON - 20}", 30),
+    (f'"reset_at": {NOON + 60}000', 60),
+    ("resets 11:58", 30),
+    ("resets at 2026-11-22T11:59:50Z", 30),
+    ("resets at 2026-11-21T11:59:50Z", None),
+    ("wait until 1:99pm on Foo 77", None),
+    ("try again at 99:99", None),
     ("retried 5 times (total retry wait time: 16.60 seconds) Last error: 429. Please try again in 3s.", 3),
     ("Retrying in 4.0 seconds...", None),
     ("Rate limit reached", None),
     ("retry-after: 99999999", None),
     ("in 20 seconds it was done", None),
 ])  # fmt: skip
-def test_waits_are_read(text: str, seconds: float | None) -> None:
+def test_waits_are_read(text: str, seconds: float | None, utc: None) -> None:
     assert wait_seconds(text, now=NOON) == seconds
 
 
@@ -450,3 +480,80 @@ def test_cost_is_reported_or_reckoned_or_unknown() -> None:
     assert cost_usd(replace(tokens, cost_usd=1.0), 3.0, 15.0) == 1.0
     assert cost_usd(tokens, 3.0, None) is None
     assert cost_usd(Reply(), 3.0, 15.0) is None
+
+
+# --- evidence ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_of_a_log_are_no_evidence_against_exit_code_0(tmp_path: Path) -> None:
+    """An agent that says who is logged in and what is left of a quota, and changes nothing, has changed nothing."""
+    bed = Bed(tmp_path, "better")
+    agent = tmp_path / "agent.sh"
+    agent.write_text("#!/bin/sh\necho 'Authenticated as somebody; rate limit: 99 left; 401 files read' >&2\n")
+    agent.chmod(0o755)
+    done = bed.loop("--agent-cmd", str(agent), "--tag", "night", "--baseline-seeds", "3", "--disk-gb", "0", "--no-picture",
+                    "--no-sandbox", "--experiments", "1")
+    assert [e.status for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done] == ["noop"], done.stdout
+
+
+@pytest.mark.parametrize(("text", "failure"), [
+    ("Authenticated as somebody", "agent_error"), ("quota: 83 % left", "agent_error"), ("Error: quota exceeded", "rate_limit"),
+    ("You exceeded your current quota", "rate_limit"), ("authentication failed", "login"), ("not authenticated", "login"),
+    ("please authenticate", "login"), ("the authenticated session goes on", "agent_error"),
+])  # fmt: skip
+def test_words_that_only_look_like_a_limit_or_a_login_are_none(text: str, failure: str) -> None:
+    assert name_failure(text).failure == failure
+
+
+def test_a_command_is_found_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "agent.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "agent.sh").chmod(0o755)
+    assert table.template("./agent.sh --fast").find({"PATH": ""}) == str(tmp_path / "agent.sh")
+    with pytest.raises(CoderError, match=r"no program .*gone\.sh"):
+        table.choose({"agent_cmd": "./gone.sh"})
+
+
+def test_an_edit_with_a_final_message_counts_though_the_process_never_ends(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    program = tmp_path / "bin" / "opencode"
+    program.parent.mkdir()
+    program.write_text(f"""#!{sys.executable}
+import json, time
+from pathlib import Path
+file = Path("train_mlx.py")
+file.write_text(file.read_text().replace("GAIN = 0.0", "GAIN = 0.05"))
+print(json.dumps({{"type": "text", "part": {{"text": "DESCRIPTION: more gain"}}}}))
+part = {{"reason": "stop", "cost": 0.1, "tokens": {{"input": 1, "output": 1}}}}
+print(json.dumps({{"type": "step_finish", "part": part}}), flush=True)
+time.sleep(600)
+""")
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = bed.loop("--agent", "opencode", "--tag", "night", "--baseline-seeds", "3", "--disk-gb", "0", "--no-picture",
+                    "--no-sandbox", "--experiments", "1", "--max-agent-minutes", "0.05", "--no-check-agent",
+                    PATH=path, OPENCODE_API_KEY="x")
+    (experiment,) = fold(read_events(bed.folder() / "journal.jsonl")[0]).done
+    assert (experiment.status, experiment.description, experiment.cost) == ("keep", "more gain", 0.1), done.stdout
+
+
+RESULT = '{"type":"result","is_error":false,"result":"%s","usage":{"input_tokens":5,"output_tokens":%d},"total_cost_usd":0.1}'
+NO_MODEL = json.dumps({"type": "error", "error": {"name": "UnknownError", "data": {"message": "Unexpected server error."}}})
+EMPTY_TURN = '{"type":"turn.started"}\n{"type":"turn.completed","usage":{"input_tokens":0,"output_tokens":0}}\n'
+
+
+@pytest.mark.parametrize(("name", "out", "log", "failure", "words"), [
+    ("claude", 'Warning: {"a"}\n' + RESULT % ("done", 6), "", None, "done"),
+    ("claude", '[{"type":"system"},' + RESULT % ("done", 6) + "]", "", None, "done"),
+    ("claude", '{"type":"system"}\n' + RESULT % ("done", 6), "", None, "done"),
+    ("claude", RESULT % ("You have hit your limit - resets 9pm", 0), "", "rate_limit", "hit your limit"),
+    ("claude", RESULT % ("I read about rate limits and changed nothing", 9), "", None, "rate limits"),
+    ("codex", EMPTY_TURN, "", "agent_error", "an empty turn"),
+    ("opencode", NO_MODEL, "ERROR service=server error=ModelNotFound: Model not found: x\n", "agent_error", "Model not found: x"),
+    ("qwen", "[" * 100_000, "", "agent_error", "[["),
+    ("claude", "[" * 100_000, "", "agent_error", "[["),
+])  # fmt: skip
+def test_outputs_that_are_not_as_documented(job: Job, name: str, out: str, log: str, failure: str | None, words: str) -> None:
+    reply = table.get(name).reply(out, log, job)
+    assert reply.failure == failure
+    assert words in (reply.detail or reply.message or "")

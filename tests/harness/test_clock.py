@@ -183,10 +183,10 @@ def test_process_age_counts_for_the_start(tmp_path, tiny):
 
 
 def test_drift_is_told_in_the_summary(tmp_path, tiny):
-    body = """t = [0.002]
+    body = """t = [0.01]
 def work(): time.sleep(t[0])
 run.budget.start(work)
-t[0] = 0.004
+t[0] = 0.02
 run.finish(training_seconds=1, peak_vram_mb=1, mfu_percent=1, total_tokens=1, num_steps=1, num_params=1, depth=1, device="cpu")"""
     model = "\nimport numpy as np\ndef load_model(d): return lambda t: np.zeros((*t.shape, 320), np.float32)\n"
     done, _ = trainer(tmp_path, tiny, body)

@@ -1,48 +1,28 @@
-"""The user's own text in all its kinds, duplicates, splits, too small a text, and a preparation that is cut off."""
+"""A prepared dataset: splits without duplicates and copies, too small a text, and a preparation that is cut off."""
 
-import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import HarnessError, corpus
-from harness.corpus import DROPPED, TEST, TRAIN, VAL, Block, choose_splits, passages, read_block
+from harness.corpus import DROPPED, TEST, TRAIN, VAL, choose_splits, held_out_limit, without
+from harness.overlap import code_points, letters_of
 from harness.tokenizer import Tokenizer
 
 DOCUMENTS = [some_text(600, seed) for seed in range(100)]
-
-
-def write(folder: Path, kind: str) -> None:
-    """The same hundred documents as one file of a kind."""
-    lines = "".join(json.dumps({"id": 1, "text": d}) + "\n" for d in DOCUMENTS)
-    marked = "\n<|endoftext|>\n".join(DOCUMENTS)
-    folder.mkdir()
-    if kind == "parquet":
-        parquet.write_table(pa.table({"text": DOCUMENTS, "n": range(100)}), folder / "a.parquet", row_group_size=30)
-    elif kind.endswith(".gz"):
-        (folder / f"a.{kind}").write_bytes(gzip.compress((lines if "jsonl" in kind else marked).encode()))
-    elif kind == "folder":
-        (folder / "deep").mkdir()
-        for i, document in enumerate(DOCUMENTS):
-            (folder / "deep" / f"{i:03d}.{'md' if i % 2 else 'txt'}").write_text(document, encoding="utf-8")
-        (folder / "deep" / "image.png").write_bytes(b"\xff\xd8")
-        (folder / ".hidden.txt").write_text("not this")
-    else:
-        (folder / f"a.{kind}").write_text(lines if kind.lower() == "jsonl" else marked, encoding="utf-8")
 
 
 def run(home, path, *more):
@@ -53,36 +33,13 @@ def meta_of(home) -> dict:
     return json.loads((Path(json.loads((home / "entry.json").read_text())["held_dir"]) / "meta.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["txt", "md", "JSONL", "parquet", "txt.gz", "jsonl.gz", "folder"])
-def test_every_kind_of_text_gives_the_same_documents(tmp_path, kind):
-    write(tmp_path / "in", kind)
-    done = run(tmp_path, tmp_path / "in")
-    assert done.returncode == 0, done.stderr
-    meta = meta_of(tmp_path)
-    assert meta["bytes"] == sum(len(d.strip("\n").encode() if "txt" in kind or kind == "md" else d.encode()) for d in DOCUMENTS)
-    assert meta["documents"] >= 100
-    assert (meta["duplicates"], meta["near_duplicates"], meta["invalid_utf8"], meta["empty"]) == (0, 0, 0, 0)
-
-
-def test_another_field_and_column(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": d}) + "\n" for d in DOCUMENTS))
-    assert run(tmp_path, tmp_path / "a.jsonl", "--field", "body").returncode == 0
-    done = run(tmp_path, tmp_path / "a.jsonl")
-    assert done.returncode == 2
-    assert "expected one JSON object per line with a string field 'text', got KeyError('text')" in done.stderr
-    assert "name the field with --field" in done.stderr
-
-
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("a.jsonl", b'{"text": 5}\n', "expected one JSON object per line"),
-    ("a.jsonl", b'{"text": "x"', "expected one JSON object per line"),
-    ("a.txt.gz", gzip.compress(b"x" * 9999)[:-20], "cannot be read as .gz, it is damaged or incomplete"),
-    ("a.txt.gz", b"plain", "cannot be read as .gz, it is damaged or incomplete"),
-    ("a.parquet", b"PAR1 no", "cannot be read as .parquet, it is damaged or incomplete"),
-    ("a.txt", b"", "expected text, but found no document in 1 files (0 invalid_utf8, 0 empty)"),
-    ("a.txt", b"\xff\xfe\x00a", "expected text, but found no document in 1 files (1 invalid_utf8, 0 empty)"),
-    ("a.txt", b" \n\n \t", "(0 invalid_utf8, 1 empty)"),
-    ("a.pdf", b"x", "expected a file or folder of .txt, .md, .jsonl, .parquet (or .gz of them)"),
+    ("a.jsonl", b'{"text": 5}\n', "expected an object with a string field 'text', got an object with 'text'"),
+    ("a.txt.gz", b"plain", "100 % of the text: cannot be read as .gz, it is damaged or incomplete"),
+    ("a.txt", b"", "expected text, but found no document in 1 files (0 empty)"),
+    ("a.txt", b" \n\n \t", "(1 empty)"),
+    ("a.pdf", b"%PDF\0", "expected a file or folder of text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet (or .gz, .bz2, .xz, .zst "
+     "of them); found none among 1 files (a.pdf: .pdf that is no UTF-8 text is not read)"),
     ("a.txt", b"only a little text", "the text is too small: 18 bytes in 1 documents, expected at least about 1,920"),
 ])
 def test_what_cannot_be_used_is_an_error_by_name(tmp_path, name, content, said):
@@ -94,27 +51,23 @@ def test_what_cannot_be_used_is_an_error_by_name(tmp_path, name, content, said):
     assert not (tmp_path / "train").exists()
 
 
-def test_a_column_that_is_absent_or_no_text_is_named(tmp_path):
-    parquet.write_table(pa.table({"n": [1, 2]}), tmp_path / "a.parquet")
-    for more in ((), ("--field", "n")):
-        done = run(tmp_path, tmp_path / "a.parquet", *more)
-        assert done.returncode == 2
-        wanted = more[1] if more else "text"
-        assert f"expected a text column {wanted!r}, it has {{'n': 'int64'}}; choose one with --field" in done.stderr
-
-
 def test_what_is_skipped_is_counted(tmp_path):
-    texts = [d.encode() for d in DOCUMENTS] + [b"\xff broken", b"  \n", DOCUMENTS[0].encode(),
-                                               DOCUMENTS[1].upper().replace(" ", "  ").encode()]
-    (tmp_path / "a.txt").write_bytes(b"\n<|endoftext|>\n".join(texts))
-    (tmp_path / "b.txt").write_bytes(b"")
     (tmp_path / "in").mkdir()
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).rename(tmp_path / "in" / name)
-    assert run(tmp_path, tmp_path / "in").returncode == 0
+    texts = [*DOCUMENTS, "  \n", DOCUMENTS[0], DOCUMENTS[1].upper().replace(" ", "  ")]
+    (tmp_path / "in" / "a.txt").write_bytes("\n<|endoftext|>\n".join(texts).encode() + b" \xff bad")
+    (tmp_path / "in" / "b.txt").write_bytes(b"")
+    done = run(tmp_path, tmp_path / "in")
+    assert done.returncode == 0, done.stderr
     meta = meta_of(tmp_path)
-    assert {k: meta[k] for k in ("documents", "duplicates", "near_duplicates", "invalid_utf8", "empty", "empty_files")} == {
-        "documents": 102, "duplicates": 1, "near_duplicates": 1, "invalid_utf8": 1, "empty": 1, "empty_files": 1}
+    assert {k: meta[k] for k in ("documents", "duplicates", "near_duplicates", "bytes_left_out", "empty", "empty_files")} == {
+        "documents": 102, "duplicates": 1, "near_duplicates": 0, "bytes_left_out": 1, "empty": 1, "empty_files": 1}
+    assert f"{tmp_path}/in/a.txt: 1 bytes, " in done.stderr
+    (tmp_path / "in" / "b.docx").write_bytes(b"\0" * 9000)
+    done = run(tmp_path, tmp_path / "in")
+    assert done.returncode == 2
+    assert "12 % of the text would be left out, expected at most 2 %" in done.stderr
+    assert f"{tmp_path}/in/b.docx: 9,000 bytes, 12 % of the text: .docx that is no UTF-8 text is not read" in done.stderr
+    assert run(tmp_path, tmp_path / "in", "--allow-loss").returncode == 0
 
 
 def test_a_small_text_says_how_much_is_missing(tmp_path):
@@ -127,78 +80,135 @@ def test_a_small_text_says_how_much_is_missing(tmp_path):
     assert "160,000 bytes of text would be enough" in done.stderr
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5000)), min_size=1, max_size=200), st.integers(1, 50_000))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5000)), min_size=1, max_size=200))
 @settings(max_examples=100, deadline=None)
-def test_splits_are_disjoint_full_and_say_the_same_for_the_same_text(pairs, eval_bytes):
+def test_splits_are_disjoint_and_say_the_same_for_the_same_text(pairs):
     rng = np.random.default_rng(0)
     by_text = rng.integers(0, 2**63, 41).astype(np.uint64)
-    digests = np.array([(by_text[text], i) for i, (text, _) in enumerate(pairs)], np.uint64)
+    hashes = np.array([(by_text[text], i) for i, (text, _) in enumerate(pairs)], np.uint64)
     sizes = np.array([size for _, size in pairs])
-    splits = choose_splits(digests, sizes, eval_bytes)
+    splits, order = choose_splits(hashes, sizes)
     kept = [text for (text, _), split in zip(pairs, splits, strict=True) if split != DROPPED]
     assert sorted(kept) == sorted({text for text, _ in pairs}), "one of each text stays"
-    limit = min(eval_bytes, sizes[splits != DROPPED].sum() // 10)
-    assert sizes[splits == VAL].sum() >= limit
-    assert sizes[splits == VAL].sum() + sizes[splits == TEST].sum() + sizes[splits == TRAIN].sum() == sizes[splits != DROPPED].sum()
-    assert np.array_equal(choose_splits(digests, sizes, eval_bytes), splits)
+    limit = held_out_limit(int(sizes[splits != DROPPED].sum()))
+    for split, parity in ((VAL, 0), (TEST, 1)):
+        assert all(hashes[splits == split, 0] % 2 == parity), "a text that grows moves no document between val and test"
+        own = sizes[splits == split]
+        assert own.sum() - (own[-1] if len(own) else 0) <= limit + own.max(initial=0)
+        others = hashes[(splits == TRAIN) & (hashes[:, 0] % 2 == parity), 0]
+        assert own.sum() >= limit or not len(others)
+    assert sorted(order) == sorted(np.flatnonzero((splits == VAL) | (splits == TEST)))
+    again = rng.permutation(len(pairs))
+    moved, _ = choose_splits(hashes[again], sizes[again])
+    if len(set(pairs)) == len({text for text, _ in pairs}):  # duplicates of one size: which one stays does not matter
+        role = {hashes[i, 0]: splits[i] for i in range(len(pairs)) if splits[i] != DROPPED}
+        same = all(role[hashes[a, 0]] == s for a, s in zip(again, moved, strict=True) if s != DROPPED)
+        assert same, "the order of the files does not matter"
 
 
-@given(st.text("ab \n", max_size=3000), st.integers(1, 50))
-@settings(max_examples=100, deadline=None)
-def test_passages_joined_are_the_text(text, size):
-    parts = passages(text.encode(), size)
-    assert b"".join(parts) == text.encode()
-    assert all(parts) or not text
+@pytest.mark.parametrize(("total", "limit"), [(1000, 100), (10_000_000, 1_000_000), (30_000_000, 2_000_000),
+                                              (60_000_000, 3_000_000), (10**9, 8_000_000)])
+def test_a_tenth_of_a_small_text_is_held_out_and_never_more_than_is_scored(total, limit):
+    assert held_out_limit(total) == limit
 
 
-def test_text_without_white_space_is_cut_between_characters():
-    text = "日本語" * 20_000
-    assert "".join(p.decode() for p in passages(text.encode(), 2048)) == text
+def test_a_shared_range_leaves_the_rest_of_its_document():
+    document = b"a" * 100 + b"b" * 50 + b"c" * 30 + b"d" * 40
+    assert without(document, []) == [document]
+    assert without(document, [(100, 150)]) == [b"a" * 100, b"c" * 30 + b"d" * 40]
+    assert without(document, [(100, 150), (180, 220)]) == [b"a" * 100], "what is too short goes, too"
+    assert without(document, [(0, 220)]) == []
 
 
-def test_blocks_cover_a_file_and_cut_no_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 5000)
-    (tmp_path / "a.txt").write_bytes(b"".join(d.encode() + b"<|endoftext|>\n" for d in DOCUMENTS))
-    blocks = corpus.blocks_of(tmp_path / "a.txt", "text", tmp_path)
-    assert len(blocks) > 5
-    assert [b.start for b in blocks[1:]] == [b.end for b in blocks[:-1]]
-    read = [read_block(block) for block in blocks]
-    assert [d for documents, _ in read for d in documents] == [d.strip("\n") for d in DOCUMENTS]
-    assert all(skipped == {"invalid_utf8": 0, "empty": 0} for _, skipped in read), "a separator at the end makes no document"
+def held_and_trained(entry: dict) -> tuple[str, str, str]:
+    """The letters of the train, val and test text of a prepared dataset, documents apart."""
+    folders = (Path(entry["train_dir"]) / "train.bin", Path(entry["held_dir"]) / "val.bin", Path(entry["held_dir"]) / "test.bin")
+    tokenizer = Tokenizer((folders[0].parent / "tokenizer.model").read_bytes())
+    texts = []
+    for path in folders:
+        tokens = np.fromfile(path, np.uint16)
+        parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id))[1:]
+        texts.append("|".join("".join(map(chr, letters_of(code_points(tokenizer.decode(p[1:])))[0])) for p in parts))
+    return texts[0], texts[1], texts[2]
 
 
-def test_a_parquet_file_of_one_huge_row_group_is_read_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
-    parquet.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet", compression=None)
-    blocks = corpus.blocks_of(tmp_path / "a.parquet", "text", tmp_path)
-    assert len(blocks) > 5
-    assert [d for block in blocks for d in read_block(block)[0]] == DOCUMENTS
+def shared_share(one: str, other: str, length: int = 48) -> float:
+    """The share of the shingles of `length` letters of one text that stand in the other. 60 characters have about 48 letters."""
+    known = {other[i : i + length] for i in range(len(other) - length + 1)}
+    shingles = [s for i in range(0, len(one) - length + 1, 3) if "|" not in (s := one[i : i + length])]
+    return sum(s in known for s in shingles) / len(shingles)
 
 
-def test_a_line_of_json_longer_than_many_blocks_stays_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
-    texts = [DOCUMENTS[0], some_text(50_000), *DOCUMENTS[1:9]]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in texts))
-    blocks = corpus.blocks_of(tmp_path / "a.jsonl", "text", tmp_path)
-    assert len(blocks) > 2
-    assert [d for block in blocks for d in read_block(block)[0]] == texts
+PROSE = "\n\n".join(textwrap.fill(some_text(900, seed).replace("\n", " "), 72) for seed in range(300))
+COPIES = {
+    "crlf": PROSE.replace("\n", "\r\n").encode(),
+    "shifted": PROSE[1010:].encode(),
+    "wrapped, in UTF-16": textwrap.fill(PROSE, 50).encode("utf-16"),
+    "one line, twice": (" ".join([PROSE, PROSE]).replace("\n", " ")).encode(),
+    "paragraphs in another order": "\n\n".join(sorted(PROSE.split("\n\n"))).encode(),
+}
 
 
-def test_blocks_of_text_without_white_space_end_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
-    (tmp_path / "a.txt").write_text("日本語" * 5000, encoding="utf-8")
-    read = [read_block(block) for block in corpus.blocks_of(tmp_path / "a.txt", "text", tmp_path)]
-    assert len(read) > 5
-    assert "".join(d for documents, _ in read for d in documents) == "日本語" * 5000
-    assert not sum(skipped["invalid_utf8"] for _, skipped in read)
+@pytest.mark.parametrize("how", COPIES)
+def test_no_copy_of_held_out_text_is_trained_on(tmp_path, monkeypatch, how):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(PROSE)
+    (tmp_path / "in" / "b.txt").write_bytes(COPIES[how])
+    train, val, test = held_and_trained(corpus.prepare(f"text:{tmp_path / 'in'}", "tiny"))
+    assert len(train) > 0.6 * len(letters_of(code_points(PROSE))[0])
+    assert min(len(val), len(test)) > 10_000
+    assert max(shared_share(val, train), shared_share(test, train), shared_share(test, val)) < 0.01
 
 
-def test_a_book_is_cut_so_that_it_cannot_be_a_whole_split(tmp_path):
-    book = some_text(400_000)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": book}) + "\n")
-    documents, _ = read_block(Block(str(tmp_path / "a.jsonl"), 0, 10**9))
-    assert "".join(documents) == book
-    assert max(map(len, documents)) < 140_000
+def test_common_phrases_beyond_one_per_cent_are_taken_out_of_the_users_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    notes = [f"{some_text(300, i)} Please do not reply to this message, nobody reads the mailbox of it." for i in range(700)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": n}) + "\n" for n in notes))
+    train, val, test = held_and_trained(corpus.prepare(f"text:{tmp_path / 'a.jsonl'}", "tiny"))
+    assert "nobodyreads" in val
+    assert max(shared_share(val, train), shared_share(test, train)) < 0.01
+
+
+def test_two_presets_train_on_the_same_documents_and_one_scores_the_beginning_of_the_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.txt").write_text(PROSE)
+    small, large = (held_and_trained(corpus.prepare(f"text:{tmp_path / 'a.txt'}", preset, vocab_size=320))
+                    for preset in ("tiny", "demo"))
+    assert small[0] == large[0]
+    for k in (1, 2):
+        assert len(small[k]) < len(large[k])
+        assert large[k].startswith(small[k])
+        assert shared_share(large[k], small[0]) < 0.01
+
+
+def test_thousands_of_notes_are_read_in_few_parts_and_the_tokenizer_learns_from_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "in").mkdir()
+    for i in range(1000):  # the last ones have a letter of their own
+        (tmp_path / "in" / f"{i:04d}.md").write_text(some_text(200, i) if i < 800 else some_text(200, i).replace("e", "ø"))
+    began = time.monotonic()
+    entry = corpus.prepare(f"text:{tmp_path / 'in'}", "tiny")
+    assert time.monotonic() - began < 30
+    tokenizer = Tokenizer((Path(entry["train_dir"]) / "tokenizer.model").read_bytes())
+    assert "ø".encode() in tokenizer.pieces
+
+
+@pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "OSError(13, 'Permission denied', '/x/y')"])
+def test_what_the_machine_refuses_is_named(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.txt").write_text(PROSE[:9000])
+
+    def refuse(*_):
+        raise eval(error)
+    monkeypatch.setattr(corpus, "finish", refuse)
+    with pytest.raises(HarnessError) as caught:
+        corpus.prepare(f"text:{tmp_path / 'a.txt'}", "tiny", vocab_size=256)
+    assert caught.value.exit_code == 2
+    if "28" in error:
+        assert f"the disk of {tmp_path / 'home'} is full: preparing takes about three times the size" in str(caught.value)
+    else:
+        assert "/x/y: Permission denied; expected files that can be read" in str(caught.value)
 
 
 @pytest.mark.parametrize(("place", "name"), [("train", "train.bin"), ("train", "tokenizer.model"), ("held", "val.bin")])
@@ -297,11 +307,17 @@ def told(home) -> tuple[dict, str]:
     return json.loads(meta.read_text()), text.read_text()
 
 
-def test_held_out_stories_are_nobodys_to_make_again_and_stay_what_they_are(tmp_path):
+@pytest.fixture
+def few_stories(monkeypatch):
+    monkeypatch.setattr(corpus, "STORIES_BYTES", 150_000)
+
+
+def test_held_out_stories_are_nobodys_to_make_again_and_stay_what_they_are(tmp_path, monkeypatch, few_stories):
     """Not even the same command makes them a second time elsewhere; but it finds those that are there, whatever was lost."""
     one, other = tmp_path / "one", tmp_path / "other"
-    for home in (one, other):
-        assert prepare("--dataset", "stories", "--preset", "tiny", home=home).returncode == 0
+    for home in (other, one):
+        monkeypatch.setenv("AUTORESEARCH_HOME", str(home))
+        entry = corpus.prepare("stories", "tiny")
     (train,), (train_too,) = one.glob("train/*"), other.glob("train/*")
     (meta, text), (meta_too, text_too) = told(one), told(other)
     assert (train / "train.bin").read_bytes() == (train_too / "train.bin").read_bytes(), "what is trained on is the same for all"
@@ -315,28 +331,27 @@ def test_held_out_stories_are_nobodys_to_make_again_and_stay_what_they_are(tmp_p
         held = np.fromfile(one / "held" / train.name / f"{split}.bin", np.uint16)
         assert all(tokenizer.decode(part[1:]) in stories for part in np.split(held, np.flatnonzero(held == tokenizer.bos_id))[1:])
         assert 16_000 <= meta[f"{split}_bytes"] < 24_000
-    for lost in (train, one / "held" / train.name):
-        shutil.rmtree(lost)
-        assert prepare("--dataset", "stories", "--preset", "tiny", home=one).returncode == 0
-        assert told(one) == (meta, text)
+    shutil.rmtree(train)
+    shutil.rmtree(one / "held" / train.name)
+    assert corpus.prepare("stories", "tiny") == entry
+    assert told(one) == (meta, text)
     assert (one / "held").stat().st_mode & 0o077 == 0
 
 
-def test_stories_that_were_cut_off_keep_what_was_held_out(tmp_path):
-    argv = [sys.executable, ROOT / "prepare_mlx.py", "--dataset", "stories", "--preset", "tiny"]
-    process = subprocess.Popen(argv, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("work/*/parts/*.digests")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+def test_stories_that_were_cut_off_keep_what_was_held_out(tmp_path, monkeypatch, few_stories):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(corpus, "choose_splits", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare("stories", "tiny")
     assert not (tmp_path / "train").exists()
     [sealed] = tmp_path.glob("held/*.txt")
     text = sealed.read_text()
-    assert prepare("--dataset", "stories", "--preset", "tiny", home=tmp_path).returncode == 0
-    meta, after = told(tmp_path)
-    assert after == text
-    assert meta["val_bytes"] + meta["test_bytes"] == sum(len(story) for story in text.split("\n<|endoftext|>\n"))
+    corpus.prepare("stories", "tiny")
+    assert told(tmp_path)[1] == text
 
 
 @pytest.mark.slow
@@ -357,11 +372,6 @@ def test_all_cores_and_bounded_memory(tmp_path):
     assert process.returncode == 0
     assert peak < 2e9
     assert workers >= min(os.cpu_count(), 8)
-
-
-def test_a_lone_surrogate_in_json_is_counted_as_no_utf8(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "\\ud800"}\n{"text": "fine"}\n')
-    assert read_block(Block(str(tmp_path / "a.jsonl"), 0, 100)) == (["fine"], {"invalid_utf8": 1, "empty": 0})
 
 
 def test_disk_names_do_not_depend_on_odd_paths(tmp_path):

@@ -7,12 +7,14 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -20,8 +22,8 @@ import pytest
 from conftest import ROOT, environment, program, summary_of
 
 from harness import HarnessError
-from harness.probes import Question, bits_per_byte, log_probs, splice
-from harness.server import end_group, shared
+from harness.probes import VERIFY_POSITIONS, VERIFY_SERVERS, Question, bits_per_byte, log_probs, splice
+from harness.server import DENIED_CALLS, end_group, shared
 from harness.tokenizer import Tokenizer
 
 FACTS = {"training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": 3.0, "mfu_percent": 4.0, "total_tokens": 5, "num_steps": 6,
@@ -71,10 +73,11 @@ def table(tiny):
 def candidate(tiny, table, tmp_path):
     """Makes a run directory as a trainer would leave it: a bigram model with an edit."""
     def make(edit: str = "pass", source: str = BIGRAM, **facts):
-        (tmp_path / "train_x.py").write_text(source.replace("EDIT", edit.replace("\n", "\n        ")))
-        np.save(tmp_path / "bigram.npy", table)
-        (tmp_path / "train.json").write_text(json.dumps({**FACTS, "data": tiny.train.name, **facts}))
-        return tmp_path
+        (run_dir := tmp_path / "run").mkdir(exist_ok=True)
+        (run_dir / "train_x.py").write_text(source.replace("EDIT", edit.replace("\n", "\n        ")))
+        np.save(run_dir / "bigram.npy", table)
+        (run_dir / "train.json").write_text(json.dumps({**FACTS, "data": tiny.train.name, **facts}))
+        return run_dir
     return make
 
 
@@ -360,15 +363,17 @@ def test_a_group_is_ended_whoever_is_left_of_it(monkeypatch, macos, script):
         end_group(process)  # a second time there is nobody left
 
 
-def test_the_server_is_told_nothing_of_the_held_out_data(tiny, candidate):
-    told = "pathlib.Path(__file__).with_name('seen').write_text(repr([dict(os.environ), sys.argv]))\n"
+def test_the_server_is_told_nothing_of_the_data(tiny, candidate, tmp_path):
+    told = f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(repr([dict(os.environ), sys.argv]))\n"
     source = "import os, pathlib, sys\n" + told + BIGRAM
     run_dir = candidate(source=source)
-    assert score(run_dir, tiny).returncode == 0
-    seen = (run_dir / "seen").read_text()
+    done = program(ROOT / "prepare_mlx.py", "score", run_dir, home=tiny.home, AUTORESEARCH_DATA=str(tiny.train))
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "seen").read_text()
     assert "serve" in seen
     assert "AUTORESEARCH_HOME" not in seen
     assert str(tiny.held) not in seen
+    assert str(tiny.train) not in seen
 
 
 def test_the_server_is_started_under_the_given_command(tiny, candidate):
@@ -377,21 +382,23 @@ def test_the_server_is_started_under_the_given_command(tiny, candidate):
     assert refusal(score(run_dir, tiny))[:2] == (1, "crash")
 
 
-def test_each_server_gets_a_scratch_folder_of_its_own_and_the_log_only_at_the_end(tiny, candidate, tmp_path):
-    source = """import pathlib, sys, tempfile
+def test_each_server_gets_a_scratch_folder_and_a_copy_of_its_own_and_the_log_only_at_the_end(tiny, candidate, tmp_path):
+    source = f"""import pathlib, sys, tempfile
 scratch, here = pathlib.Path(tempfile.gettempdir()), pathlib.Path(__file__).parent
-assert not list(scratch.iterdir()) and not (here / 'serve.log').exists()
+assert not list(scratch.iterdir()) and not (here / 'serve.log').exists() and not (here / 'left').exists()
 (scratch / 'left').write_text('x')
+(here / 'left').write_text('x')
 print('printed', file=sys.stderr)
-with open(here / 'seen', 'a') as file:
-    file.write(f'{scratch}\\n')
+with open({str(tmp_path / "seen")!r}, 'a') as file:
+    file.write(f'{{scratch.parent}}\\n')
 """ + BIGRAM
     run_dir = candidate(source=source)
     for more in ((), ("--scratch", tmp_path / "scratch")):
         done = score(run_dir, tiny, *more)
         assert done.returncode == 0, done.stderr
         assert (run_dir / "serve.log").read_text().split() == ["printed"] * 2
-    seen = (run_dir / "seen").read_text().split()
+    assert not (run_dir / "left").exists()
+    seen = (tmp_path / "seen").read_text().split()
     assert seen[2:] == [str(tmp_path / "scratch")] * 2
     assert len(set(seen[:2])) == 2
     assert not any(os.path.exists(place) for place in seen)
@@ -424,7 +431,8 @@ def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp
     run_dir = candidate()
     code, kind, message = refusal(score(run_dir, tiny, "--held", tmp_path / "nowhere"))
     assert (code, kind) == (2, "data")
-    assert "held-out data was expected in" in message
+    assert "held-out data was expected for nowhere" in message
+    assert str(tmp_path) not in message, "an agent may read it, and is to learn no path to the text"
     other = tmp_path / "held"
     other.mkdir()
     for file in tiny.held.iterdir():
@@ -435,6 +443,7 @@ def test_held_out_text_that_is_absent_or_changed_is_refused(tiny, candidate, tmp
     code, kind, message = refusal(score(run_dir, tiny, "--held", other))
     assert (code, kind) == (2, "data")
     assert "is not the text that was prepared" in message
+    assert str(tmp_path) not in message
     (other / "val.bin").write_bytes((tiny.held / "val.bin").read_bytes())
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"val_bytes": meta["val_bytes"] + 1}))
@@ -450,10 +459,10 @@ def test_nothing_is_left_behind(tiny, candidate):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says it by prctl")
-def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
+def test_other_processes_may_not_look_into_the_scorer(tiny, candidate, tmp_path):
     """The server asks whether its parent may be dumped: if not, its memory is root's to see, not the user's."""
     source = "import os, pathlib\nstat = os.stat(f'/proc/{os.getppid()}/maps')\n" \
-             "pathlib.Path(__file__).with_name('owner').write_text(str(stat.st_uid))\n" + BIGRAM
+             f"pathlib.Path({str(tmp_path / 'owner')!r}).write_text(str(stat.st_uid))\n" + BIGRAM
     if os.getuid() == 0:
         code = "import ctypes, harness, pathlib\nfrom harness.score import score\n" \
                "try: score(pathlib.Path('/nowhere'), None, 'val', [])\n" \
@@ -462,7 +471,7 @@ def test_other_processes_may_not_look_into_the_scorer(tiny, candidate):
     else:
         run_dir = candidate(source=source)
         assert score(run_dir, tiny).returncode == 0
-        assert (run_dir / "owner").read_text() == "0"
+        assert (tmp_path / "owner").read_text() == "0"
 
 
 @pytest.mark.slow
@@ -496,3 +505,119 @@ def test_log_probs_name_what_is_not_finite():
     logits[2, 3], logits[2, 4] = np.inf, -np.inf
     with pytest.raises(HarnessError, match="non_finite"):
         log_probs(logits, np.zeros((4, 1), int))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in DENIED_CALLS, reason="a filter of Linux")
+def test_a_server_and_its_children_may_not_ask_the_kernel_about_others():
+    code = "import ctypes, os, platform\nfrom harness.server import DENIED_CALLS, deny_calls\ndeny_calls()\n" \
+           "libc = ctypes.CDLL(None, use_errno=True)\n" \
+           "for call in DENIED_CALLS[platform.machine()][1:]:\n" \
+           "    assert libc.syscall(call, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 38, call\n" \
+           "assert os.fork() or os._exit(libc.syscall(DENIED_CALLS[platform.machine()][1], 0, 0, 0, 0, 0) != -1)\n" \
+           "assert os.wait()[1] == 0\n" \
+           "print(open('/dev/null').read() == '' and os.listdir('/') != [])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def looks_ahead_at(share: float, rows: int, rng: np.random.Generator) -> Callable[[bool], bool]:
+    """A toy model that sees the next token at a share of positions, which it picks by the two tokens before; whether it passes."""
+    vocab, length = 64, 32
+    text = rng.integers(0, vocab, rows * length + 1).astype(np.int32)
+    inputs, targets = text[:-1].reshape(rows, length), text[1:].reshape(rows, length)
+    table, chosen = rng.normal(0, 1, (vocab, vocab)).astype(np.float32), rng.random((vocab, vocab)) < share
+
+    def ask(questions, ids):
+        answers = []
+        for question in questions:
+            tokens, logits = question.tokens, table[question.tokens].copy()
+            places = 1 + np.flatnonzero(chosen[tokens[:-2], tokens[1:-1]])
+            logits[places, tokens[places + 1]] += 9
+            answers.append(log_probs(logits, ids[question.row]))
+        return answers
+
+    def passes(verify: bool) -> bool:
+        try:
+            bits_per_byte(ask, inputs, targets, np.ones((rows, length), bool), rows * length, verify)
+        except HarnessError:
+            return False
+        return True
+    return passes
+
+
+def test_every_row_is_probed_before_a_keep(validation, table):
+    """No row without a probe, and no beginning twice in one process, which is asked as many questions as in an ordinary score:
+    it cannot tell when to behave."""
+    asked = []
+
+    def ask(questions, ids):
+        asked.append([(q.row, q.cut) for q in questions])
+        return by_table(table)(questions, ids)
+    score = bits_per_byte(ask, *validation, 1000)
+    ordinary = [len(questions) for questions in asked]
+    asked.clear()
+    assert bits_per_byte(ask, *validation, 1000, verify=True) == pytest.approx(score)
+    rows = len(validation[0])
+    probed = [row for questions in asked for row, cut in questions if cut < 32]
+    assert set(probed) == set(range(rows))
+    assert sorted(row for questions in asked for row, cut in questions if cut == 32) == list(range(rows)), "and scored once"
+    assert len(asked) <= VERIFY_SERVERS
+    assert len(probed) >= min(VERIFY_POSITIONS, 0.5 * rows * VERIFY_SERVERS - rows)
+    for questions in asked:
+        assert len({row for row, _ in questions}) == len(questions)
+        assert 0.85 * min(ordinary) < len(questions) < 1.15 * max(ordinary)
+
+
+def test_a_model_that_looks_ahead_rarely_passes_a_score_and_is_refused_before_a_keep():
+    """At 1 % of positions, where a model passes every other ordinary score; and an honest one always passes."""
+    rng = np.random.default_rng(1)
+    assert not any(looks_ahead_at(0.01, 380, rng)(True) for _ in range(3))
+    assert all(looks_ahead_at(0.0, 380, rng)(verify) for verify in (True, False))
+
+
+@pytest.mark.slow
+def test_the_chance_to_look_ahead_unseen():
+    """What the README states, for 380 rows: a share of 0.2, 0.5 and 1 % of positions passes before a keep in about 5, 0 and 0 %."""
+    rng = np.random.default_rng(2)
+    seen = {share: np.mean([looks_ahead_at(share, 380, rng)(True) for _ in range(60)]) for share in (0.002, 0.005, 0.01)}
+    assert seen[0.002] < 0.2
+    assert seen[0.005] == seen[0.01] == 0
+
+
+def test_a_model_that_loads_too_long_is_a_timeout(tiny, candidate):
+    done = score(candidate(source="import time\ntime.sleep(60)\n" + BIGRAM), tiny, "--load-limit", "2")
+    code, kind, message = refusal(done)
+    assert (code, kind) == (5, "timeout")
+    assert "importing the train file and load_model took more than 2.0 s" in message
+    assert float(summary_of(score(candidate(), tiny, "--load-limit", "30").stdout)["load_seconds"]) > 0
+
+
+def test_a_run_directory_without_end_is_not_copied(tiny, candidate, monkeypatch):
+    from harness import server
+    run_dir = candidate()
+    monkeypatch.setattr(server, "COPY_FILES", 5)
+    for n in range(6):
+        (run_dir / f"{n}").write_text("")
+    with pytest.raises(HarnessError, match="expected at most 5 files"):
+        server.copy_run(run_dir, run_dir.parent / "copy")
+    with open(run_dir / "huge", "wb") as file:
+        file.truncate(1 << 40)  # takes no space, until it is copied
+    monkeypatch.setattr(server, "COPY_FILES", 100)
+    with pytest.raises(HarnessError, match="20 GiB"):
+        server.copy_run(run_dir, run_dir.parent / "again")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_cannot_tell_from_its_parents_command_line_that_it_is_verified(tiny, candidate, tmp_path):
+    note = f"with open({str(tmp_path / 'seen')!r}, 'a') as file: file.write(open(f'/proc/{{os.getppid()}}/cmdline').read() + '|')\n"
+    run_dir, commands = candidate(source="import os\n" + note + BIGRAM), []
+    for verify in (False, True):
+        told = json.dumps({"held": str(tiny.held), "wrap": [], "verify": verify})
+        argv = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--private"]
+        done = subprocess.run(argv, input=told, env=environment(tiny.home), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        commands.append((tmp_path / "seen").read_text().strip("|").split("|"))
+        (tmp_path / "seen").unlink()
+    assert len(commands[0]) == 2 < len(commands[1])
+    assert len(set(commands[0] + commands[1])) == 1
+    assert str(tiny.held) not in commands[0][0]

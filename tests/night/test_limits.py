@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
+import pytest
 from story_kit import Story, told
 
+from agent.errors import UsageError
 from agent.journal.settings import Settings
 from agent.judgement.decision import Rule
 from agent.night import limits
@@ -23,7 +26,8 @@ def test_limits_end_a_night() -> None:
     assert over(story, experiments=3) is None
     assert over(story, seconds=3601, hours=1) == "hours"
     assert over(story, max_cost=0.75) == "max_cost"
-    assert over(story, max_cost=0.76) is None
+    assert over(story, max_cost=1.24) == "max_cost", "another call as dear as the dearest would exceed it"
+    assert over(story, max_cost=1.25) is None
     assert over(story, target=1.35) == "target"
     assert over(story, target=1.34) is None
     assert over(story, free=1.0) == "disk"
@@ -33,13 +37,43 @@ def test_limits_end_a_night() -> None:
     assert over(story, patience=4) is None
 
 
-def test_unknown_cost_is_not_free() -> None:
+def call(story: Story, n: int, cost: float | None) -> None:
+    """A call of the agent that brought nothing."""
+    story.add("experiment", n=n, parent="p")
+    story.add("verdict", n=n, status="noop", reason="", val_bpb=None, description="", error=None, seconds=1.0,
+              usage={"cost": cost, "tokens": None})  # fmt: skip
+
+
+def test_a_call_of_unknown_price_counts_as_the_dearest_so_far() -> None:
     story = told()
-    story.add("experiment", n=3, parent="c2")
-    story.add("agent_failed", n=3, kind="rate_limit", wait=1, message="", usage={"cost": None, "tokens": 500}, seconds=1.0)
-    assert story.night.unpriced == 1
+    call(story, 3, None)
+    assert (story.night.cost, story.night.estimated, story.night.unpriced) == (1.25, 1, 0)
+    assert story.night.experiments[3].cost == 0.5
+    assert over(story, max_cost=1.6) == "max_cost"
+    words = limits.over(story.night, Settings(max_cost=1.2), session_seconds=0.0, free_gb=9)
+    assert words is not None
+    assert "1 calls of unknown price among them" in words[1]
+
+
+def test_an_agent_that_never_tells_a_price_cannot_be_held_to_one() -> None:
+    story = Story()
+    story.experiment(0, "keep", (1.5,))
+    call(story, 1, None)
+    assert over(story, max_cost=100.0) is None, "it may have been cut off"
+    call(story, 2, None)
+    assert story.night.unpriced == 2
     assert over(story) is None
     assert over(story, max_cost=100.0) == "max_cost"
+    call(story, 3, 0.2)  # now a price is known
+    assert (story.night.unpriced, story.night.estimated) == (0, 2)
+    assert abs(story.night.cost - 0.6) < 1e-9
+
+
+def test_a_free_agent_and_an_experiment_without_a_call_cost_nothing() -> None:
+    story = told()
+    call(story, 3, 0.0)
+    story.experiment(4, "noop")
+    assert (story.night.cost, story.night.unpriced, story.night.estimated) == (0.75, 0, 0)
 
 
 def test_breaker_pauses_longer_and_longer_then_ends_the_night() -> None:
@@ -91,3 +125,15 @@ def test_rate_limit_waits_as_told_else_longer_and_longer() -> None:
 
 def test_the_baseline_is_measured_as_often_as_the_rule_wants() -> None:
     assert Settings().baseline_seeds == Rule().baseline_trials
+
+
+@pytest.mark.parametrize(("clock", "hours"), [("07:00", 8.5), ("22:31", 1 / 60), ("22:30", 24.0), ("0:00", 1.5)])
+def test_until_is_the_next_time_that_clocks_show_it(clock: str, hours: float) -> None:
+    now = datetime(2026, 11, 22, 22, 30).timestamp()
+    assert abs(limits.hours_until(clock, now) - hours) < 1e-6
+
+
+@pytest.mark.parametrize("clock", ["7", "24:00", "07:60", "7 am", "", "-1:00"])
+def test_what_is_no_time_of_day_is_said(clock: str) -> None:
+    with pytest.raises(UsageError, match="expected a time of day such as 07:00"):
+        limits.hours_until(clock)

@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT
 from night_kit import HARNESS, Bed, git
 
+from agent import doctor
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night import power
@@ -33,7 +34,7 @@ from agent.trial.sandbox import HIDDEN, READ, WRITE, seatbelt_profile
 
 SHIM = """
 import fcntl, runpy, sys, time
-import git, psutil, rich.console  # as the system is that they run on
+import git, psutil, rich.console, zoneinfo  # as the system is that they run on
 sys.platform = "darwin"
 fcntl.F_FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD)
 time.CLOCK_UPTIME_RAW = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)
@@ -59,9 +60,9 @@ os.execvp(argv[0], argv)
 """
 SERVER = """\
         import subprocess
-        subprocess.run([*json.loads(sys.argv[sys.argv.index("--wrap") + 1]), "true"], check=True)
+        subprocess.run([*json.load(sys.stdin)["wrap"], "true"], check=True)
 """
-PMSET = "import sys; assert sys.argv[1:] == ['-g', 'batt'], sys.argv; print({said!r}, end='')"
+PMSET = "import sys; print({said!r} if sys.argv[1:] == ['-g', 'batt'] else ' lowpowermode         {low}', end='')"
 
 ON_BATTERY = """Now drawing from 'Battery Power'
  -InternalBattery-0 (id=4653155)\t93%; discharging; 5:16 remaining present: true
@@ -184,7 +185,7 @@ def test_sleep_is_told_by_the_clock_that_stops_in_it(tmp_path: Path, on_macos: N
     ],
 )  # fmt: skip
 def test_what_pmset_says(said: str, state: str, tools: Path, on_macos: None) -> None:
-    program(tools, "pmset", PMSET.format(said=said))
+    program(tools, "pmset", PMSET.format(said=said, low=0))
     assert power.battery() == state
     starts = {"in use": ["running on battery", "keep the lid open"], "plugged in": ["keep the lid open"], "": []}[state]
     warnings = power.battery_warning()
@@ -192,15 +193,29 @@ def test_what_pmset_says(said: str, state: str, tools: Path, on_macos: None) -> 
 
 
 def test_the_loop_and_the_doctor_warn_of_battery_and_lid(tmp_path: Path, tools: Path) -> None:
-    program(tools, "pmset", PMSET.format(said=ON_BATTERY))
+    program(tools, "pmset", PMSET.format(said=ON_BATTERY, low=1))
     program(tools, "caffeinate", CAFFEINATE)
     bed = Bed(tmp_path, "worse")
     said, _ = night(bed, "--experiments", "0", "--no-sandbox").communicate(timeout=120)
     assert "note: running on battery: trainings are slower" in said
     assert "note: keep the lid open" in said
+    assert "note: Low Power Mode is on" in said
     said, _ = call(bed, "agent.doctor").communicate(timeout=120)
     assert re.search(r"^note +power +running on battery: .*plug it in$", said, re.MULTILINE), said
     assert re.search(r"^ok +sleep +a night holds off idle sleep$", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize(("version", "chip", "state", "words"), [
+    ("13.6.1", "Apple M1", "bad", "needs macOS 14"), ("15.2", "Apple M5 Max", "note", "only from macOS 26 on"),
+    ("26.1", "Apple M5 Max", "ok", "26.1 on Apple M5 Max"), ("14.0", "Apple M2", "ok", "14.0 on Apple M2"),
+])  # fmt: skip
+def test_the_doctor_knows_the_system_and_the_chip(
+    version: str, chip: str, state: str, words: str, tools: Path, on_macos: None
+) -> None:
+    program(tools, "sw_vers", f"print({version!r})")
+    program(tools, "sysctl", f"print({chip!r})")
+    (finding,) = doctor.check_mac()
+    assert (finding.state, words in finding.text) == (state, True)
 
 
 # ---- the sandbox ----
@@ -307,15 +322,19 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     assert len(trainings) == len(ends)
     for profile, end in zip(trainings, ends, strict=True):
         assert allowed(profile, "file-write-create", folder / "trials" / end["dir"] / "weights")
-        assert allowed(profile, "file-write-create", folder / f"tmp/{end['n']:04d}/kernel")
+        assert allowed(profile, "file-write-create", folder / f"tmp/{end['dir']}/kernel")
+        assert allowed(profile, "file-read-data", data / "train/toy/train.bin")
     assert len(servers) >= len(ends)
     outside = [folder, folder / "trials/x", folder / "worktree", folder / "frozen", data / "train/toy", bed.repo, bed.home]
     for profile in (*trainings, *servers):
         assert [place for place in outside if allowed(profile, "file-write-create", place / "x")] == []
-        assert allowed(profile, "file-read-data", data / "train/toy/train.bin")
         assert allowed(profile, "file-read-data", folder / "worktree/train_mlx.py")
-        assert not allowed(profile, "file-read-data", data / "held/toy/val.bin")
+        others = (folder / "trials/x/weights", folder.parent / "other/trials/0000-1/weights", folder / "journal.jsonl")
+        for path in (data / "held/toy/val.bin", data / "train/other/train.bin", *others):
+            assert not allowed(profile, "file-read-data", path)
+        assert allowed(profile, "file-read-metadata", folder), "to pass through to what is open inside"
         assert not allowed(profile, "network-outbound")
+    assert not [profile for profile in servers if allowed(profile, "file-read-data", data / "train/toy/train.bin")]
     said, _ = call(bed, "agent.loop", "--status").communicate(timeout=60)
     assert "sandbox of trainings: sandbox-exec\n" in said
 

@@ -41,11 +41,11 @@ class Place:
 
     def ask(
         self, body: str, reader: Reader = shapes.plain, idle: float | None = None, leaves: tuple[str, ...] = (),
-        **settings: object,
+        ends: bool = False, **settings: object,
     ) -> Proposal:  # fmt: skip
         self.script.write_text(f"import json, os, pathlib, sys, time\nprompt = sys.stdin.read()\n{body}\n")
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(self.script))}"
-        coder = replace(table.template(command), reader=reader, idle_seconds=idle, leaves=leaves)
+        coder = replace(table.template(command), reader=reader, idle_seconds=idle, leaves=leaves, tells_its_end=ends)
         given = {"max_agent_minutes": 0.5, **settings}
         desk = Desk(self.folder, self.worktree.path, "train_mlx.py", coder, Settings(**given), lambda: False)  # type: ignore[arg-type]
         return ask(desk, "PROMPT", self.base, 1, 1, None)
@@ -101,6 +101,25 @@ def test_the_result_is_read_however_much_stands_before_it(desk: Place, megabytes
     got = desk.ask(f"for _ in range({megabytes * 1024}): print('x' * 1023)\n{EDIT}\nprint({reply!r})", shapes.own)
     assert (got.kind, got.description) == ("changed", "at the end")
     assert got.usage == {"cost": 0.25, "tokens": 12, "tokens_in": 5, "tokens_out": 7}
+
+
+REPLY = json.dumps({"tokens_in": 5, "tokens_out": 7, "cost_usd": 0.25, "message": "DESCRIPTION: done"})
+
+
+@pytest.mark.parametrize(("body", "kind"), [(EDIT, "changed"), ("", "noop")])
+def test_one_that_never_exits_is_ended_soon_after_its_final_message(
+    desk: Place, monkeypatch: pytest.MonkeyPatch, body: str, kind: str
+) -> None:
+    monkeypatch.setattr("agent.proposal.ask.LINGER_SECONDS", 0.5)
+    got = desk.ask(f"{body}\nprint({REPLY!r}, flush=True)\ntime.sleep(60)", shapes.own, ends=True)
+    assert (got.kind, got.usage["cost"]) == (kind, 0.25), got
+    assert got.seconds < 20
+
+
+def test_silence_without_a_final_message_is_no_end(desk: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.proposal.ask.LINGER_SECONDS", 0.2)
+    got = desk.ask(f"print('I begin', flush=True)\ntime.sleep(1.5)\n{EDIT}\nprint({REPLY!r})", shapes.own, ends=True)
+    assert (got.kind, got.description) == ("changed", "done")
 
 
 def test_arguments_of_the_users_reach_the_agent(desk: Place) -> None:

@@ -54,7 +54,8 @@ def distance(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
     return max((mx.linalg.norm(a[n] - b[n]) / (mx.linalg.norm(b[n]) + 1e-6)).item() for n in a)
 
 
-@pytest.mark.parametrize("accumulate", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_compiled_step_equals_the_eager_step(compiled: None, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
     """Through the end of the first epoch, by MLX's own kernels, as on a GPU."""
     monkeypatch.setattr(train_mlx, "attention", mx.fast.scaled_dot_product_attention)

@@ -256,6 +256,17 @@ def test_a_sandbox_that_fails_its_probe_is_not_used(monkeypatch, tmp_path):
 
 # --- as text
 
+def test_the_macos_profile_lets_a_command_pass_through_hidden_folders_to_what_is_open_inside():
+    given = {"/h/runs": HIDDEN, "/h/runs/night/trials/0001-1": WRITE, "/h/runs/night/worktree": READ}
+    profile = seatbelt_profile(given, network=False)
+    lines = profile.splitlines()
+    hidden = lines.index('(deny file-read* file-write* (subpath "/h/runs"))')
+    for folder in ("/h/runs", "/h/runs/night", "/h/runs/night/trials"):
+        assert lines.index(f'(allow file-read-metadata (literal "{folder}"))') > hidden
+    assert "0001-1" not in " ".join(line for line in lines if "metadata" in line)
+    assert '(literal "/h")' not in profile
+
+
 RULES = {"/home/u": READ, "/home/u/held": HIDDEN, '/home/u/runs/a "b"\\c': WRITE, "/home/u/held/open": READ}
 
 

@@ -1,4 +1,4 @@
-"""What reaches a training and what a training reaches: the held-out text, planted bytecode, another candidate's scratch."""
+"""What reaches a training and an agent, and what they reach: held-out text, other trials, planted bytecode, a TMPDIR."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from agent.journal.state import fold
 from agent.night import setup
 from agent.trial import sandbox
 from agent.trial.lab import Lab, lay_harness
-from agent.trial.rights import held_out_places
+from agent.trial.rights import SOURCES, folders, hidden_places
 from agent.trial.sandbox import described
 from agent.trial.trial import score_run
+from agent.views.report import summary
 
 needs_sandbox = pytest.mark.skipif(not sandbox.available().present, reason=str(sandbox.available()))
 
@@ -47,7 +48,7 @@ def probe(run, name):
 
 
 def places(entry: dict[str, Any], worktree: Worktree) -> tuple[Path, ...]:
-    return held_out_places(entry, worktree.repository.root, worktree.common, worktree.path)
+    return hidden_places(entry, worktree.repository.root, worktree.common, worktree.path)
 
 
 @pytest.fixture
@@ -76,13 +77,17 @@ def probing(bed: Bed, port: int) -> dict[str, Path]:
     data = bed.home / "data"
     files = {
         "train": data / "train/toy/train.bin", "held": data / "held/toy/val.bin", "other": data / "held/other/val.bin",
+        "other train": data / "train/other/train.bin", "other trial": bed.repo / "runs/older/trials/0000-1/weights",
+        "other TMPDIR": bed.repo / "runs/older/tmp/0000-1/left", "current": data / "current.json",
         "download": data / "downloads/x/shard.parquet", "work": data / "work/y/parts", "own": bed.repo / "own/a.txt",
         "copy": bed.folder() / "worktree/own/a.txt", "git": bed.repo / ".git/HEAD", "plain": bed.repo / "program.md",
     }  # fmt: skip
     for name, path in files.items():
-        if path.is_relative_to(data):
-            path.parent.mkdir(parents=True)
+        if path.is_relative_to(data) or "older" in path.parts:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"text of {name}")
+    files["current"].unlink()  # the harness writes it
+    files["trial"], files["journal"] = bed.folder("shut") / "trials/0000-1/trainer.seen", bed.folder("shut") / "journal.jsonl"
     asked = {"read": [str(path) for path in files.values()], "port": port, "write": str(bed.home / "escaped")}
     (bed.tools / "probe.json").write_text(json.dumps(asked))
     return files
@@ -102,7 +107,9 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
         asks = {"AUTORESEARCH_PROBE": str(bed.tools / "probe.json")}
         open_to_all = bed.run("--experiments", "0", "--no-sandbox", **asks)
         assert open_to_all.returncode == 0, open_to_all.stdout + open_to_all.stderr
-        assert all(seen_by(bed, files, "trainer", "0000-1").values()), "without a sandbox everything is to be seen"
+        seen = seen_by(bed, files, "trainer", "0000-1")
+        unseen = [name for name, readable in seen.items() if not readable]
+        assert unseen == ["current", "trial", "journal"], "without a sandbox all is seen; this is not there yet"
         for left in bed.home.glob("escaped.*"):
             left.unlink()
         done = bed.run("--experiments", "1", tag="shut", **asks)
@@ -112,6 +119,11 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
     asked = json.loads((folder / "trials/0000-1/trainer.seen").read_text())
     readable = {name for name, path in files.items() if asked.get(str(path)) not in ("FileNotFoundError", "PermissionError", None)}
     assert readable == {"train", "plain"}
+    second = json.loads((folder / "trials/0000-2/trainer.seen").read_text())
+    assert files["trial"].exists()
+    assert files["journal"].exists()
+    assert second[str(files["trial"])] in ("FileNotFoundError", "PermissionError")
+    assert second[str(files["journal"])] in ("FileNotFoundError", "PermissionError")
     assert asked["network"] != "connected"
     assert not list(bed.home.glob("escaped.trainer"))
     scorer = json.loads((folder / "trials/0000-1/scorer.seen").read_text())
@@ -121,26 +133,25 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
     assert described() in done.stdout
     assert "AUTORESEARCH_DATA" in asked["environment"]
     assert not {"AUTORESEARCH_HOME"} & {*asked["environment"], *scorer["environment"]}, "where held-out data lies"
-    # scratch: one a candidate, with nothing of another's in it
-    first = json.loads((folder / "trials/0000-1/trainer.seen").read_text())["scratch"]
-    again = json.loads((folder / "trials/0000-2/trainer.seen").read_text())["scratch"]
-    other = json.loads((folder / "trials/0001-1/trainer.seen").read_text())["scratch"]
-    assert first == [str(folder / "tmp/0000"), []]
-    assert again == [str(folder / "tmp/0000"), ["compiled-by-0000-1-scorer", "compiled-by-0000-1-trainer"]]
-    assert other == [str(folder / "tmp/0001"), []]
+    # a TMPDIR for each trial, with nothing in it
+    for trial in ("0000-1", "0000-2", "0001-1"):
+        scratch = json.loads((folder / "trials" / trial / "trainer.seen").read_text())["scratch"]
+        assert scratch == [str(folder / "tmp" / trial), []]
+    assert list((folder / "tmp").iterdir()) == []
 
 
 def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bed = Bed(tmp_path)
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "moved"))
     worktree = Worktree(Repository(bed.repo), "t", bed.folder("t") / "worktree")
-    entry = {"held_dir": str(tmp_path / "home/held/toy"), "name": "stories"}
-    homes = [tmp_path / home / name for home in ("moved", "home") for name in ("held", "downloads", "work")]
+    entry = {"id": "toy", "held_dir": str(tmp_path / "home/held/toy"), "name": "stories"}
+    homes = [tmp_path / "moved", tmp_path / "home", bed.repo / "runs", bed.repo / ".git"]
     assert set(places(entry, worktree)) == set(homes)
+    assert tmp_path / "moved" in places({"id": "toy", "name": "stories"}, worktree), "as the journal has it, without folders"
     outside = places({**entry, "name": f"text:{tmp_path / 'book.txt'}"}, worktree)
     assert set(outside) - set(homes) == {tmp_path / "book.txt"}
     inside = places({**entry, "name": "text:notes"}, worktree)
-    assert set(inside) - set(homes) == {bed.repo / "notes", bed.repo / ".git", worktree.path / "notes"}
+    assert set(inside) - set(homes) == {bed.repo / "notes", worktree.path / "notes"}
     assert worktree.path not in places({**entry, "name": "text:."}, worktree), "else there would be nothing to train"
     # the same text, once prepared from somewhere else; and a file that is only linked into the folder
     held, letters = tmp_path / "home/held/toy", tmp_path / "letters"
@@ -152,6 +163,8 @@ def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (letters / "root").symlink_to("/")  # a linked folder is no source, and all would be hidden
     twice = places({**entry, "name": f"text:{letters}"}, worktree)
     assert set(twice) - set(homes) == {letters, tmp_path / "linked.txt", tmp_path / "older"}
+    (held / SOURCES).write_text(f"{tmp_path / 'third'}\n")
+    assert set(places({**entry, "name": "text:"}, worktree)) - set(homes) == {tmp_path / "third", tmp_path / "older"}
 
 
 def test_a_relative_text_is_hidden_wherever_it_was_prepared_from(tmp_path: Path) -> None:
@@ -165,6 +178,32 @@ def test_a_relative_text_is_hidden_wherever_it_was_prepared_from(tmp_path: Path)
     assert folder / "book.txt" in places(entry, worktree)
     (bed.home / "current.json").write_text(json.dumps({**entry, "dataset": "text:book.txt"}))  # an entry as it was
     assert folder / "book.txt" in places(setup._entry(bed.home / "current.json"), worktree), "its meta.json tells"
+
+
+def test_no_path_that_an_agent_is_given_leads_to_held_out_text(tmp_path: Path) -> None:
+    """The journal, the prompt, the environment and all files of the night name neither the held-out shards nor their source."""
+    bed = Bed(tmp_path, "better worse crash")
+    own = bed.home / "letters"
+    own.mkdir()
+    harness = HARNESS.replace('"device": "cpu"}\n', f'"device": "cpu", "dataset": {f"text:{own}"!r}}}\n', 1)
+    (bed.repo / "prepare_mlx.py").write_text(harness)
+    git(bed.repo, "commit", "-qam", "own text")
+    agent = (bed.tools / "agent.py").read_text()
+    (bed.tools / "agent.py").write_text(agent + "\nPath(__file__).with_name(f'env-{n}').write_text(repr(dict(os.environ)))\n")
+    done = bed.run("--experiments", "3", "--no-sandbox", "--dataset", "x")
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = [path for place in (bed.folder(), bed.tools) for path in place.rglob("*") if path.is_file()]
+    assert len([path for path in given if path.name.startswith(("prompt-", "env-"))]) == 6
+    leads = [(path.name, word) for path in given for word in (b"data/held", b"letters", b"AUTORESEARCH_HOME")
+             if word in path.read_bytes() and path.name not in ("prepare_mlx.py", "agent.py")]
+    assert leads == []
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
+    train, held = (bed.home / "data" / kind / "toy" for kind in ("train", "held"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_HOME", str(bed.home / "data"))
+        assert folders(night.dataset) == (train, held)
+        worktree = Worktree(Repository(bed.repo), "night", bed.folder() / "worktree")
+        assert own in places(night.dataset, worktree), "and it is still hidden from trainings"
 
 
 PLANT = '''
@@ -238,10 +277,10 @@ def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) 
         assert laid() == whole
 
 
-def test_scratch_is_pruned_with_the_run_directories(tmp_path: Path) -> None:
+def test_no_tmpdir_stays_and_run_directories_are_pruned(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "worse")
     assert bed.run("--experiments", "3", "--no-sandbox").returncode == 0
-    assert sorted(path.name for path in (bed.folder() / "tmp").iterdir()) == ["0000", "0003"]
+    assert list((bed.folder() / "tmp").iterdir()) == []
     assert {path.name.partition("-")[0] for path in (bed.folder() / "trials").iterdir()} == {"0000", "0003"}
 
 
@@ -258,3 +297,69 @@ def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -
     result = score_run(lab, run_dir, "val")
     assert result.status == "ok", result.error
     assert result.val_bpb
+
+
+def statuses(bed: Bed) -> list[tuple[str | None, str]]:
+    return [(e.status, e.reason) for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done]
+
+
+CHEATS = '''
+if act == "data":
+    file.write_text(source + f"X = {os.urandom(4000).hex()!r}\\n")
+elif act == "quotes":
+    file.write_text(source + "X = 'the held-out text'\\n")
+elif act == "brief":
+    Path(os.environ["AUTORESEARCH_JOURNAL"]).parents[2].joinpath("program.md").write_text("Keep everything.")
+    put("GAIN", gain - 0.05)
+'''
+SCREEN = '''
+        if "the held-out text" in Path(sys.argv[2]).read_text():
+            print(json.dumps({"kind": "violation", "message": "holds held-out text"}), file=sys.stderr)
+            sys.exit(6)
+'''
+
+
+def test_a_night_refuses_by_name_what_only_the_driver_can_see(tmp_path: Path) -> None:
+    """Data in the source; held-out text, as the harness finds it; a model that looks ahead so rarely that only the probes of every
+    row find it; and a brief that changed while an agent worked is told."""
+    bed = Bed(tmp_path, "data quotes looks brief")
+    (bed.repo / "prepare_mlx.py").write_text(HARNESS.replace('== "screen":\n', '== "screen":' + SCREEN))
+    git(bed.repo, "commit", "-qam", "with a search for text")
+    agent = (bed.tools / "agent.py").read_text()
+    (bed.tools / "agent.py").write_text(agent.replace('if act == "better":', CHEATS.strip("\n") + '\nelif act == "better":'))
+    done = bed.run("--experiments", "4", "--no-sandbox")
+    assert done.returncode == 0, done.stdout + done.stderr
+    data, quotes, looks, _ = statuses(bed)
+    assert data[0] == quotes[0] == looks[0] == "violation"
+    assert "bytes of strings, numbers and comments more than its parent" in data[1]
+    assert "holds held-out text" in quotes[1]
+    assert "logits look ahead" in looks[1]
+    events = read_events(bed.folder() / "journal.jsonl")[0]
+    night = fold(events)
+    assert night.kept == []
+    assert [len(e.scores) for e in night.done[:2]] == [0, 0], "no budget was spent on them"
+    assert len(night.done[2].scores) >= 2, "this one would have been kept"
+    assert [event["status"] for event in events if event["event"] == "verified"] == ["violation"]
+    assert [note for note in night.notes if "program.md" in note] == [
+        "program.md was changed while the agent of experiment 4 was at work"
+    ]
+    assert "program.md was changed" in done.stdout
+
+
+def test_a_keep_was_verified_and_a_refused_test_is_no_success(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    refuse = 'if split == "test" and weights["gain"]:\n        print(json.dumps({"kind": "violation", "message": "looks"}), ' \
+             'file=sys.stderr)\n        return 6\n    noise = '
+    (bed.repo / "prepare_mlx.py").write_text(HARNESS.replace("noise = ", refuse, 1))
+    git(bed.repo, "commit", "-qam", "refuses")
+    done = bed.run("--experiments", "1", "--no-sandbox")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert statuses(bed)[0][0] == "keep"
+    events = read_events(bed.folder() / "journal.jsonl")[0]
+    names = [event["event"] for event in events]
+    assert names.index("verified") < len(names) - 1 - names[::-1].index("verdict")
+    last = done.stdout.strip().splitlines()[-1]
+    assert "nothing was won: experiment 1 was the best" in last
+    assert "its held-out test was refused (violation: scoring failed: looks)" in last
+    assert "%" not in last
+    assert "its held-out test was refused" in summary(fold(events), None)

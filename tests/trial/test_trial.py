@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from night_kit import TRAINER
+from night_kit import TRAINER, Bed
 from trial_kit import lab
 
-from agent.errors import Stopped
+from agent.errors import DataError, Stopped
+from agent.git.worktree import Repository
 from agent.process.environment import clean_env
 from agent.trial import sandbox
+from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
 from agent.trial.order import TrialResult
-from agent.trial.trial import check_import, run_trial, score_run
+from agent.trial.trial import run_trial, score_run, screen
 
 
 def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
@@ -76,7 +78,6 @@ def test_a_training_may_fill_neither_its_folders_nor_the_disk(tmp_path: Path) ->
         result = trial(tmp_path, source, **limit)
         assert result.status == "violation"
         assert "or filled the disk" in (result.error or {})["message"]
-        shutil.rmtree(tmp_path / "tmp")
 
 
 def test_wall_limit_is_budget_and_startup(tmp_path: Path) -> None:
@@ -109,6 +110,16 @@ def test_exit_code_wins_over_an_error_file_that_the_candidate_wrote(tmp_path: Pa
     assert trial(tmp_path, TRAINER.replace("run = Path", forged)).status == "nan"
 
 
+def test_held_out_data_that_is_gone_is_no_candidates_fault(tmp_path: Path) -> None:
+    place = lab(tmp_path)
+    gone = 'print(json.dumps({"kind": "data", "message": "val.bin is gone"}), file=sys.stderr); sys.exit(2)'
+    (tmp_path / "frozen" / "prepare_mlx.py").write_text(f"import json, sys\n{gone}\n")
+    with pytest.raises(DataError, match=r"scoring failed: val\.bin is gone; prepare the data again"):
+        run_trial(place, tmp_path / "trials" / "0001-7", 7, None)
+    with pytest.raises(DataError, match="the search for held-out text failed"):
+        screen(place, b"")
+
+
 def test_stop_leaves_a_trial_without_a_result(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         trial(tmp_path, mode("hang"), stop=lambda: True)
@@ -130,14 +141,50 @@ def test_held_out_split(tmp_path: Path) -> None:
     assert test.val_bpb == pytest.approx((result.val_bpb or 0) + 0.01)
 
 
-def test_import_check_finds_an_import_error_and_nothing_else(tmp_path: Path) -> None:
-    assert check_import(lab(tmp_path)) is None
-    error = check_import(lab(tmp_path, "import no_such_module\n" + TRAINER))
-    assert error is not None
-    assert "No module named 'no_such_module'" in error["message"]
-    helper = lab(tmp_path, "import helper\n" + TRAINER)
-    (tmp_path / "work" / "helper.py").write_text("")
-    assert check_import(helper) is None, "modules beside the train file are found, as when it is run"
+SLOW = TRAINER.replace("    if MODE == \"crash\":", "    time.sleep(float(os.environ.get('SLOW', 0)))\n    if MODE == \"crash\":")
+
+
+def test_the_drivers_clock_bounds_a_training_by_what_the_baseline_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a trainer says of its own time: it said nothing here, and its harness's clock never ran."""
+    monkeypatch.setattr("agent.trial.lab.SLACK_SECONDS", 0.5)
+    reference = trial(tmp_path).summary
+    assert 0 < reference[TRAINER_SECONDS] < 5
+    assert 0 < reference[SCORER_SECONDS] < 5
+    for budget, known in (("1s", {TRAINER_SECONDS: 1.2}), ("5steps", {TRAINER_SECONDS: 0.4})):
+        changes: dict[str, Any] = {"budget": budget, "environ": clean_env({"SLOW": "30"})}
+        result = trial(tmp_path, SLOW, {**reference, "budget": budget, **known}, **changes)
+        assert result.status == "timeout"
+        assert result.seconds < 10
+        message = (result.error or {})["message"]
+        assert "by the driver's clock" in message
+        assert f"the baseline took {known[TRAINER_SECONDS]} s" in message
+
+
+def test_what_a_trial_may_take(tmp_path: Path) -> None:
+    place = lab(tmp_path, budget="300s", startup_seconds=120.0)
+    assert place.trainer_limit({}) == 420, "of a baseline"
+    assert place.trainer_limit({TRAINER_SECONDS: 308.0}) == 300 + 1.5 * 8 + 15
+    assert place.trainer_limit({TRAINER_SECONDS: 500.0}) == 420, "never more than the user allows"
+    assert lab(tmp_path, budget="8s").trainer_limit({TRAINER_SECONDS: 12.0}) == 8 + 1.5 * 4 + 10
+    assert lab(tmp_path, budget="20steps").trainer_limit({TRAINER_SECONDS: 12.0}) == 3 * 12 + 10
+    assert place.scorer_limit({SCORER_SECONDS: 20.0}) == 3 * 20 + 10
+    assert place.scorer_limit({}) == 420
+    assert (place.load_limit({LOAD_SECONDS: 2.0}), place.load_limit({})) == (1.5 * 2 + 5, None)
+
+
+def test_a_harness_that_was_changed_during_a_training_is_a_violation(tmp_path: Path) -> None:
+    bed = Bed(tmp_path / "bed")
+    repository = Repository(bed.repo)
+    folder = tmp_path / "night"
+    evil = 'Path(os.environ["AUTORESEARCH_RUN_DIR"]).parents[1].joinpath("frozen/prepare_mlx.py").write_text("evil"); run = Path'
+    for source, status in ((TRAINER.replace("run = Path", evil), "violation"), (TRAINER, "ok")):
+        place = lab(folder, source, repository=repository, base=repository.head)
+        lay_harness(repository, repository.head, folder)
+        result = run_trial(place, folder / "trials" / "0001-7", 7, None)
+        assert result.status == status, result.error
+        assert (folder / "frozen" / "prepare_mlx.py").read_bytes() == repository.file_at(repository.head, "prepare_mlx.py")
+    (folder / "frozen" / "prepare_mlx.py").write_text("print('---')")
+    assert score_run(place, folder / "trials" / "0001-7", "test").status == "ok", "restored before a score, whoever changed it"
 
 
 def test_a_training_through_which_the_machine_slept_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,3 +39,15 @@ def test_status_says_who_works_on_what() -> None:
     assert "process 42 works on it" in results.status(story.night, 42)[0]
     assert "not running" in results.status(story.night, None)[0]
     assert any("experiment 3" in line for line in results.status(story.night, 42))
+
+
+def test_a_refused_held_out_test_stands_in_the_last_line() -> None:
+    story = told()
+    story.add("test_score", n=0, split="test", val_bpb=1.6, test_bpb=1.61, summary={}, error=None)
+    assert results.refused(story.night) == ""
+    error = {"kind": "violation", "message": "scoring failed: non_causal"}
+    story.add("test_score", n=2, split="test", val_bpb=1.35, test_bpb=None, summary={}, error=error)
+    assert results.refused(story.night) == "violation: scoring failed: non_causal"
+    line = results.last_line(story.night)
+    assert line.startswith("nothing was won: experiment 2 was the best, 1.3500 from baseline 1.6000, but its held-out test was")
+    assert line in results.status(story.night, None)

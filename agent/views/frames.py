@@ -1,0 +1,50 @@
+"""A night as pandas data frames, for notebooks. pandas is an extra: pip install '.[notebook]'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from agent.journal.journal import read_events
+from agent.journal.state import Night, fold
+
+
+def load(folder: Path | str) -> Night:
+    """The night in runs/<tag>."""
+    return fold(read_events(Path(folder) / "journal.jsonl")[0])
+
+
+def experiments(night: Night) -> pd.DataFrame:
+    """A row for each experiment, the baseline included. val_bpb: mean of its trainings. hours: since the night began. cost: US
+    dollars. best: val_bpb of the best so far."""
+    rows = [
+        {
+            "n": e.n, "status": e.status, "val_bpb": e.mean, "trainings": len(e.scores), "lines": e.lines, "family": e.family,
+            "description": e.description, "hypothesis": e.hypothesis, "reason": e.reason, "commit": e.commit, "parent": e.parent,
+            "hours": ((e.ended or night.last) - night.started) / 3600, "cost": e.cost, "tokens": e.tokens,
+        }
+        for e in night.experiments
+    ]  # fmt: skip
+    frame: pd.DataFrame = pd.DataFrame(rows).set_index("n")
+    kept = frame["val_bpb"].where(frame["status"] == "keep")
+    frame["best"] = kept.ffill()
+    return frame
+
+
+def trainings(night: Night) -> pd.DataFrame:
+    """A row for each training that ended: experiment, seed, val_bpb, seconds, and what its summary says."""
+    frame: pd.DataFrame = pd.DataFrame(
+        [{"n": e.n, "seed": t.seed, "status": t.status, "val_bpb": t.val_bpb, "seconds": t.seconds, **t.summary}
+         for e in night.experiments for t in e.trials if t.status != "running"]
+    )  # fmt: skip
+    return frame
+
+
+def families(frame: pd.DataFrame) -> pd.DataFrame:
+    """Kinds of idea: how many were tried, how many kept, and the share."""
+    done = frame[frame.index > 0]
+    table: pd.DataFrame = done.groupby("family")["status"].agg(tried="size", kept=lambda status: int((status == "keep").sum()))
+    table["share kept"] = table["kept"] / table["tried"]
+    in_order: pd.DataFrame = table.sort_values(["kept", "tried"], ascending=False)
+    return in_order
