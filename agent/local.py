@@ -1,39 +1,44 @@
-"""A coding agent that thinks on this machine: starts `mlx_lm.server`, asks it through `agent/chat/edit.py`, and stops it.
+"""A coding agent that thinks on this machine: starts mlx-lm's server, asks it through `agent/chat/edit.py`, and ends it.
 
     python -m agent.local TRAIN_FILE [--model M] < prompt
 
-The server is gone before this program ends, so that all memory is the trainer's. Nothing is ever downloaded here: a model that
-isn't on the machine is an error with its size and the command that fetches it.
+The server is gone before this program ends, so that all memory is the trainer's; each proposal starts one of its own, so that one
+that died or hung costs one experiment. Nothing is ever downloaded here: a model that isn't on the machine is an error with its size
+and the command that fetches it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from agent.chat.edit import edit, finish
-from agent.chat.endpoint import ChatError, Endpoint
+from agent.chat.edit import check, edit, finish
+from agent.chat.endpoint import Answer, ChatError, Endpoint
 from agent.coders.coder import Reply
 from agent.files import GIB
-from agent.process.supervise import signal_group
+from agent.process import child
+from agent.text import one_line, redact
 
-GRACE_SECONDS = 3.0  # between TERM and KILL
 HUB = "https://huggingface.co"
+HEALTH_SECONDS = 1.0  # between two looks at the server
+SILENT_SECONDS = 120.0  # a server that answers nothing for so long hangs; reading a long prompt takes less between two answers
+# Small edits need little thought, and its tokens come out of the same reply. Templates without the switch ignore it.
+TEMPLATE = json.dumps({"enable_thinking": False})
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,17 @@ class LocalModel:
     memory_gb: int  # of a machine that runs it with a 30,000-token prompt beside the system itself
 
 
+# Of November 2026, by their cards. Untried here: no Mac with the memory for them was at hand. `--check` tries the one you have.
 KNOWN = (
+    LocalModel("mlx-community/Qwen3.5-35B-A3B-OptiQ-4bit", 20.1, 48),
     LocalModel("mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit", 17.2, 32),
-    LocalModel("mlx-community/Qwen2.5-Coder-14B-Instruct-4bit", 8.3, 24),
-    LocalModel("mlx-community/Qwen2.5-Coder-7B-Instruct-4bit", 4.3, 16),
-    LocalModel("mlx-community/Qwen2.5-Coder-3B-Instruct-4bit", 1.7, 8),
+    LocalModel("mlx-community/Qwen3.5-9B-OptiQ-4bit", 5.6, 16),
+    LocalModel("mlx-community/Qwen3.5-4B-OptiQ-4bit", 2.8, 8),
 )
 
 
 def default_model(memory_bytes: int) -> LocalModel:
-    """The largest 4-bit coder that fits a machine with so much memory. Raises ChatError where none does."""
+    """The largest 4-bit model of the table that fits a machine with so much memory. Raises ChatError where none does."""
     memory_gb = round(memory_bytes / GIB)
     for known in KNOWN:
         if memory_gb >= known.memory_gb:
@@ -82,7 +88,7 @@ def find_model(name: str, environ: Mapping[str, str]) -> Path:
     fetch = f"hf download {name}"
     try:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         raise ChatError("missing", f"{name} is not on this machine ({size_text(name, environ)}); download it: {fetch}") from None
     if problem := incomplete(snapshot):
         raise ChatError("missing", f"{name} is only partly on this machine ({problem}); finish the download: {fetch}")
@@ -97,16 +103,64 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "hub"
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "tokenizer.py")
+
+
 def incomplete(folder: Path) -> str | None:
-    """What a model's directory lacks, or None."""
-    wanted = ["config.json", "tokenizer_config.json"]
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        wanted += sorted(set(index["weight_map"].values()))
-    missing = [name for name in wanted if not (folder / name).exists()]
-    if missing:
-        return f"no {missing[0]}" + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
-    return None if any(folder.glob("*.safetensors")) else "no *.safetensors"
+    """What a model's directory lacks, or None: files, the ends of files, the targets of links."""
+    wanted = {"config.json"}
+    index = folder / "model.safetensors.index.json"
+    if os.path.lexists(index):
+        try:
+            wanted |= {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return f"{index.name} can't be read"
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if not weights and not wanted - {"config.json"}:
+        other = "; a GGUF model runs in llama.cpp or LM Studio: use --agent chat" if any(folder.glob("*.gguf")) else ""
+        return f"no *.safetensors{other}"
+    tokenizer = [name for name in TOKENIZERS if os.path.lexists(folder / name)]
+    problems = [] if tokenizer else ["no tokenizer.json"]
+    for name in sorted(wanted | weights | set(tokenizer)):
+        if problem := _broken(folder / name):
+            problems.append(problem)
+    if not problems:
+        return None
+    return problems[0] + (f" and {len(problems) - 1} more files" if len(problems) > 1 else "")
+
+
+def _broken(path: Path) -> str | None:
+    """Why a file of a model isn't whole, or None."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return f"{path.name} is a link to nothing" if path.is_symlink() else f"no {path.name}"
+    if size == 0:
+        return f"{path.name} is empty"
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".json":
+                json.loads(file.read())
+            elif path.suffix == ".safetensors":
+                length = int.from_bytes(file.read(8), "little")
+                if length > size:
+                    return f"{path.name} has {size:,} bytes, and not even its header"
+                tensors = json.loads(file.read(length))
+                ends = [part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__"]
+                if size < (whole := 8 + length + max(ends, default=0)):
+                    return f"{path.name} has {size:,} of {whole:,} bytes"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        return f"{path.name} can't be read: {one_line(str(error), 100)}"
+    return None
+
+
+def require_memory(folder: Path, memory_bytes: int) -> None:
+    """ChatError for weights that this machine's memory can't hold: it would swap until the night is over."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > 0.85 * memory_bytes:
+        raise ChatError(
+            "missing", f"the weights take {size / 1e9:.1f} GB, this machine has {memory_bytes / 1e9:.1f}; take a smaller model"
+        )  # fmt: skip
 
 
 def size_text(name: str, environ: Mapping[str, str]) -> str:
@@ -122,42 +176,116 @@ def size_text(name: str, environ: Mapping[str, str]) -> str:
         return "size unknown: the hub could not be asked"
 
 
-@contextlib.contextmanager
-def serving(model: Path, start_seconds: float) -> Iterator[str]:
-    """`mlx_lm.server` with the model, for as long as the block lasts: yields its base URL. Raises ChatError.
+class Server:
+    """mlx-lm's server with one model, for as long as the `with` block lasts.
 
-    It runs in a group of its own, which is dead when this returns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = [sys.executable, "-m", "mlx_lm.server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True)
-    try:
-        wait_ready(server, port, start_seconds)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        stop(server)
+    It is a child of `agent/process/child.py`, run in a thread: its family ends with the block, and with this process however that
+    ends. One whose model can't be loaded, or that answers nothing any more, is ended; `failure` then says why."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.answered = False
+        self.outcome: child.Outcome | None = None
+        self.said = ""
+        self._ready, self._stop = threading.Event(), threading.Event()
+        self._began = self._heard = time.monotonic()
+        self._next, self._refused = 0.0, 0
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        words = ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port), "--chat-template-args", TEMPLATE]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        try:
+            with tempfile.TemporaryDirectory(prefix="autoresearch-local-") as folder:
+                self.outcome = child.run(
+                    [sys.executable, "-m", "mlx_lm", "server", *words], cwd=Path(folder), env=env, log=Path(folder) / "server.log",
+                    bounds=child.Bounds(wall_seconds=86400.0), stop=self._stop.is_set, watch=self._watch,
+                )  # fmt: skip
+                self.said = self.outcome.tail(4000)
+        except OSError as error:
+            self.said = f"{type(error).__name__}: {error}"
+
+    def _watch(self) -> str | None:
+        """Why the server is to be ended, None while all is well. Asked by its spawner, several times a second."""
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        status = self._health()
+        if status == 200:
+            self._heard = now
+            self._ready.set()
+        self._refused = self._refused + 1 if status == 503 else 0
+        self._next = now + (HEALTH_SECONDS if self._ready.is_set() or self._refused else 0.2)
+        if self._refused >= 2:  # its loading thread is dead, and it will say so for ever
+            return "unhealthy"
+        return "silent" if self._ready.is_set() and now - self._heard > SILENT_SECONDS else None
+
+    def _health(self) -> int | None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+    def wait_ready(self, seconds: float) -> float:
+        """Seconds until the server listens; its model may still load. Raises ChatError."""
+        while not self._ready.wait(0.05):
+            if not self._thread.is_alive():
+                raise self.failure()
+            if time.monotonic() - self._began > seconds:
+                raise ChatError("agent_error", f"mlx-lm's server did not listen after {seconds:g} s; raise --start-seconds")
+        return time.monotonic() - self._began
+
+    def ask(self, endpoint: Endpoint, messages: list[dict[str, str]]) -> Answer:
+        """An answer of the model. Raises ChatError, with the server's own fate where that is the cause."""
+        try:
+            answer = endpoint.ask("default_model", messages)
+        except ChatError as error:
+            self._thread.join(2 * HEALTH_SECONDS + child.GRACE_SECONDS)
+            if self._thread.is_alive():
+                raise
+            raise self.failure() from error
+        self.answered = True
+        return answer
+
+    def failure(self) -> ChatError:
+        """Why the server has ended by itself, or was ended."""
+        outcome, cause = self.outcome, _cause(self.said)
+        if outcome is None or outcome.reason == "missing":
+            return ChatError("agent_error", f"mlx-lm's server could not be started: {cause}")
+        if outcome.reason == "silent":
+            return ChatError("agent_error", f"mlx-lm's server answered nothing for {SILENT_SECONDS:g} s and was ended: {cause}")
+        ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {signal.Signals(outcome.signal).name}"
+        when = "while it answered" if self.answered or self._ready.is_set() else "before it listened"
+        if outcome.reason == "unhealthy" and not self.answered:
+            memory = re.search(r"memory|metal|allocate", cause, re.I)
+            return ChatError("agent_error" if memory else "missing", f"{self.model} can't be loaded: {cause}")
+        if outcome.signal == signal.SIGKILL:
+            ending += " (out of memory, or ended by hand)"
+        return ChatError("agent_error", f"mlx-lm's server ended with {ending} {when}: {cause}")
 
 
-def wait_ready(server: subprocess.Popen[bytes], port: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < deadline:
-        if (code := server.poll()) is not None:
-            raise ChatError("agent_error", f"mlx_lm.server ended with exit code {code} before it was ready; its output is above")
-        with contextlib.suppress(OSError, http.client.HTTPException), opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
-            return
-        time.sleep(0.1)
-    raise ChatError("agent_error", f"mlx_lm.server was not ready after {seconds:g} s; raise --start-seconds")
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server's process group: TERM first, then KILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        signal_group(server.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(GRACE_SECONDS)
+def _cause(said: str) -> str:
+    """The line of a server's output that names its failure."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(?:[\w.]+(?:Error|Exception|Interrupt)\b|\[METAL\]|libc\+\+abi)", line)]
+    died = [line.partition("thread died: ")[2] for line in lines if "thread died: " in line]
+    return one_line(redact((named or died or lines or ["it printed nothing"])[-1]), 300)
 
 
 def raise_exit(number: int, frame: object) -> None:
@@ -166,34 +294,59 @@ def raise_exit(number: int, frame: object) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("train_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", help="A folder or a Hugging Face name. Default: the largest 4-bit coder that fits this machine.")
+@click.option("--model", help="A folder or a Hugging Face name. Default: the largest model of a short list that fits this machine.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
-              help="Timeout per reply, in seconds.")
-@click.option("--start-seconds", type=click.FloatRange(min=0, min_open=True), default=300, show_default=True,
-              help="Timeout for loading the model, in seconds.")
+              help="Timeout per reply, in seconds, with the time to load the model.")
+@click.option("--start-seconds", type=click.FloatRange(min=0, min_open=True), default=120, show_default=True,
+              help="Timeout for the start of the server, in seconds, without the loading of the model.")
 @click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Maximum tokens per reply.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True,
               help="Sampling temperature; 0 always gives the same reply.")
-def main(train_file: Path, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float) -> None:
+@click.option("--check", "only_check", is_flag=True,
+              help="Edit nothing: ask for one word with a prompt as long as a night's, and tell how long a proposal takes.")
+def main(
+    train_file: Path, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float, only_check: bool
+) -> None:
     """Edit TRAIN_FILE as the prompt on standard input asks, with a model on this machine.
 
-    Exit codes: 0 edited, 1 no usable edit, 2 usage, 5 the model or mlx-lm is missing."""
-    prompt = sys.stdin.read()
+    Exit codes: 0 edited, 1 no usable edit, 2 usage, 5 the model, mlx-lm or the openai package is missing."""
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not prompt.strip():
         raise click.UsageError("no prompt; expected it on standard input")
-    signal.signal(signal.SIGTERM, raise_exit)  # so that the server is stopped on the way out
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, raise_exit)  # so that the server is ended on the way out
     try:
-        if importlib.util.find_spec("mlx_lm") is None:
-            raise ChatError("missing", "mlx-lm is not installed; install it: python -m pip install mlx-lm")
-        name = model or default_model(machine_memory()).repo
-        folder = find_model(name, os.environ)
-        print(f"local model: {name}", file=sys.stderr)
-        with serving(folder, start_seconds) as url:
-            endpoint = Endpoint(url, timeout=timeout, max_tokens=max_tokens, temperature=temperature)
-            reply = edit(lambda messages: endpoint.ask("default_model", messages), prompt, train_file)
+        reply = propose(train_file, prompt, model, timeout, start_seconds, max_tokens, temperature, only_check)
     except ChatError as error:
         reply = Reply(failure=error.failure, detail=str(error))
+    except Exception as error:  # a traceback says nothing to a person, and the reply belongs on the last line
+        reply = Reply(failure="agent_error", detail=redact(f"{type(error).__name__}: {error}")[:500])
     finish(reply)
+
+
+def propose(
+    train_file: Path, prompt: str, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float,
+    only_check: bool,
+) -> Reply:  # fmt: skip
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise ChatError("missing", "mlx-lm is not installed; install it: python -m pip install mlx-lm")
+    name = model or default_model(machine_memory()).repo
+    folder = find_model(name, os.environ)
+    require_memory(folder, machine_memory())
+    print(f"local model: {name}", file=sys.stderr)
+    server = Server(folder)
+    endpoint = Endpoint(server.url, timeout=timeout, max_tokens=max_tokens, temperature=temperature)
+    try:
+        with server:
+            started = server.wait_ready(start_seconds)
+            if only_check:
+                return check(lambda messages: server.ask(endpoint, messages), prompt, train_file, started)
+            return edit(lambda messages: server.ask(endpoint, messages), prompt, train_file)
+    finally:
+        if server.outcome is not None:
+            print(f"mlx-lm's server has ended; its memory, at most {server.outcome.peak_rss_mb:.0f} MB, is free", file=sys.stderr)
+            if server.outcome.reason != "stopped":
+                print(server.said, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from agent.chat.edit import edit, finish
-from agent.chat.endpoint import ChatError, Endpoint
+from agent.chat.edit import check, edit, finish
+from agent.chat.endpoint import ChatError, Endpoint, key_from
 from agent.coders.coder import Reply
+from agent.text import redact
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,9 +22,12 @@ from agent.coders.coder import Reply
               help="Timeout per reply, in seconds.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Maximum tokens per reply. Default: the endpoint's.")
 @click.option("--temperature", type=click.FloatRange(0), help="Default: the endpoint's.")
+@click.option("--check", "only_check", is_flag=True,
+              help="Edit nothing: ask for one word with a prompt as long as a night's, and tell how long a proposal takes.")
 def main(
-    train_file: Path, base_url: str | None, model: str | None, timeout: float, max_tokens: int | None, temperature: float | None
-) -> None:
+    train_file: Path, base_url: str | None, model: str | None, timeout: float, max_tokens: int | None, temperature: float | None,
+    only_check: bool,
+) -> None:  # fmt: skip
     """Edit TRAIN_FILE as the prompt on standard input asks, through an OpenAI-compatible endpoint.
 
     The key is read from AUTORESEARCH_API_KEY or OPENAI_API_KEY. Exit codes: 0 edited, 1 no usable edit, 2 usage, 3 login, 4 rate
@@ -32,16 +36,18 @@ def main(
     url = base_url or environ.get("OPENAI_BASE_URL") or environ.get("OPENAI_API_BASE")
     if not url:
         raise click.UsageError("no endpoint; give --base-url, for example http://127.0.0.1:1234/v1, or set OPENAI_BASE_URL")
-    key = environ.get("AUTORESEARCH_API_KEY") or environ.get("OPENAI_API_KEY")
-    prompt = sys.stdin.read()
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not prompt.strip():
         raise click.UsageError("no prompt; expected it on standard input")
     try:
-        endpoint = Endpoint(url, key, timeout, max_tokens=max_tokens, temperature=temperature)
+        endpoint = Endpoint(url, key_from(environ), timeout, max_tokens=max_tokens, temperature=temperature)
         name = model or endpoint.only_model()
+        reply = (check if only_check else edit)(lambda messages: endpoint.ask(name, messages), prompt, train_file)
     except ChatError as error:
-        finish(Reply(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds))
-    finish(edit(lambda messages: endpoint.ask(name, messages), prompt, train_file))
+        reply = Reply(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds)
+    except Exception as error:  # a traceback could show what must stay secret, and says nothing to a person
+        reply = Reply(failure="agent_error", detail=redact(f"{type(error).__name__}: {error}")[:500])
+    finish(reply)
 
 
 if __name__ == "__main__":

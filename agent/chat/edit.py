@@ -1,21 +1,22 @@
 """A coding agent made of one question: any OpenAI-compatible endpoint, answered in SEARCH/REPLACE blocks.
 
-The prompt and the file are sent; blocks of the answer are applied exactly, or an error that names what was wrong is sent back,
-once. The file is written only if the result is Python. The last line of standard output is a Reply as JSON.
+The prompt and the file are sent; the answer is applied as `agent/chat/blocks.py` reads it, or an error that names what was wrong is
+sent back, once. A prompt that the model's context can't hold is shortened, once. The last line of standard output is a Reply.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from agent.chat.endpoint import Answer, ChatError
+from agent.chat.blocks import EditError, apply_answer, spoken
+from agent.chat.endpoint import LARGER_CONTEXT, Answer, ChatError
 from agent.coders.coder import Reply, with_last_lines
+from agent.text import one_line, redact
 
 Ask = Callable[[list[dict[str, str]]], Answer]
 
@@ -34,108 +35,210 @@ HYPOTHESIS: why this should help
 DESCRIPTION: what was changed, in a few words
 """
 EXIT_CODES = {None: 0, "agent_error": 1, "login": 3, "rate_limit": 4, "missing": 5}  # 2 is usage
+SENT_BACK = 20_000  # characters of a bad answer that its model gets to see again
+LARGEST_PROMPT = 36_000  # characters of a night's prompt, at most: agent/proposal/briefing.py
+EDIT_TOKENS = 600  # of an answer with a small edit, for the time that is told before a night
+ROOM_FOR_ANSWER = 2048  # tokens
+LEAST_PROMPT = 1500  # characters that a shortened prompt has at least: what to do, and some of what is known
+CHARACTERS_PER_TOKEN = 3.0  # of Python and English; more only makes a context look smaller than it is
+_CUT = "\n\n(... {} characters are left out here: the model's context is too small for them ...)\n\n"
 
 
-class EditError(Exception):
-    """An answer that can't be applied. The message is written for the model: what was expected, what came."""
+@dataclass
+class Conversation:
+    """One prompt and file before one model: what is sent, and what it has cost so far."""
 
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(f"{name}: {message}")
-        self.name = name
+    ask: Ask
+    prompt: str
+    file: str  # with its heading
+    question: str = ""  # in place of an edit
+    usage: Reply = field(default_factory=Reply)
+    seconds: float = 0.0
+    since: list[dict[str, str]] = field(default_factory=list)  # an answer that was sent back, and why
+    notes: list[str] = field(default_factory=list)  # for the human
+
+    def next(self) -> Answer:
+        """The next answer; its tokens are added up. Raises ChatError."""
+        try:
+            answer = self.ask(self._messages())
+        except ChatError as error:
+            if not error.too_small:
+                raise
+            self._shorten(error)
+            try:
+                answer = self.ask(self._messages())
+            except ChatError as again:
+                raise _cannot_hold(again, self.length()) if again.too_small else again from None
+        self.seconds += answer.seconds
+        tokens = {name: _sum(getattr(self.usage, name), getattr(answer, name)) for name in ("tokens_in", "tokens_out")}
+        self.usage = Reply(**{**asdict(self.usage), **tokens, "message": printable(spoken(answer.text)[0])[-SENT_BACK:] or None})
+        return answer
+
+    def send_back(self, answer: Answer, error: EditError) -> None:
+        """Let the next question name what was wrong. Servers refuse an empty answer in a conversation: that one is left out."""
+        near = f"\nThe nearest lines of the file are, exactly:\n```python\n{error.shown}\n```" if error.shown else ""
+        complaint = f"No block was applied. {error}{near}\nSend all blocks again, corrected."
+        said = printable(spoken(answer.text)[0])[:SENT_BACK]
+        if said.strip():
+            self.since = [{"role": "assistant", "content": said}, {"role": "user", "content": complaint}]
+        else:
+            self.prompt += f"\n\n# An earlier answer to this\n{complaint} Answer with the blocks at once; think less before.\n"
+
+    def _messages(self) -> list[dict[str, str]]:
+        content = self.prompt + self.file + (f"\n\n{self.question}\n" if self.question else "")
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}, *self.since]
+
+    def length(self) -> int:
+        return sum(len(message["content"]) for message in self._messages())
+
+    def _shorten(self, error: ChatError) -> None:
+        """Leave out the middle of the prompt, never of the file. Raises ChatError where even that is too much."""
+        length = self.length()
+        fits = len(self.prompt) // 3  # where the server tells no number
+        if error.context:
+            per_token = max(1.0, length / error.sent) if error.sent else CHARACTERS_PER_TOKEN
+            room = int((error.context - min(ROOM_FOR_ANSWER, error.context // 3)) * per_token * 0.95)
+            fits = len(self.prompt) - (length - room)
+        if not LEAST_PROMPT <= fits < len(self.prompt):
+            raise _cannot_hold(error, length)
+        left_out = len(self.prompt) - fits + len(_CUT)
+        head, tail = fits // 3, fits - fits // 3 - len(_CUT)
+        size = f" of {error.context:,} tokens" if error.context else ""
+        cut = f"{left_out:,} of {length:,} characters were left out"
+        self.notes.append(f"the model's context{size} is too small for the prompt: {cut}; {LARGER_CONTEXT}")
+        self.prompt = self.prompt[:head] + _CUT.format(f"{left_out:,}") + self.prompt[-tail:]
 
 
-_THOUGHTS = re.compile(r"\A.*</think>", re.S)  # where the prompt's template opens them, the answer only closes them
-_BLOCK = re.compile(r"^<{5,9} SEARCH[ \t]*\n(.*?)^={5,9}[ \t]*\n(.*?)^>{5,9} REPLACE[ \t]*$", re.M | re.S)
-
-
-def apply_blocks(source: str, answer: str) -> str:
-    """`source` with the answer's SEARCH/REPLACE blocks applied, in order. Raises EditError, and then nothing is applied:
-
-    no_blocks, unfinished_block, empty_search, not_found, ambiguous, no_change, not_python."""
-    answer = _THOUGHTS.sub("", answer).replace("\r\n", "\n")
-    blocks = _BLOCK.findall(answer)
-    opened = len(re.findall(r"^<{5,9} SEARCH", answer, re.M))
-    if not opened:
-        raise EditError("no_blocks", "expected at least one SEARCH/REPLACE block, found none")
-    if opened != len(blocks):
-        raise EditError("unfinished_block", f"{opened} blocks begin, {len(blocks)} are complete: SEARCH, =======, REPLACE")
-    newline = "\r\n" if "\r\n" in source else "\n"
-    text = source.replace("\r\n", "\n")
-    for number, (search, replacement) in enumerate(blocks, 1):
-        text = _replace(text, search, replacement, f"block {number} of {len(blocks)}")
-    if text == source.replace("\r\n", "\n"):
-        raise EditError("no_change", "the blocks leave the file as it was")
-    try:
-        ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        shown = text.splitlines()[line - 1].strip()[:120] if line and line <= len(text.splitlines()) else ""
-        raise EditError("not_python", f"the edited file does not parse: {error}: {shown!r}") from error
-    return text.replace("\n", newline)
-
-
-def _replace(text: str, search: str, replacement: str, where: str) -> str:
-    if not search.strip():
-        raise EditError("empty_search", f"{where} searches for nothing; put the lines to replace there, or lines to extend")
-    body = text if text.endswith("\n") else text + "\n"
-    starts = [hit.start() for hit in re.finditer("^" + re.escape(search), body, re.M)]
-    first = next(line for line in search.splitlines() if line.strip()).strip()[:120]
-    if not starts:
-        raise EditError("not_found", f"{where}: the lines of SEARCH, from {first!r}, are not in the file as they stand")
-    if len(starts) > 1:
-        raise EditError("ambiguous", f"{where}: the lines of SEARCH, from {first!r}, occur {len(starts)} times; add lines")
-    return body[: starts[0]] + replacement + body[starts[0] + len(search) :]
+def _cannot_hold(error: ChatError, length: int) -> ChatError:
+    """The failure of a context that is too small for the file itself: no later experiment would fare better."""
+    tokens = error.sent or int(length / CHARACTERS_PER_TOKEN)
+    size = f" of {error.context:,} tokens" if error.context else ""
+    return ChatError(
+        "missing", f"the model's context{size} can't hold file, prompt and answer (about {tokens + ROOM_FOR_ANSWER:,} tokens); "
+        f"{LARGER_CONTEXT}. The server said: {error}", too_small=True, context=error.context,
+    )  # fmt: skip
 
 
 def edit(ask: Ask, prompt: str, path: Path) -> Reply:
-    """Asks for an edit of the file at `path` and writes it; an answer that can't be applied is sent back once.
+    """Ask for an edit of the file at `path` and write it; an answer that can't be applied is sent back once.
 
     The reply's failure is None exactly if the file was written. Raises OSError for a file that can't be read or written."""
-    with open(path, encoding="utf-8", newline="") as file:
-        source = file.read()
-    # a prompt that has the file in it already is not made twice as long
-    shown = "" if source.strip() in prompt else f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n"
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt + shown}]
-    reply = Reply()
+    source = _read(path)
+    talk = _conversation(ask, prompt, path, source)
+    problems: list[str] = []
     for attempt in (1, 2):
         try:
-            answer = ask(messages)
+            answer = talk.next()
         except ChatError as error:
-            return _with(reply, None, error.failure, str(error), error.wait_seconds)
-        reply = _with(reply, answer)
+            before = f"{problems[-1]}; and then: " if problems and error.failure == "agent_error" else ""
+            return _failed(talk.usage, error.failure, f"{before}{error}", error.wait_seconds)
         try:
             if answer.cut_off:
-                raise EditError("cut_off", "the reply was cut off by its length; use fewer and smaller blocks")
-            edited = apply_blocks(source, answer.text)
+                raise EditError("cut_off", _cut_off(answer))
+            edited = apply_answer(source, answer.text, answer.reasoning)
         except EditError as error:
-            problem = f"{error}"
-            print(f"attempt {attempt}: {problem}", file=sys.stderr)
-            messages += [
-                {"role": "assistant", "content": answer.text},
-                {"role": "user", "content": f"No block was applied. {problem}\nSend all blocks again, corrected."},
-            ]
+            problems.append(f"{error}{_hint(talk, answer)}")
+            print(f"attempt {attempt}: {redact(one_line(problems[-1], 500))}", file=sys.stderr)
+            talk.send_back(answer, error)
             continue
         with open(path, "w", encoding="utf-8", newline="") as file:
             file.write(edited)
-        return with_last_lines(reply)
-    return _with(reply, None, "agent_error", problem)
+        _tell(talk)
+        return with_last_lines(talk.usage)
+    _tell(talk)
+    return _failed(talk.usage, "agent_error", problems[-1])
 
 
-def _with(
-    before: Reply, answer: Answer | None, failure: str | None = None, detail: str | None = None, wait: float | None = None
-) -> Reply:
-    """`before` with an answer's usage added, or with a failure."""
-    fields = asdict(before)
-    if answer is not None:
-        fields["message"] = _THOUGHTS.sub("", answer.text).strip() or None
-        for key, count in (("tokens_in", answer.tokens_in), ("tokens_out", answer.tokens_out)):
-            fields[key] = None if count is None and fields[key] is None else (fields[key] or 0) + (count or 0)
-    return Reply(**{**fields, "failure": failure, "detail": detail, "wait_seconds": wait})
+def check(ask: Ask, prompt: str, path: Path, start_seconds: float = 0.0) -> Reply:
+    """Ask for one word with a prompt as long as a night's longest, and say how long a proposal will take. The file stays.
+
+    A second question, to count, shows how fast the model writes. `start_seconds` is what each proposal takes before it asks."""
+    source = _read(path)
+    filler = _without(prompt, source)
+    while len(filler) < LARGEST_PROMPT and source.strip():
+        filler += "\n" + source[: LARGEST_PROMPT - len(filler)]
+    talk = _conversation(ask, f"# What an experiment will be told, in length\n{filler}\n", path, source)
+    talk.question = "This only tests the connection. Change nothing, write no blocks; answer with the one word: ready"
+    counting = [{"role": "user", "content": "Count from 1 to 60 in digits, separated by blanks. Write nothing else."}]
+    try:
+        answer = talk.next()
+        if not (answer.text.strip() or answer.reasoning.strip()):
+            empty = f"an empty answer to a prompt of {talk.length():,} characters{_hint(talk, answer)}"
+            return _failed(talk.usage, "agent_error", empty)
+        counted = ask(counting)
+    except ChatError as error:
+        return _failed(talk.usage, error.failure, str(error), error.wait_seconds)
+    speed = (counted.tokens_out or len(counted.text) / CHARACTERS_PER_TOKEN) / max(counted.seconds, 1e-3)
+    written = EDIT_TOKENS / speed if speed > 0 else 0.0
+    about = start_seconds + answer.seconds + written
+    size = f"{answer.tokens_in:,} tokens" if answer.tokens_in else f"{talk.length():,} characters"
+    reading = f"{start_seconds + answer.seconds:.0f} s to start and read {size}"
+    words = f"about {_rounded(about)} s a proposal: {reading}, then {speed:.0f} tokens/s"
+    hint = _hint(talk, answer).lstrip("; ")
+    _tell(talk)
+    return Reply(**{**asdict(talk.usage), "message": "; ".join([words, *talk.notes, *([hint] if hint else [])])})
 
 
 def finish(reply: Reply) -> None:
-    """Prints the reply as the last line, and exits with the code of its failure."""
+    """Print the reply as the last line, and exit with the code of its failure."""
     if reply.detail:
-        print(f"{reply.failure}: {reply.detail}", file=sys.stderr)
-    print(json.dumps(asdict(reply), ensure_ascii=False), flush=True)
+        print(f"{reply.failure}: {printable(reply.detail)}", file=sys.stderr)
+    print(json.dumps(asdict(reply)), flush=True)
     raise SystemExit(EXIT_CODES[reply.failure])
+
+
+def printable(text: str) -> str:
+    """Text that UTF-8 can hold: half an emoji becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(path: Path) -> str:
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def _conversation(ask: Ask, prompt: str, path: Path, source: str) -> Conversation:
+    return Conversation(ask, _without(prompt, source), f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n")
+
+
+def _without(prompt: str, source: str) -> str:
+    """The prompt without the file, should it be in it: it is sent once, where shortening leaves it alone."""
+    return prompt.replace(source.strip(), "(the file is below)") if len(source.strip()) > 20 else prompt
+
+
+def _cut_off(answer: Answer) -> str:
+    if not answer.text.strip():
+        return (
+            "the whole reply went into reasoning, then its length was up: raise --max-tokens or the model's context, or let the "
+            "model reason less"
+        )
+    return "the reply was cut off by its length: use fewer and smaller blocks, or raise --max-tokens, or the model's context"
+
+
+def _hint(talk: Conversation, answer: Answer) -> str:
+    """What an answer's usage says about a failed edit: some servers cut a prompt silently to their context."""
+    length = talk.length()
+    if answer.tokens_in and answer.tokens_out == 0:
+        return f"; the prompt of {answer.tokens_in:,} tokens may fill the model's context: {LARGER_CONTEXT}"
+    if answer.tokens_in and length > 8000 and length > 10 * answer.tokens_in:
+        read = f"; the server read {answer.tokens_in:,} tokens of {length:,} characters"
+        return f"{read}: its context may be too small; {LARGER_CONTEXT}"
+    return ""
+
+
+def _tell(talk: Conversation) -> None:
+    for note in talk.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _sum(before: int | None, more: int | None) -> int | None:
+    return None if before is None and more is None else (before or 0) + (more or 0)
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds < 20 else f"{round(seconds, -1):.0f}"
+
+
+def _failed(usage: Reply, failure: str, detail: str, wait: float | None = None) -> Reply:
+    words = redact(printable(re.sub(r"\s+", " ", detail)))[:1500]
+    return Reply(**{**asdict(usage), "failure": failure, "detail": words, "wait_seconds": wait})

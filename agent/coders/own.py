@@ -17,11 +17,16 @@ EDITS = "it writes the train file and nothing else"
 
 def chat(job: Job) -> list[str]:
     endpoint = ["--base-url", job.base_url] if job.base_url else []
-    return ["-m", "agent.chat", job.train_file, *model(job, "--model"), *endpoint]
+    return ["-m", "agent.chat", job.train_file, *model(job, "--model"), *endpoint, *check(job)]
 
 
 def local(job: Job) -> list[str]:
-    return ["-m", "agent.local", job.train_file, *model(job, "--model")]
+    return ["-m", "agent.local", job.train_file, *model(job, "--model"), *check(job)]
+
+
+def check(job: Job) -> list[str]:
+    """Before a night: one word is asked with a prompt of the real size, and the time of a proposal is told."""
+    return ["--check"] if job.check else []
 
 
 OWN = (
@@ -39,6 +44,7 @@ OWN = (
     ),
     Coder(
         name="chat",
+        check_seconds=600.0,  # a server may have to load its model first
         binary=sys.executable,
         arguments=chat,
         reader=shapes.own,
