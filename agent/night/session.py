@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -72,9 +73,9 @@ def run_session(
     )  # fmt: skip
     desk = Desk(folder, worktree, night.train_file, coder, settings, stopper.now)
     engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
-    data = f"data {night.dataset['id']}, budget {lab.budget}"
-    console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {boxed}")
+    for line in setup.in_plain_words(night, settings, about, shutil.disk_usage(folder).free / 1e9):
+        console.say(line)
+    console.say(f"sandbox of trainings: {boxed if boxed.startswith('none') else boxed.partition(':')[0]}")
     try:
         source = night.train_file, repository.file_at(night.base, night.train_file)
         before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)

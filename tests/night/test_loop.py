@@ -396,3 +396,13 @@ def test_a_resumed_night_trains_the_tier_that_it_began_with(tmp_path: Path) -> N
     logs = sorted((bed.folder() / "logs").glob("*.train.log"))
     assert len(logs) >= 5
     assert {log.read_text().splitlines()[0] for log in logs} == {"tier mac"}
+
+
+def test_the_first_lines_say_in_plain_words_what_was_chosen_and_what_it_takes(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "worse")
+    done = bed.run("--experiments", "1", "--max-cost", "2", "--budget", "300s", "--hours", "0", QUICK)
+    said = done.stdout
+    assert re.search(r"data: toy, preset tiny, this machine's default; others: --dataset, --preset", said), said
+    assert re.search(r"time: about 5.8 min a training, 3 for the baseline first \(17 min\); then 1 experiments", said), said
+    assert re.search(r"cost: at most \$2.00; disk: \d+ GB free", said), said
+    assert all(len(line) < 140 for line in said.splitlines()[:8])
