@@ -15,7 +15,8 @@ from pathlib import Path
 
 from harness import HarnessError, home, write_atomically
 
-DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each, with 0.5, 1, 2 and 4 seconds between them
+DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each
+FIRST_WAIT = 0.5                # seconds before the second attempt; each wait is twice the one before
 
 
 @contextmanager
@@ -142,5 +143,5 @@ def patiently(what: str, once: Callable):
                                    "Run the same command again to continue; what arrived is kept. Check HF_ENDPOINT, "
                                    "HTTPS_PROXY and HF_TOKEN; --revision chooses another commit; `--dataset stories` needs no "
                                    "network") from error
-            time.sleep(2**attempt / 2)
+            time.sleep(FIRST_WAIT * 2**attempt)
     return None

@@ -49,6 +49,7 @@ class Trial:
     seconds: float = 0.0
     summary: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    order: int = 0  # its place among all trials of the night that ended and counted, from 0
 
 
 @dataclass
@@ -298,6 +299,7 @@ def _trial_end(night: Night, event: Mapping[str, Any]) -> None:
         return
     trial.status, trial.val_bpb, trial.seconds = event["status"], event["val_bpb"], event["seconds"]
     trial.summary, trial.error = event["summary"] or {}, event["error"]
+    trial.order = night.trials
     experiment.repeats.clear()
     night.trials += 1
 

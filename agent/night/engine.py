@@ -116,7 +116,7 @@ class Engine:
                 self.mend(experiment, damage)
 
     def judgement(self, experiment: Experiment) -> Verdict:
-        """Train and score the candidate, and the best again where that decides, until there is a verdict."""
+        """Train and score the candidate, and the best in turn with it where that decides, until there is a verdict."""
         best = self.night.leader
         self.lay(experiment)
         if not experiment.scores and (early := self.early_verdict(experiment)):
@@ -124,15 +124,14 @@ class Engine:
         while True:
             subject = experiment
             if experiment.scores:
-                decision = judge(self.night, experiment, self.rule)
-                if decision.action != "again":
-                    return Verdict(decision.action, f"{decision.reason}, gain {decision.gain:+.4f}", None)
-                subject = best if decision.remeasure_best else experiment
-                who = "the best is measured again" if subject is best else "trained again with another seed"
-                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
+                step = judge(self.night, experiment, self.rule)
+                if step.action in ("keep", "discard"):
+                    return Verdict(step.action, step.words, None)
+                subject = best if step.action == "train best" else experiment
+                self.console.say(f"{experiment.name}: {step.words}; {step.next_words}")
             result = self.trial(subject)
             if result.status != "ok" and subject is best:
-                return Verdict("discard", f"the best could not be measured again: {result.status}", result.error)
+                return Verdict("discard", f"the best could not be trained beside it: {result.status}", result.error)
             if result.status != "ok":
                 return Verdict(result.status, (result.error or {}).get("message", ""), result.error)
 
