@@ -125,7 +125,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
         repository.file_at(repository.head, train_file)
     except NightError as error:
         return Finding("git", "bad", str(error))
-    changed = repository.changed(train_file, *FROZEN)
+    changed = repository.changed(repository.head, train_file, *FROZEN)
     if changed:
         return Finding("git", "note", f"{', '.join(changed)} differs from HEAD; a night starts from what is committed")
     return Finding("git", "ok", f"{words}, {repository.root} at {repository.head[:7]}")

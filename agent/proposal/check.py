@@ -17,7 +17,7 @@ from typing import Any
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
 from agent.coders.table import arguments
 from agent.errors import AgentError, Stopped
-from agent.files import read_plain, remove
+from agent.files import GIB, read_plain, remove
 from agent.git.command import run_git
 from agent.git.guard import TRAIN_FILE_BYTES
 from agent.journal.settings import Settings
@@ -110,7 +110,7 @@ def ask_for_a_word(
         outcome = child.run(
             command.argv, cwd=work, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=stop,
             watch=Lingering(coder, job, out, log, LINGER_SECONDS),
-            bounds=child.Bounds(coder.check_seconds), pidfile=folder / "agent.pid",
+            bounds=child.Bounds(coder.check_seconds, directories=(place,), directory_bytes=GIB), pidfile=folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped

@@ -341,7 +341,8 @@ def live(name: str, script: Script, minutes: float = 1.0, check: bool = False) -
                 cwd=bed.repo, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
             )  # fmt: skip
         events = read_events(journal)[0]
-        kept = git(bed.repo, "show", "autoresearch/night:train_mlx.py")
+        branch = git(bed.repo, "branch", "--list", "--format=%(refname)", "autoresearch/night")  # none where nothing was kept
+        kept = git(bed.repo, "show", f"{branch or 'HEAD'}:train_mlx.py")
         touched = sorted(path for path, _ in before.items() ^ checkout_digest(bed.repo).items())
         lived = Lived(done.returncode, done.stdout + done.stderr, events, fold(events), kept, server, touched)
         print(lived.output, *(f"{log}: {log.read_text()[-3000:]}" for log in bed.folder().glob("logs/*.agent.*")), file=sys.stderr)
