@@ -47,7 +47,8 @@ def kind_of(error: BaseException) -> str:
         return error.kind
     if getattr(error, "errno", None) == errno.EFBIG:  # beyond server.SERVER_FILE_BYTES
         return "violation"
-    words = r"out of memory|OutOfMemory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer"
+    words = r"out of memory|OutOfMemory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer" \
+            r"|not enough memory|STATUS_ALLOC_FAILED|Invalid buffer size"  # PyTorch on a CPU, cuBLAS and cuDNN, Metal
     return "oom" if isinstance(error, MemoryError) or re.search(words, str(error)) else "crash"
 
 

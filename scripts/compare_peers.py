@@ -86,15 +86,16 @@ def adapt(source: str, constants: dict[str, Any], seed: int = 1, fp32: bool = Tr
 
 
 def launch(name: str, source: str, folder: Path, settings: dict[str, Any], limit: float, python: str = sys.executable,
-           **environment: str) -> dict[str, Any]:
-    """Train `source` as folder/name in a process of its own; what peer_shim.py reports. Failed if it failed or took too long."""
+           child: Path = SHIM, **environment: str) -> dict[str, Any]:
+    """Run `child` on `source`, saved as folder/name, in a process of its own. Returns the child's report. Failed if the child
+    failed or took more than `limit` seconds."""
     (folder / name).write_text(source)
     settings = settings | {"report": str(folder / "report.json")}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "PEER_"))}
     environment = {**kept, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1", "PEER_SETTINGS": json.dumps(settings),
                    **environment}
     with open(folder / "output.txt", "w+") as output:
-        command = [python, str(SHIM), str(folder / name)]
+        command = [python, str(child), str(folder / name)]
         try:
             code = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=limit).returncode
         except subprocess.TimeoutExpired:
@@ -121,6 +122,15 @@ def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, s
     return report
 
 
+def scored(run_dir: Path, held: Path, **environment: str) -> float:
+    """val_bpb of a run of ours, by the scorer. Failed if it has none."""
+    command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if not (found := re.search(r"^val_bpb: +(\S+)", done.stdout, re.M)):
+        raise Failed(f"no score of our own run: {done.stderr[-1500:]}")
+    return float(found[1])
+
+
 def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
     """One training of our file, scored by `prepare_mlx.py score`: report with val_bpb."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,11 +138,7 @@ def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -
         variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": f"{seconds}s", "SEED": str(seed), "SCORE": "0"}
         report = launch(TRAIN_FILE.name, source, Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
                         **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
-        command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
-        scored = subprocess.run(command, capture_output=True, text=True)
-        if not (found := re.search(r"^val_bpb: +(\S+)", scored.stdout, re.M)):
-            raise Failed(f"no score of our own run: {scored.stderr[-1500:]}")
-        return report | {"val_bpb": float(found[1])}
+        return report | {"val_bpb": scored(run_dir, held)}
 
 
 def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
