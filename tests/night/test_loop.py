@@ -73,7 +73,7 @@ def test_a_night_with_every_outcome(tmp_path: Path) -> None:
     assert rows[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
     assert len(rows) == 1 + 1 + len(words.split())
     assert (bed.folder() / "progress.png").read_bytes().startswith(b"\x89PNG")
-    won = r"\d best 1\.\d{4} from baseline 1\.\d{4}: -\d\.\d % in 17 experiments, 4 kept; branch autoresearch/night"
+    won = r"\d best \d\.\d{4} from baseline 1\.\d{4}: -\d+\.\d % in 17 experiments, 4 kept; branch autoresearch/night"
     assert re.search(won, done.stdout.splitlines()[-1])
     assert "step 2, loss" in done.stdout or "loss nan" in done.stdout
     assert checkout_digest(bed.repo) == before
