@@ -173,7 +173,7 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path: Path) -> None:
         "machine": {"processor": "A processor", "cores": 2, "memory_gb": 8.0, "system": "Linux", "mlx": "1"}, "date": "2026-01-01",
         "load": 3.0, "parity": benchmark.parity({"mlx-cpu": [1.0], "cpu": [1.0], "mps": [2.0]}, "fp32"),
         "settings": {"tier": "cpu", "dtype": "fp32", "data": "d", "rounds": 2, "steps": 3, "repeats": 1, "warmup": 1,
-                     "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
+                     "max_drift": 3, "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
         "legs": {name: benchmark.medians(r) for name, r in reports.items()}, "ratios": benchmark.ratios(reports, "mlx-cpu"),
         "failed": {"cuda": "exit code 1: ...\nRuntimeError: no such device"}, "reports": reports,
         "equal_steps": {"budget": "9steps", "legs": {"cpu": {"val_bpb": 1.5}}, "difference": 0.02, "agree": False}}
