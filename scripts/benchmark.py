@@ -240,7 +240,7 @@ def machine() -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("mlx", "torch", "numpy") if importlib.util.find_spec(p)}
     return {"processor": name, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "python": platform.python_version(), **versions}
+            "python": platform.python_version(), "threads": os.environ.get("OMP_NUM_THREADS", "all"), **versions}
 
 
 def load() -> float:
@@ -370,9 +370,10 @@ def table_of(result: dict[str, Any]) -> list[list[str]]:
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the table doesn't show, one sentence a line."""
     m, s = result["machine"], result["settings"]
-    lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; MLX {m.get('mlx', '-')}, PyTorch "
-             f"{m.get('torch', '-')}. {result['date']}. Programs per core during the rounds: {result['load']:.1f}"
-             + (" (a loaded machine: figures are low and spread)." if result["load"] > 1.2 else "."),
+    loaded = " (a loaded machine: figures are low and spread)" if result["load"] > 1.2 else ""
+    lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; CPU threads: {m['threads']}; "
+             f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}. "
+             f"Programs per core during the rounds: {result['load']:.1f}{loaded}.",
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
              f"data {s['data']}. {s['rounds']} rounds in fresh processes, {s['repeats']} windows of {s['steps']} steps each "

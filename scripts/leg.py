@@ -42,10 +42,11 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], seq_len: int) -> int:
 
 def process_peak() -> float:
     """Peak bytes that this process held in memory."""
-    import psutil
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
         return psutil.Process().memory_info().peak_wset
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
