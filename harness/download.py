@@ -1,7 +1,6 @@
 """Downloads from the Hugging Face hub that resume and are checked by SHA-256, and the progress bar for them and for preparation."""
 
 import concurrent.futures
-import fcntl
 import hashlib
 import json
 import os
@@ -40,8 +39,8 @@ def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[...,
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Hold a lock file: a second process that asks for it waits here, and then finds the work done."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    from filelock import FileLock
+    with FileLock(lock):
         yield
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import queue
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -152,7 +153,10 @@ class Run:
         write_atomically(self.dir / "train.json", json.dumps(facts, indent=1).encode())
         if os.environ.get("AUTORESEARCH_SCORE") != "0":
             sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, str(PROGRAM), "score", str(self.dir)])  # frees the trainer's memory
+            command = [sys.executable, str(PROGRAM), "score", str(self.dir)]
+            if sys.platform == "win32":  # execv begins a new process there, and its exit code is lost
+                sys.exit(subprocess.run(command).returncode)
+            os.execv(sys.executable, command)  # frees the trainer's memory
 
 
 def start_run(train_file: str) -> Run:

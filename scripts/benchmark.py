@@ -191,20 +191,20 @@ def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shi
 
 LEG = Path(__file__).resolve().parent / "leg.py"
 TORCH_FILE = ROOT / "train_torch.py"
-# A leg: a train file on a device. name: (backend, "mlx" or "torch", its $AUTORESEARCH_DEVICE, compiled: as the file does if None)
-LEGS: dict[str, tuple[str, str, str, bool | None]] = {
-    "mlx": ("mlx", "mlx", "", True), "mlx, not compiled": ("mlx", "mlx", "", False),
-    "mps": ("mps", "torch", "mps", False), "mps, compiled": ("mps", "torch", "mps", True),
-    "mlx-cuda": ("mlx-cuda", "mlx", "", True), "mlx-cuda, not compiled": ("mlx-cuda", "mlx", "", False),
-    "cuda": ("cuda", "torch", "cuda", True), "cuda, not compiled": ("cuda", "torch", "cuda", False),
-    "mlx-cpu": ("mlx-cpu", "mlx", "cpu", None), "cpu": ("cpu", "torch", "cpu", None),
+# A leg: a train file on a device. name: (backend, "mlx" or "torch", mode: see leg.py; "" is as the file has it)
+LEGS: dict[str, tuple[str, str, str]] = {
+    "mlx": ("mlx", "mlx", "compiled"), "mlx, not compiled": ("mlx", "mlx", "eager"),
+    "mps": ("mps", "torch", "eager"), "mps, compiled": ("mps", "torch", "compiled"),
+    "mps, 16-bit attention scores": ("mps", "torch", "reductions"),
+    "mlx-cuda": ("mlx-cuda", "mlx", "compiled"), "mlx-cuda, not compiled": ("mlx-cuda", "mlx", "eager"),
+    "cuda": ("cuda", "torch", "compiled"), "cuda, not compiled": ("cuda", "torch", "eager"),
+    "mlx-cpu": ("mlx-cpu", "mlx", ""), "cpu": ("cpu", "torch", ""),
 }
 BACKENDS = tuple(dict.fromkeys(backend for backend, *_ in LEGS.values()))
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2}                         # relative, of each of ten losses
 GPU_FP32 = 1e-3                                                                 # a GPU may multiply fp32 in fewer bits
 BPB_TOLERANCE = 0.01                                                            # relative, of val_bpb after equal steps
-DRIFT = 0.03                                                                    # of the product's speed during a leg: repeat it
 CANNOT = {
     "mlx": "no separate attention kernels are timed; the backward pass of attention is fused for heads of 64 and 128 only",
     "mps": "attention has no fused backward pass and RMSNorm is composed of smaller operations; torch.compile is a prototype",
@@ -240,7 +240,7 @@ def machine() -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("mlx", "torch", "numpy") if importlib.util.find_spec(p)}
     return {"processor": name, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "python": platform.python_version(), **versions}
+            "python": platform.python_version(), "threads": os.environ.get("OMP_NUM_THREADS", "all"), **versions}
 
 
 def load() -> float:
@@ -256,15 +256,19 @@ class Comparison:
         self.sources = {"mlx": TRAIN_FILE.read_text(), "torch": TORCH_FILE.read_text()}  # read once: they may be edited meanwhile
         self.weights = folder / "weights.npz"
 
+    def variables(self, backend: str) -> dict[str, str]:
+        """The environment of a leg, in which both train files choose the same tier, and the CPU if that is meant."""
+        return {"AUTORESEARCH_TIER": self.tier} | ({"AUTORESEARCH_DEVICE": "cpu"} if backend in ("cpu", "mlx-cpu") else {})
+
     def start(self, leg: str, do: str, constants: dict[str, str] | None = None, environment: dict[str, str] | None = None,
               **settings: Any) -> dict[str, Any]:
         """Let the leg do one thing, see leg.py. Returns its report. Failed if it failed."""
-        _, framework, device, compile = LEGS[leg]
+        backend, framework, mode = LEGS[leg]
         prefix = "mx" if framework == "mlx" else "torch"
         chosen = self.constants | {"DTYPE": f"{prefix}.{DTYPES[self.dtype]}"} | (constants or {})
         source = with_constants(self.sources[framework], chosen)
-        variables = {"AUTORESEARCH_TIER": self.tier} | ({"AUTORESEARCH_DEVICE": device} if device else {}) | (environment or {})
-        settings = {"do": do, "data": str(self.data), "weights": str(self.weights), "compile": compile} | settings
+        variables = self.variables(backend) | (environment or {})
+        settings = {"do": do, "data": str(self.data), "weights": str(self.weights), "mode": mode} | settings
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             return launch((TRAIN_FILE if framework == "mlx" else TORCH_FILE).name, source, Path(folder), settings, LIMIT, child=LEG,
                           **variables)
@@ -279,9 +283,8 @@ class Comparison:
             names = {"DATA": str(self.data), "RUN_DIR": run_dir, "BUDGET": budget, "SEED": "1", "SCORE": "0"}
             environment = {f"AUTORESEARCH_{k}": v for k, v in names.items()}
             report = self.start(leg, "train", constants, environment)
-            device = {"AUTORESEARCH_DEVICE": LEGS[leg][2]} if LEGS[leg][2] else {}
-            return report | {"val_bpb": scored(Path(run_dir), home() / "held" / self.data.name,
-                                               **{"AUTORESEARCH_TIER": self.tier} | device)}
+            held = home() / "held" / self.data.name
+            return report | {"val_bpb": scored(Path(run_dir), held, **self.variables(LEGS[leg][0]))}
 
 
 def parity(found: dict[str, list[float]], dtype: str) -> dict[str, dict[str, Any]]:
@@ -367,9 +370,10 @@ def table_of(result: dict[str, Any]) -> list[list[str]]:
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the table doesn't show, one sentence a line."""
     m, s = result["machine"], result["settings"]
-    lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; MLX {m.get('mlx', '-')}, PyTorch "
-             f"{m.get('torch', '-')}. {result['date']}. Programs per core during the rounds: {result['load']:.1f}"
-             + (" (a loaded machine: figures are low and spread)." if result["load"] > 1.2 else "."),
+    loaded = " (a loaded machine: figures are low and spread)" if result["load"] > 1.2 else ""
+    lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; CPU threads: {m['threads']}; "
+             f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}. "
+             f"Programs per core during the rounds: {result['load']:.1f}{loaded}.",
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
              f"data {s['data']}. {s['rounds']} rounds in fresh processes, {s['repeats']} windows of {s['steps']} steps each "
@@ -389,7 +393,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     for what, legs in result.get("sweep", {}).items():
         lines.append(f"Time of a step grows with {what} to the power of "
                      + ", ".join(f"{leg['exponent']:.2f} ({name})" for name, leg in legs.items()) + ".")
-    drifted = [f"{leg} {m['largest_drift']:.0%}" for leg, m in result["legs"].items() if m["largest_drift"] > DRIFT]
+    drifted = [f"{leg} {m['largest_drift']:.0%}" for leg, m in result["legs"].items() if m["largest_drift"] > s["max_drift"] / 100]
     lines += [f"The speed of a matrix product drifted during a leg: {', '.join(drifted)}."] if drifted else []
     lines += [f"{leg} failed: {said.splitlines()[-1][:300]}" for leg, said in result["failed"].items()]
     backends = dict.fromkeys(LEGS[leg][0] for leg in result["legs"])
@@ -463,6 +467,8 @@ def assignments(context: click.Context, option: click.Parameter, values: tuple[s
 @click.option("--rounds", "count", type=click.IntRange(1), default=6, show_default=True, help="Six give a 95 % interval.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of each window.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Windows of each part in a round.")
+@click.option("--max-drift", type=click.FloatRange(0), default=3, show_default=True,
+              help="Percent: a leg during which a matrix product changed its speed by more is repeated once.")
 @click.option("--warmup", type=click.IntRange(1), default=10, show_default=True, help="Steps before each window, not counted.")
 @click.option("--rest", type=click.FloatRange(0), help="Seconds before each leg. Default: 10 with a GPU, else 0.")
 @click.option("--equal-steps", default="200steps", show_default=True, help="Budget of a training each; 0: none.")
@@ -472,7 +478,7 @@ def assignments(context: click.Context, option: click.Parameter, values: tuple[s
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks", show_default=True)
 @click.option("--name", help="Of the files. Default: backends, tier and dtype.")
 def compare(backends: list[str], tier: str | None, dtype: str | None, constants: dict[str, str], count: int, steps: int,
-            repeats: int, warmup: int, rest: float | None, equal_steps: str, equal_seconds: str, sweep: bool,
+            repeats: int, max_drift: float, warmup: int, rest: float | None, equal_steps: str, equal_seconds: str, sweep: bool,
             data: Path | None, out: Path, name: str | None) -> None:
     """MLX and PyTorch on this machine: the same model, optimizer, batches, initial weights and dtype on each."""
     console, on_cpu = wide_console(), {"cpu", "mlx-cpu"} >= set(backends)
@@ -515,7 +521,7 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
                     time.sleep(rest)
                     loads.append(load())
                     report = attempt(shared.start, leg, "times", windows=["forward", "gradients", "step", "training"], **lengths)
-                    if not report or abs(report["drift"]) <= DRIFT or attempt_number:
+                    if not report or abs(report["drift"]) <= max_drift / 100 or attempt_number:
                         break
                 if not report:
                     del timed[leg]
@@ -527,7 +533,8 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
 
         result: dict[str, Any] = {
             "machine": machine(), "date": time.strftime("%Y-%m-%d"), "load": statistics.median(loads), "parity": checked,
-            "settings": {"tier": tier, "dtype": dtype, "constants": constants, "data": data.name, "rounds": count, **lengths,
+            "settings": {"tier": tier, "dtype": dtype, "constants": constants, "data": data.name, "rounds": count,
+                         "max_drift": max_drift, **lengths,
                          **{k: next(iter(timed.values()))[0][k] for k in (
                              "batch_tokens", "passes", "seq_len", "flops_per_token", "parameters")}},
             "legs": {leg: medians(reports) for leg, reports in timed.items()}, "ratios": ratios(timed, next(iter(timed))),

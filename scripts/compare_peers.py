@@ -70,7 +70,7 @@ class Failed(click.ClickException):
 def with_constants(source: str, constants: dict[str, Any]) -> str:
     """A train file with other values of its constants. Failed if it doesn't have one of them."""
     for name, value in constants.items():
-        source, found = re.subn(rf"^{name} = (?:{{[^}}]*}}\[TIER\]|[^#\n]*)", f"{name} = {value}  ", source, count=1, flags=re.M)
+        source, found = re.subn(rf"^{name} = (?:{{[^}}]*}}\[TIER\])?[^#\n]*", f"{name} = {value}  ", source, count=1, flags=re.M)
         if not found:
             raise Failed(f"expected a line `{name} = ...` in the train file")
     return source

@@ -2,7 +2,8 @@
 
     PEER_SETTINGS='{"do": "times", ...}' python leg.py TRAIN_FILE
 
-train_mlx.py and train_torch.py have the same names, so one text here drives both; what differs stands in the two classes.
+train_mlx.py and train_torch.py have the same names, so one text here drives both; what differs stands in the two classes. A
+mode is "compiled", "eager", "reductions" (eager, with 16-bit attention scores in PyTorch) or "", as the file has it.
 Parts of a step are differences of whole windows: nothing waits for the device inside a step, because that would slow it down.
 """
 
@@ -41,22 +42,23 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], seq_len: int) -> int:
 
 def process_peak() -> float:
     """Peak bytes that this process held in memory."""
-    import psutil
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
         return psutil.Process().memory_info().peak_wset
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class OnMLX:
     """train_mlx.py, driven step by step."""
 
-    def __init__(self, module: ModuleType, compile: bool | None):
+    def __init__(self, module: ModuleType, mode: str):
         import mlx.core as mx
         from mlx.utils import tree_flatten, tree_unflatten
         self.module, self.mx, self.flatten, self.unflatten = module, mx, tree_flatten, tree_unflatten
-        if compile is not None:
-            (mx.enable_compile if compile else mx.disable_compile)()
+        if mode:
+            (mx.enable_compile if mode == "compiled" else mx.disable_compile)()
         self.array = mx.array
 
     def numbers(self, model: Any) -> dict[str, np.ndarray]:
@@ -98,11 +100,13 @@ class OnMLX:
 class OnTorch:
     """train_torch.py, driven step by step."""
 
-    def __init__(self, module: ModuleType, compile: bool | None):
+    def __init__(self, module: ModuleType, mode: str):
         import torch
         self.module, self.torch = module, torch
-        if compile is not None:
-            module.compiled = lambda f: torch.compile(f, dynamic=False) if compile else f     
+        if mode == "reductions":  # attention without a fused kernel keeps its scores in 16 bits, half the memory
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        if mode:
+            setattr(module, "compiled", lambda f: torch.compile(f, dynamic=False) if mode == "compiled" else f)  # noqa: B010
 
     def array(self, numbers: np.ndarray) -> Any:
         t = self.module.to_device(self.torch.from_numpy(np.ascontiguousarray(numbers)))
@@ -153,7 +157,7 @@ class Leg:
         sys.modules["train_file"] = self.module  # dataclasses look their module up
         spec.loader.exec_module(self.module)  # type: ignore[union-attr]
         ours = OnMLX if "\nimport mlx" in path.read_text() else OnTorch
-        self.on: Any = ours(self.module, settings.get("compile"))
+        self.on: Any = ours(self.module, settings.get("mode", ""))
         self.facts: dict[str, Any] = {"import_seconds": time.perf_counter() - began, "device": self.module.device_name()}
         self.data = Path(settings["data"])
         self.meta = json.loads((self.data / "meta.json").read_text())

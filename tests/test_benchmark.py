@@ -73,6 +73,11 @@ def test_a_peer_is_adapted_and_a_missing_constant_is_an_error() -> None:
         adapt(source, {"HEAD_DIM": 32})
 
 
+def test_a_constant_is_replaced_with_all_that_stands_on_its_line() -> None:
+    source = 'A = {"cpu": 1024,\n     "mac": 3072}[TIER] * DEPTH  # tokens\nB = {"cpu": 1}[TIER]  # b\nC = 2 # c\n'
+    assert compare_peers.with_constants(source, {"A": 5, "B": 6, "C": 7}) == "A = 5  # tokens\nB = 6  # b\nC = 7  # c\n"
+
+
 def test_a_peer_gets_the_score_that_the_scorer_gives(tiny: Dataset, trained: Path) -> None:
     scored = prepare("score", trained, home=tiny.home)
     ours = float(re.search(r"^val_bpb: +(\S+)", scored.stdout, re.M)[1])
@@ -170,10 +175,11 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path: Path) -> None:
     """With a leg that failed and one that wasn't timed."""
     reports = {"mlx-cpu": [measured(100.0), measured(120.0)], "cpu": [measured(200.0, drift=0.2), measured(300.0)]}
     result = {
-        "machine": {"processor": "A processor", "cores": 2, "memory_gb": 8.0, "system": "Linux", "mlx": "1"}, "date": "2026-01-01",
+        "machine": {"processor": "A processor", "cores": 2, "memory_gb": 8.0, "system": "Linux", "mlx": "1",
+                    "threads": "all"}, "date": "2026-01-01",
         "load": 3.0, "parity": benchmark.parity({"mlx-cpu": [1.0], "cpu": [1.0], "mps": [2.0]}, "fp32"),
         "settings": {"tier": "cpu", "dtype": "fp32", "data": "d", "rounds": 2, "steps": 3, "repeats": 1, "warmup": 1,
-                     "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
+                     "max_drift": 3, "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
         "legs": {name: benchmark.medians(r) for name, r in reports.items()}, "ratios": benchmark.ratios(reports, "mlx-cpu"),
         "failed": {"cuda": "exit code 1: ...\nRuntimeError: no such device"}, "reports": reports,
         "equal_steps": {"budget": "9steps", "legs": {"cpu": {"val_bpb": 1.5}}, "difference": 0.02, "agree": False}}

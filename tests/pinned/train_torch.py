@@ -566,10 +566,12 @@ def peak_memory():
     """Peak bytes: of tensors on a GPU, of this process on the CPU."""
     if GPU:
         return (torch.cuda if DEVICE == "cuda" else torch.accelerator).max_memory_allocated()
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         import psutil
-        return psutil.Process().memory_info().peak_wset
-    import resource
+        used = psutil.Process().memory_info()
+        return getattr(used, "peak_wset", used.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
