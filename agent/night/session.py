@@ -74,7 +74,8 @@ def run_session(
     engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
     data = f"data {night.dataset['id']}, budget {lab.budget}"
     console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {boxed}")
+    kind = boxed.partition(":")[0]  # what one that is there covers, `python -m agent.doctor` says
+    console.say(f"sandbox of trainings: {boxed if kind == 'none' else kind}")
     try:
         source = night.train_file, repository.file_at(night.base, night.train_file)
         before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
