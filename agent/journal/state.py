@@ -122,6 +122,7 @@ class Night:
     notes: list[str] = field(default_factory=list)
     trials: int = 0  # that count
     disturbed: int = 0  # that were repeated because the machine's speed changed meanwhile
+    session: float = 0.0  # Unix time at which its driver began, from which --hours counts
     rested: int = 0  # experiments with a verdict when this session began: it has its own patience with failures
     ended: str | None = None  # the reason, None while a driver works or after one was killed
     started: float = 0.0
@@ -213,7 +214,7 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
         for experiment in night.experiments:
             if experiment.trials and experiment.trials[-1].status == "running":
                 experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
-    night.settings, night.ended = event["settings"], None
+    night.settings, night.ended, night.session = event["settings"], None, event["t"]
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)

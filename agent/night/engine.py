@@ -29,7 +29,7 @@ from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
 from agent.judgement import novelty, validity
-from agent.judgement.decision import Rule, judge
+from agent.judgement.decision import Rule, judge, noise
 from agent.judgement.novelty import Verdict
 from agent.night import limits
 from agent.night.hooks import Hooks
@@ -42,6 +42,7 @@ from agent.trial.lab import Lab, lay_harness
 from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
+from agent.views.glance import at_a_glance, score
 from agent.views.terminal import Console
 
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
@@ -65,6 +66,7 @@ class Engine:
         self.rule = Rule(baseline_trials=self.settings.baseline_seeds, experiments=self.settings.experiments or Rule.experiments)
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
+        self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
         self._said = ""  # the last word about the branch: the same one after each experiment is said once
 
     def record(self, event: str, **fields: Any) -> None:
@@ -289,7 +291,8 @@ class Engine:
                 summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
             )  # fmt: skip
             if result.status == "ok":
-                unquiet = f"; the machine {words}" if (words := validity.disturbance(result)) else ""
+                words = validity.disturbance(result) if validity.decisive(self.lab.budget_seconds) else ""
+                unquiet = f"; the machine {words}" if words else ""
                 self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s{unquiet})")
             if result.status not in REPEATED:
                 return result
@@ -306,8 +309,9 @@ class Engine:
             **(spent or {"usage": {}, "seconds": 0.0}),
         )  # fmt: skip
         self.follow()
-        shown = f" {mean:.4f}" if mean is not None else ""
-        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+        sigma = noise(self.night).sigma
+        shown = f" {words}" if (words := score(experiment, sigma)) else ""
+        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {score(self.night.leader, sigma)}")
         self.hooks.after_experiment(self.night, experiment)
 
     def _trained(self, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:

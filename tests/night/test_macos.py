@@ -312,7 +312,9 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, said
     assert "sandbox of trainings: sandbox-exec\n" in said
-    assert "The scorer, which is the harness's own code, runs with the user's rights and network" in said
+    told = next(event["sandbox"] for event in read_events(bed.folder() / "journal.jsonl")[0] if event["event"] == "session")
+    assert told.startswith("sandbox-exec: no network")
+    assert "The scorer, which is the harness's own code, runs with the user's rights and network" in told
     folder, data = bed.folder().resolve(), (bed.home / "data").resolve()
     calls = [(profile, argv) for flag, profile, *argv in seen(tmp_path, "sandbox-exec") if flag == "-p"]
     trainings = [profile for profile, argv in calls if argv[-1:] == ["train_mlx.py"]]

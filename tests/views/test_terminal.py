@@ -1,0 +1,194 @@
+"""The terminal: the live panel of a real night at several widths, plain lines, and --status in its forms."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import struct
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from night_kit import Bed
+from rich.console import Console as Rich
+from story_kit import Story, told
+
+from agent.views import glance, results
+from agent.views.terminal import panel
+
+LONG = "replaces the rotary embedding by one that is learnt, and widens the MLP, 日本語 [bold]markup[/bold]"
+
+
+def shown(story: Story, folder: Path | None = None, width: int = 80, stage: str = "", words: str = "") -> list[str]:
+    now = glance.at_a_glance(story.night, True, 0.01, folder)
+    console = Rich(width=width, file=io.StringIO(), record=True)
+    console.print(panel(now, width, stage, words))
+    return console.export_text().splitlines()
+
+
+def in_training(folder: Path, scoring: bool = False) -> Story:
+    """Experiment 3 in the middle of its first training; two experiments were discarded or kept before."""
+    story = told()
+    story.events[1]["settings"] = {"experiments": 7}
+    story.add("experiment", n=3, parent="c2")
+    story.add("candidate", n=3, commit="c3", ast="a3", lines=10, description=LONG, usage={}, seconds=2.0)
+    story.add("trial_start", n=3, k=0, seed=1, dir="0003-1")
+    run = folder / "trials" / "0003-1"
+    run.mkdir(parents=True)
+    row = {"step": 50, "loss": 3.25, "tokens_per_second": 48_100.0, "memory_mb": 5210.0, "seconds": 60.0, "progress": 0.25}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 51, "lo')
+    if scoring:
+        (run / "train.json").write_text("{}")
+    return story
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_panel_fits_its_terminal_and_says_what_goes_on(tmp_path: Path, width: int) -> None:
+    lines = shown(in_training(tmp_path), tmp_path, width)
+    assert all(len(line) < width for line in lines)
+    assert len(lines) <= 10
+    assert lines[0].startswith("experiment 3 of 7: training 1, seed 1")
+    assert any("25 %" in line and "loss 3.2500" in line for line in lines), lines
+    assert any(line.startswith("best 1.3500 ±0.0071") for line in lines)
+    if width >= 80:
+        assert any("   1  discard      1.8000 ±0.0100  idea 1" in line for line in lines)
+        assert any("3 min left  48,100 tok/s" in line for line in lines), "of the training: 25 % took 60 s"
+        assert any("[bold]markup" in line for line in lines) is (width == 120), "an agent's words are no markup"
+
+
+def test_the_panel_says_that_it_scores_and_does_not_freeze_a_speed(tmp_path: Path) -> None:
+    text = "\n".join(shown(in_training(tmp_path, scoring=True), tmp_path))
+    assert "experiment 3 of 7: scoring" in text
+    assert "tok/s" not in text
+
+
+def test_the_panel_before_there_is_a_night() -> None:
+    console = Rich(width=60, file=io.StringIO(), record=True)
+    console.print(panel(None, 60, "preparing data", "12 % of 500 MB"))
+    assert console.export_text().splitlines() == ["preparing data", "12 % of 500 MB"]
+
+
+def test_training_the_best_again_is_told_from_training_the_candidate() -> None:
+    story = told()
+    story.add("experiment", n=3, parent="c2")
+    story.add("candidate", n=3, commit="c3", ast="a3", lines=10, description="idea 3", usage={}, seconds=2.0)
+    assert glance.phase(story.night) == "deciding"
+    story.trial(3, 0, 1.34)
+    story.add("trial_start", n=2, k=2, seed=3, dir="0002-3")
+    assert glance.phase(story.night) == "training the best again, seed 3"
+
+
+@pytest.mark.parametrize("content", ["", "[[[[", '{"loss": 1e999}\n', '{"loss": NaN, "step": "x"}\n', "[" * 100_000 + "\n", "1\n"])
+def test_a_metrics_file_may_hold_anything(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert glance.newest(tmp_path / "metrics.jsonl") == {}
+    os.mkfifo(tmp_path / "pipe")
+    assert glance.newest(tmp_path / "pipe") == {}, "never opened: it would block"
+
+
+def test_time_left_counts_hours_experiments_and_money() -> None:
+    """The pace is 100 s an experiment; 10 were done in the 1000 s since the session began."""
+    def after(**settings: object) -> dict[str, object]:
+        story = Story()
+        story.experiment(0, "keep", (1.5, 1.5, 1.5))
+        for n in range(1, 11):
+            story.experiment(n, "discard", (1.6,), cost=0.1)
+        events = story.events
+        for event in events:
+            event["t"] = max(0.0, 100.0 * (event.get("n") or 0)) if event["event"] == "verdict" else \
+                100.0 * max(0, (event.get("n") or 0) - 1) if event["event"] != "session" else 1e-9
+        events[1]["settings"] = settings
+        return glance.left(story.night, 1000.0)
+
+    assert after(experiments=15)["experiments"] == 5
+    assert after(experiments=15)["seconds"] == pytest.approx(500)
+    assert after(hours=0.5) == {"seconds": pytest.approx(800), "experiments": 9, "pace": pytest.approx(100)}
+    assert after(hours=8.0, max_cost=1.3)["experiments"] == 3
+    assert after(hours=8.0, max_cost=1.3)["seconds"] == pytest.approx(300)
+    assert after() == {"seconds": None, "experiments": None, "pace": pytest.approx(100)}
+
+
+def test_a_score_is_compared_in_words() -> None:
+    night = told().night
+    near = glance.compared(night.experiments[1], night.experiments[0], 0.2)
+    assert near == "1.8000 is behind baseline (1.6000) by 0.2000, within the noise (±0.4619)"
+    far = glance.compared(night.experiments[2], night.experiments[0], 0.01)
+    assert far == "1.3500 beats baseline (1.6000) by 0.2500, more than the noise (±0.0183)"
+
+
+def in_a_terminal(argv: list[str], bed: Bed, columns: int, seconds: float = 60.0, **env: str) -> str:
+    """What a program writes to a terminal of this width, to its end."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = bed.environment(TERM="xterm-256color", **env)
+    known = {key: value for key, value in env.items() if key not in ("COLUMNS", "NO_COLOR")}
+    child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    written, until = b"", time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(master)
+    assert child.wait(10) == 0, written.decode(errors="replace")[-2000:]
+    return written.decode()
+
+
+def test_a_real_night_on_a_terminal_draws_a_panel_and_in_plain_none(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "slow crash better")
+    lively = in_a_terminal(bed.command("--experiments", "1", "--no-sandbox"), bed, 60, AUTORESEARCH_SLOW="1.5")
+    assert "\x1b[2K" in lively, "the panel is drawn over"
+    assert "experiment 1 of 1: training 1, seed 1" in lively
+    text = in_a_terminal(bed.command("--experiments", "2", "--plain", "--no-sandbox", "--resume"), bed, 60)
+    assert "\x1b[2K" not in text
+    lines = text.replace("\r", "").splitlines()
+    assert all(len(line) <= 60 for line in lines)
+    words = {word for line in lines for word in line.split()}
+    assert {"experiments", "autoresearch/night;", "held-out"} <= words, "wrapped between words"
+
+
+def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "worse slow")
+    driver = bed.start("--experiments", "2", "--no-sandbox", AUTORESEARCH_SLOW="4")
+    journal = bed.folder() / "journal.jsonl"
+    while driver.poll() is None and not (journal.exists() and '"discard"' in journal.read_text()):
+        time.sleep(0.05)
+    command = bed.command()[:3]
+    once = subprocess.Popen([*command, "--status", "--json"], cwd=bed.repo, env=bed.environment(), stdout=subprocess.PIPE)
+    followed = in_a_terminal([*command, "--status", "--watch"], bed, 80)
+    known = json.loads(once.communicate(timeout=60)[0])
+    assert (known["running"], known["wanted"], known["best"]) == (True, 2, 0)
+    assert [e["status"] for e in known["experiments"]][:2] == ["keep", "discard"]
+    driver.communicate(timeout=60)
+    assert "experiment 2 of 2" in followed
+    last = bed.loop("--status")
+    assert last.stdout.splitlines()[0] == "night night: ended: experiments"
+    assert "   1  discard      1.55" in last.stdout, "the score of a discarded one"
+    assert "ended: experiments" in followed
+    assert bed.loop("--status", "--watch").stdout == last.stdout
+    assert "expected one of them" in bed.loop("--watch").stderr
+    assert bed.loop("--status", "--watch", "--json").returncode == 2
+
+
+def test_every_view_shows_the_mean_of_all_trials(tmp_path: Path) -> None:
+    """Experiment 2 was kept with 1.35 and trained again later."""
+    story = told()
+    story.add("experiment", n=3, parent="c2")
+    story.add("candidate", n=3, commit="c3", ast="a3", lines=10, description="idea 3", usage={}, seconds=2.0)
+    story.trial(3, 0, 1.36)
+    story.trial(2, 2, 1.41)
+    story.add("verdict", n=3, status="discard", reason="r", val_bpb=1.36, description="", error=None, usage={}, seconds=0.0)
+    night = story.night
+    assert "c2\t1.370000\t" in results.results(night)
+    assert "best 1.3700 from" in results.last_line(night)
+    assert any("1.3700 ±" in line for line in results.status(night, None, 0.01))
+    assert glance.at_a_glance(night, False, 0.01)["experiments"][2]["score"] == pytest.approx(1.37)
