@@ -82,7 +82,9 @@ def _edited(old: str, text: str, thoughts: str) -> str:
         if whole is not None:
             return whole
         # Some servers put the whole reply into the reasoning. Drafts of one place contradict each other, and are refused.
-        with_edit = [] if text.strip() else _blocks(spoken(thoughts)[0] or thoughts)
+        for mark in (*_THOUGHT_STARTS, *_THOUGHT_ENDS):
+            thoughts = thoughts.replace(mark, "\n")
+        with_edit = [] if text.strip() else _blocks(thoughts)
         if not with_edit:
             raise EditError("no_blocks", "expected at least one SEARCH/REPLACE block, found none" + ("" if text.strip() else
                             ": the reply is empty" + (" but for its reasoning" if thoughts.strip() else "")))  # fmt: skip
