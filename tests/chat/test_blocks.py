@@ -90,7 +90,8 @@ def test_what_models_write_around_an_edit_is_no_part_of_it(answer: str) -> None:
         ("    if x: \n        y = 2 ", "    if x:\n        y = 3", "y = 2", "y = 3"),  # blanks at the ends of lines
         ("y = 2", "y = 2\nif y:\n    y = 4", "y = 2", "y = 2\n        if y:\n            y = 4"),
         ("def step(x):\n...\n    return x * LR", "def step(x, z):\n...\n    return x * LR + z",
-         "def step(x):\n    if x:\n        y = 2\n    return x * LR", "def step(x, z):\n    if x:\n        y = 2\n    return x * LR + z"),
+         "def step(x):\n    if x:\n        y = 2\n    return x * LR",
+         "def step(x, z):\n    if x:\n        y = 2\n    return x * LR + z"),
         ("WD = 0.1", "", "WD = 0.1\n", ""),
     ],
 )  # fmt: skip
@@ -115,7 +116,7 @@ def test_an_edit_that_fits_in_one_way_only_is_made_to_fit(search: str, replace: 
         (block("if x:\ny = 2", "if x:\ny = 3"), "not_found"),  # indentation that can't be known
         (GOOD + block(new="LR = 0.3"), "not_found"),  # one place twice
         (block("def step(x):\n    ...\n    return x * LR", "def step(x):\n    return 1"), "not_found"),
-        (block("def step(x):\n    if x:\n        y = 2\n    return x * LR", "def step(x):\n    # ... as before\n    return 1"), "elision"),
+        (block("    if x:\n        y = 2\n    return x * LR", "    # ... as before\n    return 1"), "elision"),
         (block("LR = 0.1", "LR = 0.2\n# rest of the code unchanged"), "elision"),
         ("```python\n" + WANTED.replace("    if x:\n        y = 2\n", "    # ... existing code ...\n") + "```", "elision"),
         ("```python\n" + WANTED.replace("def other(x):\n    return x\n", "") + "```", "elision"),  # a function is gone
@@ -157,7 +158,7 @@ def test_reasoning_beside_an_empty_answer_counts_and_beside_an_edit_does_not() -
     assert apply_answer(SOURCE, GOOD, DRAFT) == WANTED
     with pytest.raises(EditError, match="not_found: block 2 of 2"):
         apply_answer(SOURCE, "", DRAFT + GOOD)  # drafts that contradict each other
-    with pytest.raises(EditError, match="no_blocks: .*empty but for its reasoning"):
+    with pytest.raises(EditError, match=r"no_blocks: .*empty but for its reasoning"):
         apply_answer(SOURCE, "", "hm")
     with pytest.raises(EditError, match="no_blocks"):
         apply_answer(SOURCE, "I would rather not.", GOOD)
@@ -218,20 +219,23 @@ HOSTILE = {
 def test_nothing_a_model_sends_raises_or_takes_a_second(answer: str) -> None:
     source = SOURCE + "".join(f"X{number} = {number}\n" for number in range(800))
     began = time.process_time()
-    try:
-        apply_answer(source, answer, answer[:1000])
-    except EditError as error:
-        assert len(str(error)) < 2000
-        assert len(error.shown) < 4000
+    assert len(outcome(source, answer, answer[:1000])) < 70_000
     assert time.process_time() - began < 1.0
+
+
+def outcome(source: str, answer: str, reasoning: str) -> str:
+    """The edited file, or what its model is told."""
+    try:
+        edited = apply_answer(source, answer, reasoning)
+    except EditError as error:
+        return f"{error.name}: {error}\n{error.shown}"
+    ast.parse(edited)
+    return edited
 
 
 @given(st.text(alphabet="<>=`# \nSEARCHPLx.|\t\r", max_size=300))
 def test_any_text_is_an_edit_or_a_named_refusal(answer: str) -> None:
-    try:
-        ast.parse(apply_answer(SOURCE, answer, answer))
-    except EditError as error:
-        assert error.name
+    assert outcome(SOURCE, answer, answer)
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True), st.data())
