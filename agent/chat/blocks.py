@@ -25,7 +25,7 @@ _THOUGHT_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "[/THI
                  "<|channel|>final<|message|>", "◁/think▷")  # fmt: skip
 _THOUGHT_STARTS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]", "<seed:think>", "<|begin_of_thought|>",
                    "<|channel|>analysis", "◁think▷")  # fmt: skip
-_END_TOKENS = re.compile(r"(?:<\|[a-z_]{1,30}\|>|</s>|<eos>|<end_of_turn>|\[/INST\]|\s)+\Z")
+_END_TOKEN = re.compile(r"(?:<\|[a-z_]{1,30}\|>|</s>|<eos>|<end_of_turn>|\[/INST\])\Z")
 _OPENING = re.compile(
     r"(?:[-*+>]|\d{1,3}[.)])?[ \t]{0,8}<{5,9}[ \t]{0,8}(?:[\w./-]{1,100}[ \t]{1,8})?(?:SEARCH|ORIGINAL|HEAD)\b", re.I
 )
@@ -52,7 +52,10 @@ def spoken(text: str) -> tuple[str, str]:
     """An answer without its thoughts, and the thoughts. Thoughts that never end are all that there is after their beginning."""
     end = max((at + len(mark) for mark in _THOUGHT_ENDS if (at := text.rfind(mark)) >= 0), default=0)
     start = min((at for mark in _THOUGHT_STARTS if (at := text.find(mark, end)) >= 0), default=len(text))
-    return _END_TOKENS.sub("", text[end:start]).strip("\r\n"), text[:end] + text[start:]
+    said = text[end:start].rstrip()
+    while hit := _END_TOKEN.search(said, max(0, len(said) - 40)):
+        said = said[: hit.start()].rstrip()
+    return said.strip("\r\n"), text[:end] + text[start:]
 
 
 def apply_answer(source: str, answer: str, reasoning: str = "") -> str:
@@ -79,7 +82,9 @@ def _edited(old: str, text: str, thoughts: str) -> str:
         if whole is not None:
             return whole
         # Some servers put the whole reply into the reasoning. Drafts of one place contradict each other, and are refused.
-        with_edit = [] if text.strip() else _blocks(spoken(thoughts)[0] or thoughts)
+        for mark in (*_THOUGHT_STARTS, *_THOUGHT_ENDS):
+            thoughts = thoughts.replace(mark, "\n")
+        with_edit = [] if text.strip() else _blocks(thoughts)
         if not with_edit:
             raise EditError("no_blocks", "expected at least one SEARCH/REPLACE block, found none" + ("" if text.strip() else
                             ": the reply is empty" + (" but for its reasoning" if thoughts.strip() else "")))  # fmt: skip
@@ -153,6 +158,8 @@ def _whole_file(old: str, text: str) -> str | None:
         if not fence and (opening := _FENCE.match(mark)):
             fence = opening[1]
             fenced.append([])
+            if len(fenced) > MAX_BLOCKS:
+                return None
         elif fence and mark.startswith(fence) and set(mark) == {fence[0]}:
             fence = ""
         elif fence:

@@ -500,6 +500,8 @@ def _refused(status: int | None, body: Any, headers: Any, url: str) -> ChatError
     def failed(failure: Failure, more: str = "", **facts: Any) -> ChatError:
         return ChatError(failure, detail + more, facts.pop("wait_seconds", None), status=meant, said=said[:2000], **facts)
 
+    if meant and 300 <= meant < 400:
+        return failed("agent_error", f"; it redirects to {headers.get('Location')}: give that as --base-url if you trust it")
     limited = RATE.search(f"{kind} {said}") is not None
     size, sent = _sizes(said, found)
     too_much = size is not None and sent is not None and sent > size  # a limit of tokens a minute that no wait will lift
@@ -514,12 +516,10 @@ def _refused(status: int | None, body: Any, headers: Any, url: str) -> ChatError
         return failed("rate_limit", wait_seconds=_wait(found, headers, said))
     if meant == 403 and _MODERATED.search(said):
         return failed("agent_error")
-    if meant in (401, 403) or ((meant or 400) < 500 and LOGIN.search(f"{kind} {said}")):
+    if meant in (401, 403) or (meant in (None, 400) and LOGIN.search(f"{kind} {said}")):
         return failed("login", "; expected a valid key in AUTORESEARCH_API_KEY or OPENAI_API_KEY")
     if meant == 404 or meant == 405:
         return failed("agent_error", "; is the base URL complete (most end with /v1), and is the model there?")
-    if meant and 300 <= meant < 400:
-        return failed("agent_error", f"; it redirects to {headers.get('Location')}: give that as --base-url if you trust it")
     return failed("agent_error")
 
 

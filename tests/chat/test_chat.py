@@ -1,9 +1,7 @@
-"""`agent/chat/`: blocks applied exactly or refused by name; a real program against a real server."""
+"""`python -m agent.chat`: the real program against a real server."""
 
 from __future__ import annotations
 
-import ast
-import email.utils
 import json
 import os
 import subprocess
@@ -14,75 +12,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 from model_server import BLOCK, CLOSING, TOKENS_IN, TOKENS_OUT, ModelServer, Script
-
-from agent.chat.edit import EditError, apply_blocks
 
 SOURCE = "import math\n\nLR = 0.1\nWD = 0.1\n\n\ndef step(x):\n    return x * LR\n"
 
 
 def block(old: str, new: str) -> str:
     return f"<<<<<<< SEARCH\n{old}=======\n{new}>>>>>>> REPLACE\n"
-
-
-# --- applying ----------------------------------------------------------------------------------------------------------
-
-
-def test_blocks_are_applied_in_order() -> None:
-    reply = "First.\n" + block("LR = 0.1\n", "LR = 0.2\n") + "and\n" + block("LR = 0.2\nWD = 0.1\n", "LR = 0.3\n")
-    assert apply_blocks(SOURCE, reply) == SOURCE.replace("LR = 0.1\nWD = 0.1\n", "LR = 0.3\n")
-
-
-@pytest.mark.parametrize("opening", ["<think>", ""])
-def test_a_block_can_delete_and_a_thought_is_not_an_edit(opening: str) -> None:
-    reply = opening + block("import math\n", "import os\n") + "</think>" + block("WD = 0.1\n", "")
-    assert apply_blocks(SOURCE, reply) == SOURCE.replace("WD = 0.1\n", "")
-
-
-def test_the_files_line_endings_stay() -> None:
-    assert apply_blocks("A = 1\r\nB = 2\r\n", block("B = 2\n", "B = 3\n")) == "A = 1\r\nB = 3\r\n"
-    assert apply_blocks("A = 1\nB = 2", block("B = 2\n", "B = 3\n")) == "A = 1\nB = 3\n"
-
-
-@pytest.mark.parametrize(
-    ("reply", "name"),
-    [
-        ("I would raise LR.", "no_blocks"),
-        ("<<<<<<< SEARCH\nLR = 0.1\n=======\nLR = 0.2\n", "unfinished_block"),
-        (block("", "X = 1\n"), "empty_search"),
-        (block("LR = 0.5\n", "LR = 0.2\n"), "not_found"),
-        (block("R = 0.1\n", "R = 0.2\n"), "not_found"),  # not a whole line
-        (block("    return x\n", "    return y\n"), "not_found"),
-        (block("\n", "\n\n"), "empty_search"),
-        (block("LR = 0.1\n", "LR = 0.1\n"), "no_change"),
-        (block("LR = 0.1\n", "LR = (0.1\n"), "not_python"),
-        (block("LR = 0.1\n", "LR = '\x00'\n"), "not_python"),
-        (block("LR = 0.1\n", "LR = 0.2\n") + block("LR = 0.1\n", "LR = 0.3\n"), "not_found"),
-    ],
-)
-def test_what_cannot_be_applied_has_a_name(reply: str, name: str) -> None:
-    with pytest.raises(EditError) as caught:
-        apply_blocks(SOURCE, reply)
-    assert caught.value.name == name
-    assert str(caught.value).startswith(f"{name}: ")
-
-
-def test_a_search_that_occurs_twice_is_ambiguous() -> None:
-    with pytest.raises(EditError, match=r"ambiguous: block 1 of 1: .*'A = 1', occur 2 times"):
-        apply_blocks("A = 1\nB = 2\nA = 1\n", block("A = 1\n", "A = 2\n"))
-
-
-@given(st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True), st.data())
-def test_any_run_of_lines_can_be_replaced_by_any_other(numbers: list[int], data: st.DataObject) -> None:
-    lines = [f"X{number} = {number}\n" for number in numbers]
-    start = data.draw(st.integers(0, len(lines) - 1))
-    end = data.draw(st.integers(start + 1, len(lines)))
-    new = "".join(f"Y{n} = r'\\g<0> {n}'\n" for n in data.draw(st.lists(st.integers(0, 9), max_size=5)))
-    expected = "".join(lines[:start]) + new + "".join(lines[end:])
-    assert apply_blocks("".join(lines), block("".join(lines[start:end]), new)) == expected
-    ast.parse(expected)
 
 
 # --- the program -------------------------------------------------------------------------------------------------------
@@ -104,6 +40,10 @@ def run_chat(
     return done.returncode, json.loads(last) if last else {}, path.read_text(), done.stderr
 
 
+def status_is_retried(script: Script) -> bool:
+    return script.status in (408, 409, 429) or script.status >= 500
+
+
 GOOD = BLOCK.format(path="train_mlx.py", old="LR = 0.1", new="LR = 0.2") + CLOSING
 
 
@@ -116,7 +56,7 @@ def test_an_edit_is_asked_for_applied_and_reported(tmp_path: Path) -> None:
     assert reply["description"] == "double the learning rate"
     assert reply["failure"] is None
     (request,) = server.requests
-    assert request["headers"]["Authorization"] == "Bearer sk-test"
+    assert {name.lower(): value for name, value in request["headers"].items()}["authorization"] == "Bearer sk-test"
     assert (request["body"]["model"], request["body"]["temperature"], request["body"]["stream"]) == ("m", 0.5, False)
     assert "max_tokens" not in request["body"]
     assert "Improve it." in request["body"]["messages"][1]["content"]
@@ -151,9 +91,8 @@ def test_two_bad_replies_are_an_agent_error_and_the_file_stays(tmp_path: Path) -
     [
         (Script(status=401), 3, "login", None, "OPENAI_API_KEY"),
         (Script(status=429), 4, "rate_limit", None, "Rate limit reached"),
-        (Script(status=429, retry_after=20), 4, "rate_limit", 20.0, "Rate limit reached"),
+        (Script(status=429, retry_after=2), 4, "rate_limit", 2.0, "Rate limit reached"),
         (Script(status=404), 1, "agent_error", None, "most end with /v1"),
-        (Script(status=500), 1, "agent_error", None, "500 from http"),
         (Script(status=307, location="http://127.0.0.1:9/v1"), 1, "agent_error", None, "give that as --base-url"),
     ],
 )  # fmt: skip
@@ -163,13 +102,7 @@ def test_refusals_have_names(tmp_path: Path, script: Script, code: int, failure:
     assert (got, reply["failure"], reply["wait_seconds"], text) == (code, failure, wait, SOURCE)
     assert detail in reply["detail"]
     assert detail in stderr
-    assert len(server.requests) == 1
-
-
-def test_a_date_to_retry_after_is_a_wait(tmp_path: Path) -> None:
-    with ModelServer(Script(status=429, retry_after=email.utils.formatdate(time.time() + 100, usegmt=True))) as server:
-        reply = run_chat(tmp_path, server, "--model", "m")[1]
-    assert 60 < reply["wait_seconds"] <= 100
+    assert len(server.requests) == (2 if status_is_retried(script) else 1)
 
 
 def test_a_redirect_never_carries_the_key_away(tmp_path: Path) -> None:
@@ -207,9 +140,3 @@ def test_usage(tmp_path: Path, options: list[str], prompt: str, said: str) -> No
     code, _, _, stderr = run_chat(tmp_path, None, *options, prompt=prompt)
     assert code == 2
     assert said in stderr
-
-
-def test_a_base_url_must_be_one(tmp_path: Path) -> None:
-    code, reply, _, _ = run_chat(tmp_path, None, "--base-url", "localhost:1234", "--model", "m")
-    assert (code, reply["failure"]) == (5, "missing")
-    assert "got 'localhost:1234'" in reply["detail"]
