@@ -11,7 +11,13 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 .PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
 
 demo: .venv/.ready
-	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
+	@tag=demo-$$(date +%m%d-%H%M%S); set -e; \
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag $$tag; \
+	echo; $(ENV) $(PY) scripts/sample.py --compare --tag $$tag --tokens 60; \
+	printf '\nNext:\n    source .venv/bin/activate\n    %s\n    %s\n    %s\n' \
+	    'python -m agent.doctor                    # is a coding agent there, is this machine ready?' \
+	    'python -m agent.loop --agent claude       # a real night; or another agent, or --agent search' \
+	    "python -m agent.loop --forget $$tag   # remove this demo"
 
 test: lint
 	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
