@@ -39,11 +39,16 @@ def sweep(folder: Path) -> list[int]:
 
 
 def prune(night: Night, folder: Path) -> None:
-    """Remove run and scratch directories that nobody will ask for: all but the baseline's, the best's and the last one's."""
-    wanted = {0, night.best, len(night.experiments) - 1}
-    made = (*folder.glob("trials/[0-9]*-*"), *folder.glob("tmp/[0-9]*"))
-    numbered = ((path, path.name.partition("-")[0]) for path in made)
-    _remove_all(path for path, number in numbered if not (number.isdecimal() and len(number) < 9 and int(number) in wanted))
+    """Remove run and scratch directories that nobody will ask for.
+
+    What stays: the newest run of the baseline, the best and the last experiment, and all runs of one without a verdict."""
+    wanted: set[str] = set()
+    for n in {0, night.best or 0, len(night.experiments) - 1} if night.experiments else ():
+        experiment = night.experiments[n]
+        scored = [trial.folder for trial in experiment.trials if trial.status == "ok"]
+        wanted.update(scored[-1:] if experiment.status else [trial.folder for trial in experiment.trials])
+        wanted.update(trial.folder for trial in experiment.trials[-1:])  # a failed one may be looked at
+    _remove_all(path for path in (*folder.glob("trials/[0-9]*-*"), *folder.glob("tmp/[0-9]*")) if path.name not in wanted)
 
 
 def _remove_all(paths: Iterable[Path]) -> None:

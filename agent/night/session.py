@@ -12,7 +12,7 @@ from typing import Any
 
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped
-from agent.files import write_anew
+from agent.files import directory_bytes, write_anew
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers
@@ -55,6 +55,7 @@ def run_session(
     setup.refuse_older(journal, repository, night)
     setup.require_data(night.dataset)
     setup.keep_tier(night)
+    setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     settings = Settings.from_json(night.settings).updated(given)
@@ -95,7 +96,7 @@ def run_session(
         console.stage("drawing the picture")
         drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {folder / 'results.tsv'}{drawn}")
+    console.say(f"results: {folder / 'results.tsv'}{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {folder}")
     console.say(results.last_line(engine.night))
     fine = name not in ("failures", "login", "missing", "rate_limit")
     return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1

@@ -147,6 +147,19 @@ def refuse_older(journal: Journal, repository: Repository, night: Night) -> None
         )
 
 
+def leave_out_of_backups(folder: Path) -> None:
+    """Have Spotlight and Time Machine pass over weights and scratch files, which change all night; not over the journal."""
+    for name in ("trials", "tmp"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / ".metadata_never_index").touch()
+        if sys.platform == "darwin":
+            with tempfile.TemporaryDirectory() as scratch:
+                child.run(
+                    ["tmutil", "addexclusion", folder / name], cwd=folder, env=clean_env(), log=Path(scratch) / "log",
+                    bounds=child.Bounds(wall_seconds=10),
+                )  # fmt: skip
+
+
 def keep_tier(night: Night) -> None:
     """The tier that was asked for when the night began: a resume trains the same constants."""
     os.environ.pop(TIER, None)

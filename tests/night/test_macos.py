@@ -139,6 +139,17 @@ def test_sleep_is_held_off_while_the_night_lasts(tmp_path: Path, tools: Path) ->
     assert not psutil.pid_exists(pid)
 
 
+def test_backups_pass_over_the_weights_and_take_the_journal(tmp_path: Path, tools: Path) -> None:
+    note = "import os, sys\nopen(os.environ['AUTORESEARCH_SEEN'] + '/tmutil', 'a').write(' '.join(sys.argv[1:]) + '\\n')"
+    program(tools, "tmutil", note)
+    bed = Bed(tmp_path, "worse")
+    driver = night(bed, "--experiments", "0", "--no-sandbox")
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    told = (tmp_path / "seen" / "tmutil").read_text().splitlines()
+    assert told == [f"addexclusion {bed.folder() / name}" for name in ("trials", "tmp")]
+
+
 def test_nothing_holds_off_sleep_once_the_driver_was_killed(tmp_path: Path, tools: Path) -> None:
     program(tools, "caffeinate", CAFFEINATE)
     driver = night(Bed(tmp_path, "hangs"), "--experiments", "1", "--no-sandbox")
