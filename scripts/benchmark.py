@@ -45,6 +45,7 @@ from scripts.compare_peers import (  # noqa: E402
     adapt,
     launch,
     named_path,
+    prepared,
     scored,
     wide_console,
     with_constants,
@@ -155,7 +156,7 @@ def common(command: Callable) -> Callable:
 @click.option("--only", multiple=True, type=click.Choice(list(ABLATIONS)), help="These variants (and what they are compared with).")
 def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: tuple[str, ...]) -> None:
     """What each technique of train_mlx.py gives."""
-    data = data or Path(json.loads((home() / "current.json").read_text())["train_dir"])
+    data = prepared(data)
     chosen = {BASE, *only, *(ABLATIONS[name][0] for name in only)} if only else set(ABLATIONS)
     source, console = TRAIN_FILE.read_text(), wide_console()  # read once: it may be edited meanwhile
     todo = {name: lambda name=name: measure_ours(variant(source, name), data, steps) for name in ABLATIONS if name in chosen}
@@ -484,7 +485,7 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
     console, on_cpu = wide_console(), {"cpu", "mlx-cpu"} >= set(backends)
     tier, dtype = tier or ("cpu" if on_cpu else detect_preset()), dtype or ("fp32" if on_cpu else "bf16")
     rest = rest if rest is not None else 0 if on_cpu else 10
-    data = (data or Path(json.loads((home() / "current.json").read_text())["train_dir"])).resolve()
+    data = prepared(data)
     legs = [leg for leg, (backend, *_) in LEGS.items() if backend in backends]
     legs.sort(key=lambda leg: backends.index(LEGS[leg][0]))
     failed: dict[str, str] = {}
