@@ -377,8 +377,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
              f"Programs per core during the rounds: {result['load']:.1f}{loaded}.",
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
-             f"data {s['data']}. {s['rounds']} rounds in fresh processes, {s['repeats']} windows of {s['steps']} steps each "
-             f"after {s['warmup']} of warm-up."]
+             f"data {s['data']}. {s['rounds']} rounds in fresh processes, windows of {s['steps']} steps after {s['warmup']} of "
+             f"warm-up, windows of each part: {s['repeats']}."]
     for leg, p in result["parity"].items():
         if leg != next(iter(result["parity"])):
             lines.append(f"Parity of {leg}: {len(p['losses'])} losses within {p['difference']:.1e} (tolerance {p['tolerance']:.0e})"
@@ -417,7 +417,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
             left += width
         axes.text(left + 0.01 * longest, row, f"{leg['tokens_per_second']:,.0f} tokens/s\n"
                   f"{leg['lowest']:,.0f} to {leg['highest']:,.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(legs)), list(legs))
+    frameworks = {"mlx": "MLX", "torch": "PyTorch"}
+    axes.set_yticks(range(len(legs)), [f"{frameworks[LEGS[leg][1]]}\n{leg}" for leg in legs])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * longest)
     axes.set_xlabel("milliseconds a step (median)")
@@ -552,7 +553,7 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
                     {"difference": off, "agree": off <= BPB_TOLERANCE} if key == "equal_steps" else {})
         if sweep:
             result["sweep"] = swept(shared, best, lengths, next(iter(timed.values()))[0], tell)
-    name = name or f"{'-'.join(backends)}-{tier}-{dtype}"
+    name = name or f"{'-vs-'.join(backends)}-{tier}-{dtype}"
     write(result, out, name)
     rows = table_of(result)
     table = Table(*rows[0], show_edge=False, pad_edge=False)
