@@ -19,7 +19,7 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 out, run_dir, data = map(Path, sys.argv[1:])
 model, tokenizer = load(str(out), trust_remote_code=True)
-from scripts.sample import Options, generate, load as load_run
+from scripts.sample import Options, Uncached, generate, load as load_run
 from harness.tokenizer import Tokenizer
 ours = Tokenizer((data / "tokenizer.model").read_bytes())
 context = json.loads((data / "meta.json").read_text())["seq_len"]
@@ -34,7 +34,7 @@ row = np.zeros((1, context), np.int32); row[0, : len(ids)] = ids
 wanted = logits_of(row)[:, : len(ids)]
 found = np.array(model(mx.array([ids])))
 assert np.abs(found - wanted).max() == 0, np.abs(found - wanted).max()
-greedy = list(generate(logits_of, ids, context, -1, Options(2 * context, 0.0, 1.0, 1)))
+greedy = list(generate(Uncached(logits_of, context), ids, -1, Options(2 * context, 0.0, 1.0, 1)))
 theirs = [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=2 * context)]
 assert theirs == greedy, (theirs, greedy)
 print("equal", len(greedy))
