@@ -10,6 +10,7 @@ from agent.errors import UsageError
 from agent.journal.journal import read_events
 from agent.journal.state import FAILURES, Experiment, Night, fold
 from agent.views import results
+from agent.views.glance import BEYOND_NOISE, error_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,39 +31,35 @@ def load(folder: Path) -> Night:
     return fold(events)
 
 
-def draw(night: Night, path: Path) -> None:
-    """The picture: every score in the order of experiments, the best so far as a staircase, failures on the lower edge."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(figsize=(10, 5.6), dpi=120)
-    scored = [e for e in night.experiments if e.val_bpb is not None and e.status is not None]
+def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
+    """The picture: every score with its spread in the order of experiments, the best so far as a staircase with its band, failures
+    on the lower edge. sigma: standard deviation of one training, bpb."""
+    figure, axes = _figure()
+    scored = [e for e in night.experiments if e.mean is not None and e.status is not None]
     losses = [e for e in scored if e.status == "discard"]
-    kept = [e for e in scored if e.status == "keep" and e.mean is not None]
+    kept = [e for e in scored if e.status == "keep"]
     failed = [e for e in night.experiments if e.status in FAILURES]
     last = max((e.n for e in night.experiments), default=0)
     axes.set_xlim(-0.02 * max(last, 4), 1.02 * max(last, 4))
     beyond: list[Experiment] = []
     if kept:
-        spread = kept[0].scores
-        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), spread, [e.val_bpb or 0.0 for e in losses])
+        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), kept[0].scores, [e.mean or 0.0 for e in losses])
         axes.set_ylim(low, high)
-        beyond = [e for e in losses if (e.val_bpb or 0.0) > high]
-        if len(spread) > 1:
-            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"{len(spread)} seeds of the baseline")
+        beyond = [e for e in losses if (e.mean or 0.0) > high]
     edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
 
     def dots(group: list[Experiment], colour: str, label: str) -> None:
-        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=30, color=colour, label=label, zorder=3)
+        for e in group:
+            error = error_of(e, sigma) or 0.0
+            axes.plot([e.n] * 2, [(e.mean or 0.0) - error, (e.mean or 0.0) + error], color=colour, lw=1, alpha=0.7, zorder=2)
+        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=24, color=colour, label=label, zorder=3)
 
     def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
         if group:
             axes.plot([e.n for e in group], [height] * len(group), sign, color=colour, ms=5, transform=edge, label=label)
 
-    dots([e for e in losses if e not in beyond], DISCARD, f"discarded ({len(losses)})")
+    seen = [e for e in losses if e not in beyond]
+    dots(seen, DISCARD, f"discarded ({len(losses)})")
     marks(beyond, "^", 0.985, DISCARD, f"of these above the picture ({len(beyond)})")
     marks(failed, "x", 0.02, FAILED, f"failed ({len(failed)})")
     dots(kept[:1], BASELINE, "baseline")
@@ -70,19 +67,70 @@ def draw(night: Night, path: Path) -> None:
     if kept:
         stairs = [(e.n, e.mean or 0.0) for e in kept] + [(max(last, kept[-1].n + 0.5), kept[-1].mean or 0.0)]
         axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
-    axes.set_xlabel("experiment")
+    if kept and sigma:
+        bounds = [(e.mean or 0.0, BEYOND_NOISE * (error_of(e, sigma) or 0.0)) for e in (*kept, kept[-1])]
+        low_edge, high_edge = [y - r for y, r in bounds], [y + r for y, r in bounds]
+        label = f"±{BEYOND_NOISE:g} standard errors"
+        axes.fill_between([x for x, _ in stairs], low_edge, high_edge, step="post", color=KEEP, alpha=0.13, lw=0, label=label)
+    axes.set_xlabel("experiment; a line through a point is one standard error of its mean" if sigma else "experiment")
     axes.set_ylabel("val_bpb (bits per byte, lower is better)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(results.last_line(night).replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
     handles, labels = axes.get_legend_handles_labels()
+    below = [e for e in seen if any(k.n < e.n for k in kept) and (e.mean or 0.0) < min(k.mean or 0.0 for k in kept if k.n < e.n)]
     if handles:
-        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=len(handles))
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=min(len(handles), 7))
+    figure.tight_layout(rect=(0, 0.065 if below else 0.04, 1, 1))
+    if below:
+        text = f"{len(below)} discarded below the best so far: too few trainings, or too small a lead, to tell them from luck"
+        figure.text(0.5, 0.045, text, fontsize=8, ha="center", color="#57606a")
     if kept:
         describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
+    _save(figure, path)
+
+
+def draw_costs(night: Night, path: Path) -> None:
+    """The best so far against the hours of the night and, where the agent cost something, against its dollars."""
+    done = [e for e in night.experiments if e.status is not None]
+    hours, money, levels = [(e.ended - night.started) / 3600 for e in done], [0.0], [float("nan")]
+    for experiment in done:
+        money.append(money[-1] + experiment.cost)
+        levels.append((experiment.mean if experiment.status == "keep" else None) or levels[-1])
+    money, levels, spent = money[1:], levels[1:], money[-1]
+    figure, axes = _figure(2 if spent else 1, height=3.0)
+    for one, across, label in zip(axes if spent else [axes], (hours, money), ("hours", "US dollars"), strict=False):
+        one.step(across, levels, where="post", color=KEEP, lw=1.6)
+        one.set_xlabel(label)
+        one.xaxis.set_major_locator(_locator(integer=False))
+    (axes[0] if spent else axes).set_ylabel("best val_bpb")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _locator(**options: Any) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(**options)
+
+
+def _figure(columns: int = 1, height: float = 5.6) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(10, height), dpi=120, sharey=True)
+    for one in axes if columns > 1 else [axes]:
+        one.xaxis.set_major_locator(_locator(integer=True))
+        one.ticklabel_format(axis="y", useOffset=False)
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As a whole, so that a reader never sees half of it."""
+    from matplotlib import pyplot
+
     fresh = path.with_name(f".{path.name}.new")
     figure.savefig(fresh, format="png", metadata={"Software": None})
     pyplot.close(figure)
