@@ -147,7 +147,8 @@ def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
     folders = {str(parent) for name in contents for parent in PurePosixPath(name).parents}
     found = dict(walk(place, folders))
     return found.keys() == contents.keys() and all(
-        stat.S_ISREG(found[name].st_mode) and (place / name).read_bytes() == content for name, content in contents.items()
+        stat.S_ISREG(found[name].st_mode) and found[name].st_size == len(content) and (place / name).read_bytes() == content
+        for name, content in contents.items()
     )
 
 
