@@ -142,7 +142,8 @@ with Journal(Path(sys.argv[1]) / "n") as journal:
         print(error.strerror)
     journal.append("night_end", reason="error", text="x" * 5000)
 """
-    script = f"mount -t tmpfs -o size=512k none '{tmp_path}' && '{sys.executable}' -c \"$CODE\" '{tmp_path}' && cat '{tmp_path}/n/journal.jsonl'"
+    script = (f"mount -t tmpfs -o size=512k none '{tmp_path}' && '{sys.executable}' -c \"$CODE\" '{tmp_path}' "
+              f"&& cat '{tmp_path}/n/journal.jsonl'")
     inside = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
     env = {**os.environ, "CODE": code, "PYTHONPATH": str(ROOT)}
     if subprocess.run([*inside[:-1], f"mount -t tmpfs none '{tmp_path}'"], capture_output=True).returncode:
