@@ -53,10 +53,9 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
     edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
 
     def dots(group: list[Experiment], colour: str, label: str) -> None:
-        for e in group:
-            error = error_of(e, sigma) or 0.0
-            axes.plot([e.n] * 2, [(e.mean or 0.0) - error, (e.mean or 0.0) + error], color=colour, lw=1, alpha=0.7, zorder=2)
-        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=24, color=colour, label=label, zorder=3)
+        numbers, scores, errors = ([e.n for e in group], [e.mean or 0.0 for e in group], [error_of(e, sigma) or 0.0 for e in group])
+        axes.errorbar(numbers, scores, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, alpha=0.7)
+        axes.scatter(numbers, scores, s=24, color=colour, label=label, zorder=3)
 
     def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
         if group:
@@ -231,7 +230,8 @@ def markdown(known: Mapping[str, Any], branch: str) -> str:
     for test in known["tests"]:
         lines += ["", f"Held-out test, {test['name']}: {plain(test['test'])} (validation {test['val']}, gap {test['gap']})"]
     if known["near"]:
-        lines += ["", "Near misses:", ""] + [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. Verdict: {plain(e['reason'])}" for e in known["near"]]
+        lines += ["", "Near misses:", ""]
+        lines += [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. {plain(e['reason'])}" for e in known["near"]]
     if known["next"]:
         lines += ["", "What to try next:", ""] + [f"- {plain(line)}" for line in known["next"]]
     return "\n".join(lines) + "\n"
