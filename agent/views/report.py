@@ -1,16 +1,20 @@
-"""The report of a night, from its journal and nothing else: a picture of the progress, and what happened in plain text."""
+"""The report of a night, from its journal: pictures, one HTML file that stands alone, Markdown for a pull request, plain text."""
 
 from __future__ import annotations
 
+import base64
+import re
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import UsageError
 from agent.journal.journal import read_events
-from agent.journal.state import FAILURES, Experiment, Night, fold
+from agent.journal.state import FAILURES, STATUSES, Experiment, Night, fold
+from agent.text import one_line
 from agent.views import results
-from agent.views.glance import BEYOND_NOISE, error_of
+from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, compared, error_of, families, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,10 +53,9 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
     edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
 
     def dots(group: list[Experiment], colour: str, label: str) -> None:
-        for e in group:
-            error = error_of(e, sigma) or 0.0
-            axes.plot([e.n] * 2, [(e.mean or 0.0) - error, (e.mean or 0.0) + error], color=colour, lw=1, alpha=0.7, zorder=2)
-        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=24, color=colour, label=label, zorder=3)
+        numbers, scores, errors = ([e.n for e in group], [e.mean or 0.0 for e in group], [error_of(e, sigma) or 0.0 for e in group])
+        axes.errorbar(numbers, scores, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, alpha=0.7)
+        axes.scatter(numbers, scores, s=24, color=colour, label=label, zorder=3)
 
     def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
         if group:
@@ -183,9 +186,133 @@ def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: li
             note.remove()
 
 
-def summary(night: Night, pid: int | None) -> str:
+def facts(night: Night, sigma: float, diff: Callable[[str, str], str] = lambda parent, commit: "") -> dict[str, Any]:
+    """What the report says, as plain data: nothing is escaped yet. sigma: standard deviation of one training, bpb.
+    diff: what git shows between two commits."""
+    kept, before = [], night.baseline
+    for experiment in (night.experiments[n] for n in night.kept):
+        gain = (before.mean or 0.0) - (experiment.mean or 0.0) if before else 0.0
+        words = compared(experiment, before, sigma) if before else ""
+        shown = diff(before.commit or night.base, experiment.commit or "") if before else ""
+        kept.append({**_told(experiment, sigma), "gain": f"{gain:+.4f}", "words": words, "diff": shown[:DIFF_CHARACTERS]})
+        before = experiment
+    baseline, leader = night.baseline, night.leader if night.best is not None else None
+    whole = diff(baseline.commit or night.base, leader.commit or "") if night.kept and baseline and leader else ""
+    missed = near_misses(night, sigma)
+    return {
+        "tag": night.tag, "won": results.last_line(night).partition("; branch")[0], "sigma": f"{sigma:.4f}",
+        "about": _about(night), "kept": kept, "whole": whole[:DIFF_CHARACTERS], "tests": _tests(night), "stories": _stories(night),
+        "near": [{**_told(e, sigma), "words": words} for e, _, words in missed],
+        "families": families(night.done), "next": _next(night, missed), "notes": [one_line(note, 300) for note in night.notes],
+        "all": [_told(e, sigma) for e in night.experiments if e.status is not None],
+        "spent": f"{results.lasting(night.last - night.started)}, {night.trials} trainings, {night.tokens:,} tokens of the agent, "
+                 f"${night.cost:.2f}{' and calls of unknown price' if night.unpriced else ''}",
+    }  # fmt: skip
+
+
+def page(known: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The report as one HTML file that loads nothing. Everything from agents and logs is escaped by the template."""
+    from jinja2 import Environment, FileSystemLoader
+
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    drawn = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
+    return templates.get_template("report.html").render({**known, **drawn})
+
+
+def markdown(known: Mapping[str, Any], branch: str) -> str:
+    """The report in short, for a pull request."""
+    lines = [f"# {plain(known['won'])}", "", plain(known["about"]), "", f"Branch `{branch}`. {plain(known['spent'])}.", ""]
+    if known["kept"]:
+        lines += ["| # | kept change | val_bpb | gain |", "| ---: | --- | ---: | ---: |"]
+        lines += [f"| {e['n']} | {plain(e['description'])} | {e['score']} | {e['gain']} |" for e in known["kept"]]
+    else:
+        lines.append("Nothing was kept.")
+    for test in known["tests"]:
+        lines += ["", f"Held-out test, {test['name']}: {plain(test['test'])} (validation {test['val']}, gap {test['gap']})"]
+    if known["near"]:
+        lines += ["", "Near misses:", ""]
+        lines += [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. {plain(e['reason'])}" for e in known["near"]]
+    if known["next"]:
+        lines += ["", "What to try next:", ""] + [f"- {plain(line)}" for line in known["next"]]
+    return "\n".join(lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """One line without Markdown or HTML: an agent's words shall not become a heading, a link, a picture or a mention."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!@])", r"\\\1", one_line(text, 300))
+
+
+def near_misses(night: Night, sigma: float, most: int = 8) -> list[tuple[Experiment, float, str]]:
+    """Discarded experiments whose score is better than the best's of their time, or behind it by less than the noise: with their
+    gain (bpb) and that in words. The largest gain first."""
+    found, best = [], night.baseline
+    for experiment in night.experiments[1:]:
+        if experiment.status == "keep":
+            best = experiment
+        elif experiment.status == "discard" and best and best.mean is not None and experiment.mean is not None:
+            words = compared(experiment, best, sigma)
+            gain, count = best.mean - experiment.mean, len(experiment.scores)
+            if gain > 0 or "within" in words:
+                found.append((experiment, gain, f"{words}, after {count} training{'s' * (count != 1)}"))
+    return sorted(found, key=lambda item: -item[1])[:most]
+
+
+def _next(night: Night, missed: list[tuple[Experiment, float, str]]) -> list[str]:
+    """What the numbers suggest."""
+    lines = []
+    if hopeful := [f"{e.n} ({one_line(e.description, 80)})" for e, gain, _ in missed if gain > 0][:4]:
+        lines.append(f"together, what was each too small to tell from luck: {', '.join(hopeful)}")
+    table = families(night.done)
+    if good := [f["family"] for f in table if f["kept"]][:3]:
+        lines.append(f"more of what was kept most often: {', '.join(good)}")
+    if idle := [f"{f['family']} ({f['tried']} tried)" for f in table if not f["kept"] and f["tried"] >= 5][:4]:
+        lines.append(f"less of what was never kept: {', '.join(idle)}")
+    counts = {s: sum(e.status == s for e in night.done) for s in FAILURES}
+    if often := [f"{count} {s}" for s, count in counts.items() if count >= max(2, len(night.done) / 10)]:
+        lines.append(f"say in program.md how to avoid what failed often: {', '.join(often)}")
+    return lines
+
+
+def _about(night: Night) -> str:
+    done, counts = night.done, {s: sum(e.status == s for e in night.done) for s in STATUSES}
+    verdicts = ", ".join(f"{count} {s}" for s, count in counts.items() if count)
+    ended = f" It ended by: {night.ended}." if night.ended else ""
+    data, budget = night.dataset.get("id") or "its data", night.dataset.get("budget") or "one budget"
+    return f"{night.train_file} on {data}, {budget} a training. {len(done)} experiments: {verdicts or 'none'}.{ended}"
+
+
+def _told(experiment: Experiment, sigma: float) -> dict[str, Any]:
+    return {
+        "n": experiment.n, "status": experiment.status, "score": score(experiment, sigma), "trainings": len(experiment.scores),
+        "description": one_line(experiment.description, 200), "hypothesis": one_line(experiment.hypothesis, 400),
+        "reason": one_line(experiment.reason, 300),
+    }  # fmt: skip
+
+
+def _tests(night: Night) -> list[dict[str, str]]:
+    rows = []
+    for n, test in sorted(night.tests.items()):
+        scored = test.get("test_bpb") is not None
+        told = f"{test['test_bpb']:.4f}" if scored else f"refused: {one_line(str((test.get('error') or {}).get('message')), 200)}"
+        gap = f"{test['test_bpb'] - test['val_bpb']:+.4f}" if scored else ""
+        rows.append({"name": night.experiments[n].name, "val": f"{test['val_bpb']:.4f}", "test": told, "gap": gap})
+    return rows
+
+
+def _stories(night: Night) -> list[dict[str, Any]]:
+    """What baseline and best write from the same prompts, side by side."""
+    sides = [(night.experiments[n].name, texts) for n, texts in sorted(night.stories.items())]
+    prompts = [text["prompt"] for text in sides[0][1]] if sides else []
+    return [
+        {"prompt": prompt, "sides": [{"name": name, "text": next((t["text"] for t in texts if t["prompt"] == prompt), "")}
+                                     for name, texts in sides]}
+        for prompt in prompts
+    ]  # fmt: skip
+
+
+def summary(night: Night, pid: int | None, sigma: float = 0.0) -> str:
     """What happened, in plain text: the numbers, what was kept, what failed and how often, the held-out test."""
-    lines = results.status(night, pid)
+    lines = results.status(night, pid, sigma)
     if night.kept:
         lines.append("kept:")
     previous = night.baseline
