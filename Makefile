@@ -22,25 +22,29 @@ demo: .venv/.ready
 test: lint
 	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
 
-lint: .venv/.ready
+lint: .venv/.dev
 	$(PY) -m ruff check -q .
 	$(PY) -m mypy
 
-test-slow test-gpu test-browser: test-%: .venv/.ready
+test-slow test-gpu test-browser: test-%: .venv/.dev
 	$(PY) -m pytest -q -m $*
 
-test-agents: .venv/.ready  # a process for each command line: they mostly wait
+test-agents: .venv/.dev  # a process for each command line: they mostly wait
 	$(PY) -m pytest -q -m agents -n 4 --dist loadgroup tests/coders
 
-test-torch: .venv/.ready
+test-torch: .venv/.dev
 	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch
 	$(PY) -m pytest -q tests/train/test_torch.py
 
-soak: .venv/.ready
+soak: .venv/.dev
 	$(PY) -m pytest -q -m slow tests/night/test_kill.py tests/night/test_soak.py
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	@scripts/setup.sh dev
 	@touch $@
 
 pin:

@@ -45,6 +45,7 @@ from scripts.compare_peers import (  # noqa: E402
     adapt,
     launch,
     named_path,
+    prepared,
     scored,
     wide_console,
     with_constants,
@@ -155,7 +156,7 @@ def common(command: Callable) -> Callable:
 @click.option("--only", multiple=True, type=click.Choice(list(ABLATIONS)), help="These variants (and what they are compared with).")
 def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: tuple[str, ...]) -> None:
     """What each technique of train_mlx.py gives."""
-    data = data or Path(json.loads((home() / "current.json").read_text())["train_dir"])
+    data = prepared(data)
     chosen = {BASE, *only, *(ABLATIONS[name][0] for name in only)} if only else set(ABLATIONS)
     source, console = TRAIN_FILE.read_text(), wide_console()  # read once: it may be edited meanwhile
     todo = {name: lambda name=name: measure_ours(variant(source, name), data, steps) for name in ABLATIONS if name in chosen}
@@ -376,8 +377,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
              f"Programs per core during the rounds: {result['load']:.1f}{loaded}.",
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
-             f"data {s['data']}. {s['rounds']} rounds in fresh processes, {s['repeats']} windows of {s['steps']} steps each "
-             f"after {s['warmup']} of warm-up."]
+             f"data {s['data']}. {s['rounds']} rounds in fresh processes, windows of {s['steps']} steps after {s['warmup']} of "
+             f"warm-up, windows of each part: {s['repeats']}."]
     for leg, p in result["parity"].items():
         if leg != next(iter(result["parity"])):
             lines.append(f"Parity of {leg}: {len(p['losses'])} losses within {p['difference']:.1e} (tolerance {p['tolerance']:.0e})"
@@ -416,7 +417,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
             left += width
         axes.text(left + 0.01 * longest, row, f"{leg['tokens_per_second']:,.0f} tokens/s\n"
                   f"{leg['lowest']:,.0f} to {leg['highest']:,.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(legs)), list(legs))
+    frameworks = {"mlx": "MLX", "torch": "PyTorch"}
+    axes.set_yticks(range(len(legs)), [f"{frameworks[LEGS[leg][1]]}\n{leg}" for leg in legs])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * longest)
     axes.set_xlabel("milliseconds a step (median)")
@@ -484,7 +486,7 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
     console, on_cpu = wide_console(), {"cpu", "mlx-cpu"} >= set(backends)
     tier, dtype = tier or ("cpu" if on_cpu else detect_preset()), dtype or ("fp32" if on_cpu else "bf16")
     rest = rest if rest is not None else 0 if on_cpu else 10
-    data = (data or Path(json.loads((home() / "current.json").read_text())["train_dir"])).resolve()
+    data = prepared(data)
     legs = [leg for leg, (backend, *_) in LEGS.items() if backend in backends]
     legs.sort(key=lambda leg: backends.index(LEGS[leg][0]))
     failed: dict[str, str] = {}
@@ -551,7 +553,7 @@ def compare(backends: list[str], tier: str | None, dtype: str | None, constants:
                     {"difference": off, "agree": off <= BPB_TOLERANCE} if key == "equal_steps" else {})
         if sweep:
             result["sweep"] = swept(shared, best, lengths, next(iter(timed.values()))[0], tell)
-    name = name or f"{'-'.join(backends)}-{tier}-{dtype}"
+    name = name or f"{'-vs-'.join(backends)}-{tier}-{dtype}"
     write(result, out, name)
     rows = table_of(result)
     table = Table(*rows[0], show_edge=False, pad_edge=False)

@@ -122,6 +122,15 @@ def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, s
     return report
 
 
+def prepared(data: Path | None = None) -> Path:
+    """The train/<id> folder to use: `data`, else $AUTORESEARCH_DATA, else the data prepared last. Failed if there is none."""
+    try:
+        place = data or os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"]
+    except FileNotFoundError:
+        raise Failed("expected prepared data, found none: run `python prepare_mlx.py --dataset stories` first") from None
+    return Path(place).resolve()
+
+
 def scored(run_dir: Path, held: Path, **environment: str) -> float:
     """val_bpb of a run of ours, by the scorer. Failed if it has none."""
     command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
@@ -205,7 +214,7 @@ def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Pat
         raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
     seconds = float(budget[:-1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = Path(os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"])
+    data = prepared()
     held = home() / "held" / data.name
     source, todo = TRAIN_FILE.read_text(), {}  # read once: it may be edited meanwhile
     if with_ours:

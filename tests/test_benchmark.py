@@ -91,7 +91,8 @@ def test_a_comparison_runs_to_its_end(tiny: Dataset, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "scripts/compare_peers.py", "--budget", "0.4s", "--seeds", "1", "--setup", "cpu",
                            "--peer", f"good={tmp_path / 'good'}", "--peer", f"bad={tmp_path / 'bad'}",
                            "--json", tmp_path / "out.json"],
-                          cwd=ROOT, env=environment(tiny.home), capture_output=True, text=True, timeout=120)
+                          cwd=ROOT, env=environment(tiny.home, AUTORESEARCH_DATA=str(tiny.train)),
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["ours"]["summary"]["n"] == results["good cpu"]["summary"]["n"] == 1
@@ -198,6 +199,13 @@ def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
     refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu,abacus"])
     assert refused.exit_code == 2
     assert re.search(r"abacus: expected some of those that this machine has:.* mlx-cpu", refused.output.replace("\n", " "))
+
+
+def test_without_prepared_data_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    refused = CliRunner().invoke(benchmark.main, ["ablation"])
+    assert refused.exit_code == 1
+    assert "expected prepared data, found none: run `python prepare_mlx.py" in refused.output
 
 
 def test_one_backend_is_measured_and_trained(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
+    stories      n, texts: [{prompt, text}]                            what a model writes, for the report
     night_end    reason, text                                          a driver ended in good order; may be resumed
     note         text
 """
@@ -110,6 +111,7 @@ class Night:
     sandbox: str = ""  # what trainings ran in, by the words of the loop's start; of a session without one, if there was any
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
+    stories: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # by experiment: {prompt, text}
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
@@ -326,6 +328,10 @@ def _test_score(night: Night, event: Mapping[str, Any]) -> None:
     night.tests[event["n"]] = dict(event)
 
 
+def _stories(night: Night, event: Mapping[str, Any]) -> None:
+    night.stories[event["n"]] = event["texts"]
+
+
 def _night_end(night: Night, event: Mapping[str, Any]) -> None:
     night.ended = event["reason"]
 
@@ -345,6 +351,7 @@ _HANDLERS = {
     "trial_end": _trial_end,
     "verdict": _verdict,
     "test_score": _test_score,
+    "stories": _stories,
     "night_end": _night_end,
     "note": _note,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped
-from agent.files import directory_bytes, write_anew
+from agent.files import directory_bytes, read_plain, remove, write_anew
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers
@@ -26,14 +27,16 @@ from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
 from agent.proposal.check import before_the_night
-from agent.text import one_line
+from agent.text import one_line, safe_text
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness
+from agent.trial.lab import Lab, lay_harness, run_child
 from agent.trial.rights import folders, hidden_places
 from agent.views import results
 from agent.views.terminal import Console
 
-REPORT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+REPORT, SAMPLE = (Path(__file__).resolve().parents[2] / "scripts" / name for name in ("report.py", "sample.py"))
+PROMPTS, STORY_TOKENS = ("", "Once upon a time"), 150  # of what baseline and best write for the report
+STORY_SECONDS, STORY_BYTES, STORY_CHARACTERS = 120.0, 1 << 20, 4000
 
 
 def run_session(
@@ -84,6 +87,8 @@ def run_session(
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
             _held_out(engine)
+            if options["picture"]:
+                _write_stories(engine)
         engine.record("night_end", reason=name, text=words)
     except Exception as error:
         raise _ended(engine, error) from error
@@ -93,8 +98,8 @@ def run_session(
         (folder / "stop").unlink(missing_ok=True)
         worktree.close()
     if options["picture"]:
-        console.stage("drawing the picture")
-        drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
+        console.stage("writing the report")
+        drawn = f", report: {folder / 'report.html'}" if _report(folder, root) else f", no report: {folder / 'logs/report.log'}"
     console.say(f"the night ends: {words}")
     console.say(f"results: {folder / 'results.tsv'}{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {folder}")
     console.say(results.last_line(engine.night))
@@ -130,8 +135,38 @@ def _held_out(engine: Engine) -> None:
         engine.note(f"the held-out test could not be scored: {one_line(str(damage), 300) or type(damage).__name__}")
 
 
-def _picture(folder: Path, cwd: Path) -> bool:
-    """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
+def _write_stories(engine: Engine) -> None:
+    """Have baseline and best write from the same prompts, in the sandbox of a training; a model that cannot is left out."""
+    lab, night = engine.lab, engine.night
+    for experiment in (night.experiments[n] for n in sorted({0, night.leader.n} - set(night.stories))):
+        runs = (lab.folder / "trials" / trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
+        run_dir = next((path for path in runs if path.is_dir()), None)
+        if run_dir is None or not night.leader.n:
+            continue
+        engine.console.stage(f"{experiment.name} writes a text for the report")
+        out, log = (lab.folder / "logs" / f"{run_dir.name}.sample.{kind}" for kind in ("out", "log"))
+        words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+        argv = [sys.executable, "-B", str(SAMPLE), str(run_dir), "--json", "--tokens", str(STORY_TOKENS), *words]
+        ours = [SAMPLE.parents[1] / name for name in ("scripts", "agent", "harness")]
+        try:
+            scratch = lab.scratch(run_dir)
+            confined = lab.confined(argv, [scratch], run_dir, lab.train_dir, *ours)
+            env = {"AUTORESEARCH_DATA": str(lab.train_dir)}
+            outcome = run_child(lab, confined, log, run_dir, STORY_SECONDS, env, stdout_to=out)
+            texts = json.loads(read_plain(out, STORY_BYTES)) if outcome.ok else []
+            told = [{key: safe_text(str(text[key]).encode("utf-8", "replace"))[:STORY_CHARACTERS] for key in ("prompt", "text")}
+                    for text in texts]  # fmt: skip
+        except (*DAMAGE, ValueError, KeyError, TypeError):  # its own code runs: it may print anything
+            continue
+        finally:
+            with contextlib.suppress(OSError):
+                remove(lab.scratch(run_dir))
+        if told:
+            engine.record("stories", n=experiment.n, texts=told)
+
+
+def _report(folder: Path, cwd: Path) -> bool:
+    """Write progress.png, report.html and report.md; a report that fails is a line in its log, never a lost night."""
     try:
         return child.run(
             [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",

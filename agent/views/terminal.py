@@ -140,7 +140,7 @@ def print_lines(lines: list[str]) -> None:
     for line in lines:
         if console.is_terminal:
             text = line.lstrip()
-            console.print(_wrapped(" " * (len(line) - len(text) + 1), text) if text != line else Text(line))
+            console.print(_wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
         else:
             print(line, flush=True)
 

@@ -1,7 +1,8 @@
 """`train_torch.py` against the float64 reference and against `train_mlx.py`, and its runs as real processes.
 
-On a machine without a GPU everything here is fp32 on the CPU, with bfloat16 and the tracing of torch.compile tried there
-too. What is not covered then: the kernels of CUDA and MPS, pinned copies, and the code that torch.compile generates.
+On a machine without a GPU everything here is fp32 on the CPU, with bfloat16, fp16 and the tracing of torch.compile tried there
+too, and stand-ins for a device with little memory, one without a compiler, and Windows. What is not covered then: the kernels of
+CUDA and MPS, pinned copies, events, and the code that torch.compile generates.
 """
 
 import ast

@@ -121,62 +121,74 @@ def test_a_score_is_compared_in_words() -> None:
     assert far == "1.3500 beats baseline (1.6000) by 0.2500, more than the noise (±0.0183)"
 
 
-def in_a_terminal(argv: list[str], bed: Bed, columns: int, seconds: float = 60.0, **env: str) -> str:
-    """What a program writes to a terminal of this width, to its end."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = bed.environment(TERM="xterm-256color", **env)
-    known = {key: value for key, value in env.items() if key not in ("COLUMNS", "NO_COLOR")}
-    child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    written, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # the other side is closed
-            break
-        if not part:
-            break
-        written += part
-    os.close(master)
-    assert child.wait(10) == 0, written.decode(errors="replace")[-2000:]
-    return written.decode()
+class Terminal:
+    """A program on a terminal of this width, and what it has written."""
+
+    def __init__(self, argv: list[str], bed: Bed, columns: int, **env: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        env = bed.environment(TERM="xterm-256color", **env)
+        known = {key: value for key, value in env.items() if key not in ("COLUMNS", "NO_COLOR")}
+        self.child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.text = ""
+
+    def until(self, words: str | None) -> str:
+        """Read until these words were written; None: to the program's end."""
+        while words is None or words not in self.text:
+            try:
+                part = os.read(self.master, 65536)
+            except OSError:  # the other side is closed
+                part = b""
+            if not part:
+                assert words is None, f"{words!r} never came: {self.text}"
+                os.close(self.master)
+                self.child.wait(30)
+                break
+            self.text += part.decode(errors="replace")
+        return self.text
+
+
+def stop(bed: Bed) -> None:
+    for _ in range(2):
+        assert bed.loop("--stop").returncode == 0
 
 
 def test_a_real_night_on_a_terminal_draws_a_panel_and_in_plain_none(tmp_path: Path) -> None:
-    bed = Bed(tmp_path, "slow crash better")
-    lively = in_a_terminal(bed.command("--experiments", "1", "--no-sandbox"), bed, 60, AUTORESEARCH_SLOW="1.5")
-    assert "\x1b[2K" in lively, "the panel is drawn over"
-    assert "experiment 1 of 1: training 1, seed 1" in lively
-    text = in_a_terminal(bed.command("--experiments", "2", "--plain", "--no-sandbox", "--resume"), bed, 60)
+    bed = Bed(tmp_path, "slow better")
+    lively = Terminal(bed.command("--experiments", "2", "--no-sandbox"), bed, 60, AUTORESEARCH_SLOW="600")
+    lively.until("experiment 1 of 2: training 1, seed 1")
+    stop(bed)
+    assert "\x1b[2K" in lively.until(None), "the panel is drawn over"
+    assert lively.child.returncode == 130
+    plain = Terminal(bed.command("--plain", "--resume"), bed, 60, AUTORESEARCH_SLOW="0")
+    text = plain.until(None)
+    assert plain.child.returncode == 0, text
     assert "\x1b[2K" not in text
     lines = text.replace("\r", "").splitlines()
     assert all(len(line) <= 60 for line in lines)
-    words = {word for line in lines for word in line.split()}
-    assert {"experiments", "autoresearch/night;", "held-out"} <= words, "wrapped between words"
+    words = {word.rstrip(";") for line in lines for word in line.split()}
+    assert {"experiments,", "autoresearch/night"} <= words, f"wrapped between words: {text}"
 
 
 def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
-    bed = Bed(tmp_path, "worse slow")
-    driver = bed.start("--experiments", "2", "--no-sandbox", AUTORESEARCH_SLOW="4")
-    journal = bed.folder() / "journal.jsonl"
-    while driver.poll() is None and not (journal.exists() and '"discard"' in journal.read_text()):
+    bed = Bed(tmp_path, "worse hangs")
+    driver, command = bed.start("--experiments", "2", "--no-sandbox"), bed.command()[:3]
+    while not (bed.folder() / "journal.jsonl").exists():
         time.sleep(0.05)
-    command = bed.command()[:3]
-    once = subprocess.Popen([*command, "--status", "--json"], cwd=bed.repo, env=bed.environment(), stdout=subprocess.PIPE)
-    followed = in_a_terminal([*command, "--status", "--watch"], bed, 80)
-    known = json.loads(once.communicate(timeout=60)[0])
+    followed = Terminal([*command, "--status", "--watch"], bed, 80)
+    followed.until("experiment 2 of 2: the agent is at work")
+    known = json.loads(bed.loop("--status", "--json").stdout)
     assert (known["running"], known["wanted"], known["best"]) == (True, 2, 0)
-    assert [e["status"] for e in known["experiments"]][:2] == ["keep", "discard"]
+    assert [e["status"] for e in known["experiments"]] == ["keep", "discard"]
+    stop(bed)
     driver.communicate(timeout=60)
-    assert "experiment 2 of 2" in followed
-    last = bed.loop("--status")
-    assert last.stdout.splitlines()[0] == "night night: ended: experiments"
-    assert "   1  discard      1.55" in last.stdout, "the score of a discarded one"
-    assert "ended: experiments" in followed
-    assert bed.loop("--status", "--watch").stdout == last.stdout
+    assert "ended: stopped" in followed.until(None)
+    last = bed.loop("--status").stdout
+    assert last.startswith("night night: ended: stopped\n")
+    assert "   1  discard      1.55" in last, "the score of a discarded one"
+    assert bed.loop("--status", "--watch").stdout == last
     assert "expected one of them" in bed.loop("--watch").stderr
-    assert bed.loop("--status", "--watch", "--json").returncode == 2
 
 
 def test_every_view_shows_the_mean_of_all_trials(tmp_path: Path) -> None:
