@@ -11,27 +11,40 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 .PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
 
 demo: .venv/.ready
-	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag demo-$$(date +%m%d-%H%M%S)
+	@tag=demo-$$(date +%m%d-%H%M%S); set -e; \
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag $$tag; \
+	echo; $(ENV) $(PY) scripts/sample.py --compare --tag $$tag --tokens 60; \
+	printf '\nNext:\n    source .venv/bin/activate\n    %s\n    %s\n    %s\n' \
+	    'python -m agent.doctor                    # is a coding agent there, is this machine ready?' \
+	    'python -m agent.loop --agent claude       # a real night; or another agent, or --agent search' \
+	    "python -m agent.loop --forget $$tag   # remove this demo"
 
 test: lint
 	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
 
-lint: .venv/.ready
+lint: .venv/.dev
 	$(PY) -m ruff check -q .
 	$(PY) -m mypy
 
-test-slow test-gpu test-agents test-browser: test-%: .venv/.ready
+test-slow test-gpu test-browser: test-%: .venv/.dev
 	$(PY) -m pytest -q -m $*
 
-test-torch: .venv/.ready
+test-agents: .venv/.dev  # a process for each command line: they mostly wait
+	$(PY) -m pytest -q -m agents -n 4 --dist loadgroup tests/coders
+
+test-torch: .venv/.dev
 	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch
 	$(PY) -m pytest -q tests/train/test_torch.py
 
-soak: .venv/.ready
+soak: .venv/.dev
 	$(PY) -m pytest -q -m slow tests/night/test_kill.py tests/night/test_soak.py
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	@scripts/setup.sh dev
 	@touch $@
 
 pin:

@@ -45,7 +45,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--allow-loss", action="store_true", help="go on even if more than 2 %% of the text cannot be read")
     parser.add_argument("--shards", type=int, default=1, help="number of files to fetch of a hub dataset (default: 1)")
     parser.add_argument("--revision", default="", help="commit, branch or tag of a hub dataset (default: the commit in --list)")
-    parser.add_argument("--json", type=Path, help="write a description of the prepared dataset to this file")
+    parser.add_argument("--json", type=Path, 
+                        help="write a description of the dataset to this file, and leave the current dataset as it is")
     parser.add_argument("--list", action="store_true", help="list datasets with source and licence, and presets")
     commands = parser.add_subparsers(dest="command", metavar="score | serve | screen")
     file = commands.add_parser("screen", help="search a train file for held-out text")
@@ -101,7 +102,8 @@ def main() -> int:
             preset = args.preset or detect_preset()
             dataset = args.dataset or ("stories" if preset in ("tiny", "demo", "cpu") else "tinystories")
             entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards,
-                            revision=args.revision, allow_loss=args.allow_loss)
+                            revision=args.revision, allow_loss=args.allow_loss,
+                            make_current=args.json is None)
             if args.json:
                 write_atomically(args.json, json.dumps(entry, indent=1).encode())
             print(f"ready: {entry['id']}  vocabulary {entry['vocab_size']:,}, {entry['seq_len']} tokens of context, "

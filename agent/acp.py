@@ -161,15 +161,24 @@ async def converse(client: Client, command: list[str], prompt: str, model: str |
             raise ConnectionError(f"the agent {end} before its turn was over; what it said is in the log")
         ending.cancel()
         response = talking.result()
-    reply = Reply(message=client.message.strip() or None, cost_usd=client.cost)
-    if usage := response.usage:
-        out = usage.output_tokens + (usage.thought_tokens or 0)
-        reply = Reply(max(usage.input_tokens, usage.total_tokens - out), out, reply.cost_usd, reply.message)  # with cached tokens
+    reply = Reply(*_tokens(response), client.cost, client.message.strip() or None)
     if response.stop_reason != "end_turn":
         return _failed(f"the agent stopped for {response.stop_reason}", reply)
     if reply.message is None and not reply.tokens_out:
         return _failed("an empty turn: the agent said nothing", reply)
     return with_last_lines(reply)
+
+
+def _tokens(response: PromptResponse) -> tuple[int | None, int | None]:
+    """Tokens in, with cached ones, and out: as the protocol has them, else as gemini 0.61 tells them. None: not told."""
+    if usage := response.usage:
+        out = usage.output_tokens + (usage.thought_tokens or 0)
+        return max(usage.input_tokens, usage.total_tokens - out), out
+    try:
+        counts = (response.field_meta or {})["quota"]["token_count"]
+        return int(counts["input_tokens"]), int(counts["output_tokens"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None, None
 
 
 def _model_option(session: NewSessionResponse, model: str) -> str:

@@ -24,7 +24,7 @@ from agent.journal.journal import holder, read_events
 from agent.journal.state import Night, fold
 from agent.judgement.decision import noise
 from agent.text import redact
-from agent.views.page import at_a_glance, in_detail, read_curve
+from agent.views.glance import at_a_glance, in_detail, read_curve
 
 PAGE = Path(__file__).with_name("views") / "page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -56,7 +56,7 @@ class Reader:
     def glance(self) -> dict[str, Any]:
         night = self.night()
         sigma = noise(night).sigma if night.experiments else 0.0
-        return at_a_glance(night, holder(self.folder) is not None, sigma)
+        return at_a_glance(night, holder(self.folder) is not None, sigma, self.folder)
 
     def detail(self, n: int) -> dict[str, Any] | None:
         night = self.night()
@@ -64,7 +64,7 @@ class Reader:
             return None
         experiment = night.experiments[n]
         diff = self.worktree.diff(experiment.parent, experiment.commit) if experiment.commit and n else ""
-        return in_detail(night, n, self.folder, redact(diff))
+        return in_detail(night, n, self.folder, redact(diff), noise(night).sigma)
 
     def running(self) -> list[list[float]]:
         """The loss curve of the training that runs now."""

@@ -22,6 +22,7 @@ import click
 
 from agent.coders import table
 from agent.errors import NightError
+from agent.files import GIB
 from agent.journal.settings import Settings
 from agent.night import power
 from agent.night.limits import hours_until
@@ -29,7 +30,6 @@ from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home
 from agent.trial import sandbox
 
-GIB = 1 << 30
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
 _OLDEST_GIT = (2, 31)  # rev-parse --path-format
 # Asked in a child, since nothing here imports a framework or the harness. BLAS first: it must be there before MLX.
@@ -125,7 +125,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
         repository.file_at(repository.head, train_file)
     except NightError as error:
         return Finding("git", "bad", str(error))
-    changed = repository.changed(train_file, *FROZEN)
+    changed = repository.changed(repository.head, train_file, *FROZEN)
     if changed:
         return Finding("git", "note", f"{', '.join(changed)} differs from HEAD; a night starts from what is committed")
     return Finding("git", "ok", f"{words}, {repository.root} at {repository.head[:7]}")

@@ -30,10 +30,10 @@ import click
 from agent.chat.edit import check, edit, finish
 from agent.chat.endpoint import Answer, ChatError, Endpoint
 from agent.coders.coder import Reply
+from agent.files import GIB
 from agent.process import child
 from agent.text import one_line, redact
 
-GIB = 1 << 30
 HUB = "https://huggingface.co"
 HEALTH_SECONDS = 1.0  # between two looks at the server
 SILENT_SECONDS = 120.0  # a server that answers nothing for so long hangs; reading a long prompt takes less between two answers

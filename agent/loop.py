@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from cloup import option, option_group
 from agent.coders.coder import CoderError
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
-from agent.git.filetree import remove
+from agent.files import directory_bytes, remove
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import choose_tag, latest, neighbours, require_tag
+from agent.journal.folder import choose_tag, latest, neighbours, require_tag, runs_folder
 from agent.journal.journal import Journal, holder, read_events
-from agent.journal.state import fold
+from agent.journal.state import Night, fold
+from agent.judgement.decision import noise
 from agent.night import setup
 from agent.night.limits import Stopper, hours_until, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
-from agent.process.child import directory_bytes
-from agent.views import results
+from agent.views import results, terminal
+from agent.views.glance import at_a_glance
 from agent.views.terminal import Console, complain
 
 INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
@@ -53,6 +55,8 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
 @option_group(
     "A night that exists (--tag says which; default: the latest)",
     option("--status", is_flag=True, help="Show how it stands."),
+    option("--watch", is_flag=True, help="With --status: follow it until it ends."),
+    option("--json", "as_json", is_flag=True, help="With --status: as JSON, for programs."),
     option("--stop", "stop_", is_flag=True, help="Ask it to stop after its experiment; a second time: now."),
     option("--resume", is_flag=True, help="Continue it."),
     option("--forget", metavar="TAG", help="Remove a night whole: folder, worktree, branch and refs. Asks first."),
@@ -96,18 +100,26 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
 )
 @option_group(
     "Other",
-    option("--picture/--no-picture", default=True, help="Draw progress.png at the end. Default: on."),
+    option("--picture/--no-picture", default=True, help="Write progress.png, report.html and report.md at the end. Default: on."),
+    option("--plain", is_flag=True, help="Print plain lines, also on a terminal."),
     cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
-def main(tag: str | None, resume: bool, status: bool, stop_: bool, forget: str | None, yes: bool, **options: Any) -> None:
+def main(
+    tag: str | None, resume: bool, status: bool, watch: bool, as_json: bool, plain: bool, stop_: bool, forget: str | None,
+    yes: bool, **options: Any,
+) -> None:  # fmt: skip
     """Let a coding agent improve train_mlx.py overnight. Each change that lowers val_bpb is kept on a branch of its own."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
+        if (watch or as_json) and (not status or watch == as_json):
+            raise UsageError("--watch and --json: expected one of them, and --status")
         if forget is not None:
             code = _forget(forget, yes)
+        elif status:
+            code = _status(tag, watch, as_json, plain)
         else:
-            code = _inspect(tag, status) if status or stop_ else _night(tag, resume, _with_end(options))
+            code = _stop(tag) if stop_ else _night(tag, resume, plain, _with_end(options))
     except NightError as error:
         complain(str(error))
         code = error.exit_code
@@ -128,31 +140,61 @@ def _with_end(options: dict[str, Any]) -> dict[str, Any]:
     return options if until is None else {**options, "hours": hours_until(until)}
 
 
-def _inspect(tag: str | None, status: bool) -> int:
-    runs = Repository(Path.cwd()).root / "runs"
-    folder = runs / (tag or latest(runs))
-    events, torn = read_events(folder / "journal.jsonl")
-    if not events:
-        raise UsageError(f"there is no night in {folder}")
+def _status(tag: str | None, watch: bool, as_json: bool, plain: bool) -> int:
+    folder = _folder(tag)
+    look = Look(folder)
+    if as_json:
+        click.echo(json.dumps(look()[0]))
+    elif watch:
+        terminal.watch(look, plain)
+    else:
+        terminal.print_lines(look()[1])
+    return 0
+
+
+def _stop(tag: str | None) -> int:
+    folder = _folder(tag)
     pid = holder(folder)
-    if status:
-        click.echo("\n".join(results.status(fold(events), pid)))
-        if torn:
-            click.echo(f"the last line of the journal is torn ({len(torn)} bytes); the next driver sets it aside")
-        return 0
     if pid is None:
         raise UsageError(f"no driver works on the night {folder.name}")
     click.echo(f"asked process {pid} to stop: {request_stop(folder)}")
     return 0
 
 
+def _folder(tag: str | None) -> Path:
+    """The folder of a night that has begun. UsageError if there is none."""
+    runs = runs_folder(Repository(Path.cwd()).root)
+    folder = runs / (tag or latest(runs))
+    if not read_events(folder / "journal.jsonl")[0]:
+        raise UsageError(f"there is no night in {folder}")
+    return folder
+
+
+class Look:
+    """One look after another at a night: its numbers, and the lines of --status. The journal is read again when it has grown."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._size, self._night, self._torn = folder, -1, Night(), b""
+
+    def __call__(self) -> tuple[dict[str, Any], list[str]]:
+        journal = self.folder / "journal.jsonl"
+        if (size := journal.stat().st_size) != self._size:
+            events, self._torn = read_events(journal)
+            self._night, self._size = fold(events), size
+        pid, sigma = holder(self.folder), noise(self._night).sigma if self._night.experiments else 0.0
+        lines = results.status(self._night, pid, sigma, self.folder)
+        if self._torn:
+            lines.append(f"the last line of the journal is torn ({len(self._torn)} bytes); the next driver sets it aside")
+        return at_a_glance(self._night, pid is not None, sigma, self.folder), lines
+
+
 def _forget(tag: str, sure: bool) -> int:
     """Remove a night after showing what it is. UsageError while a driver works on it, or where nothing is left of it."""
     require_tag(tag)
     repository = Repository(Path.cwd())
-    folder = repository.root / "runs" / tag
+    folder = runs_folder(repository.root) / tag
     worktree = Worktree(repository, tag, folder / "worktree")
-    commits = worktree.leftovers()
+    commits = worktree.refs()
     if not (folder.is_dir() or commits):
         raise UsageError(f"--forget {tag}: there is no folder runs/{tag}, and no branch or ref of such a night")
     if folder.is_dir() and (pid := holder(folder)) is not None:
@@ -170,18 +212,17 @@ def _forget(tag: str, sure: bool) -> int:
     return 0
 
 
-def _night(tag: str | None, resume: bool, options: dict[str, Any]) -> int:
+def _night(tag: str | None, resume: bool, plain: bool, options: dict[str, Any]) -> int:
     repository = Repository(Path.cwd())
-    runs = repository.root / "runs"
-    tag = choose_tag(runs, tag, resume)
+    runs = runs_folder(repository.root)
+    tag = choose_tag(runs, tag, resume, repository.leftover)
     folder = runs / tag
     worktree = Worktree(repository, tag, folder / "worktree")
     new = not read_events(folder / "journal.jsonl")[0]
     warnings = setup.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
     if new:
         choose(options)  # before anything is made: a typing error leaves nothing behind
-    with Journal(folder) as journal, Console() as console:
-        (folder / ".gitignore").write_text("*\n")  # whatever the user ignores, a night is no part of their repository
+    with Journal(folder) as journal, Console(plain) as console:
         (folder / "logs").mkdir(exist_ok=True)
         stopper = Stopper(folder, console.say)
         stopper.install()

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from agent.files import read_part
+
 SHORTEST = 8  # characters; a shorter value (`true`, `1`, `dev`) would blot out ordinary words
 
 # KEY and TOKEN also live in harmless names: TOKENIZERS_PARALLELISM, KEYBOARD_LAYOUT, GNOME_KEYRING_CONTROL, MAX_TOKENS
@@ -107,10 +109,7 @@ def safe_tail(path: Path, max_chars: int) -> str:
     if max_chars <= 0:
         return ""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 8 * max_chars))  # UTF-8 needs 4 bytes a character, escapes take some more
-            raw = file.read()
+        raw = read_part(path, -8 * max_chars, 8 * max_chars)  # UTF-8 needs 4 bytes a character, escapes take some more
     except OSError:
         return ""
     return safe_text(raw)[-max_chars:]

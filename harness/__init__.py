@@ -7,7 +7,8 @@ The harness: data, clock and score. A night freezes this folder together with pr
     server, score, probes   the logits server, the score computed from its logits, and the checks that the model does not cheat
     screen                  held-out text in a train file
     tokenizer               text to token ids and back
-    corpus                  documents to token shards; stories and download supply the documents
+    files                   the user's files to documents; overlap finds copies, whatever their line ends and wrapping
+    corpus                  documents to token shards; files, stories and download supply the documents
 
 Every module here needs NumPy at most when it is imported, so that a machine with PyTorch needs no MLX. The one exception is
 mlx_cpu, where it exists: only train_mlx.py imports it. This module holds what all others share: errors and files.
@@ -46,7 +47,8 @@ def kind_of(error: BaseException) -> str:
         return error.kind
     if getattr(error, "errno", None) == errno.EFBIG:  # beyond server.SERVER_FILE_BYTES
         return "violation"
-    words = r"out of memory|OutOfMemory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer"
+    words = r"out of memory|OutOfMemory|[Uu]nable to allocate|can.t allocate memory|maximum allowed buffer" \
+            r"|not enough memory|STATUS_ALLOC_FAILED|Invalid buffer size"  # PyTorch on a CPU, cuBLAS and cuDNN, Metal
     return "oom" if isinstance(error, MemoryError) or re.search(words, str(error)) else "crash"
 
 

@@ -50,12 +50,14 @@ DATASETS = {  # name: (licence, source, file pattern in the hub repository, its 
 }
 
 
-def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="", allow_loss=False) -> dict:
-    """Make a dataset ready and make it the current one. Returns the entry that CONTRIBUTING.md describes.
+def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="", allow_loss=False,
+            make_current=True) -> dict:
+    """Make a dataset ready. Returns the entry that CONTRIBUTING.md describes.
 
     dataset: a name in DATASETS, or text:PATH. vocab_size: tokens; 0: the preset's. field: field of a JSON object or column of a
     table. shards: number of hub files. revision: commit, branch or tag of a hub dataset; "": the commit in DATASETS.
-    allow_loss: go on even if more than LIMIT of the text cannot be read. Errors: HarnessError("usage", "data").
+    allow_loss: go on even if more than LIMIT of the text cannot be read. make_current: trainings and nights take it when nothing
+    else is said. Errors: HarnessError("usage", "data").
     """
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
@@ -78,7 +80,8 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
     entry = {"id": ident, "train_dir": str(train), "held_dir": str(held), "dataset": dataset, "preset": preset_name,
              "vocab_size": meta["vocab_size"], "seq_len": preset.seq_len, "budget": preset.budget,
              "data_hash": meta["data_hash"], "tokenizer_hash": meta["tokenizer_hash"], "device": detect_preset()}
-    write_atomically(home() / "current.json", json.dumps(entry, indent=1).encode())
+    if make_current:
+        write_atomically(home() / "current.json", json.dumps(entry, indent=1).encode())
     return entry
 
 

@@ -1,7 +1,6 @@
 """Downloads from the Hugging Face hub that resume and are checked by SHA-256, and the progress bar for them and for preparation."""
 
 import concurrent.futures
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from harness import HarnessError, home, write_atomically
 
-DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each, with 0.5, 1, 2 and 4 seconds between them
+DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each
+FIRST_WAIT = 0.5                # seconds before the second attempt; each wait is twice the one before
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[...,
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Hold a lock file: a second process that asks for it waits here, and then finds the work done."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    from filelock import FileLock
+    with FileLock(lock):
         yield
 
 
@@ -142,5 +142,5 @@ def patiently(what: str, once: Callable):
                                    "Run the same command again to continue; what arrived is kept. Check HF_ENDPOINT, "
                                    "HTTPS_PROXY and HF_TOKEN; --revision chooses another commit; `--dataset stories` needs no "
                                    "network") from error
-            time.sleep(2**attempt / 2)
+            time.sleep(FIRST_WAIT * 2**attempt)
     return None

@@ -6,6 +6,7 @@ import math
 import os
 import queue
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -135,8 +136,8 @@ class Run:
         yield from batches(self.tokens(), self.meta["bos_id"], batch_size, seq_len, self.seed)
 
     def log(self, **window) -> None:
-        """Append a line to metrics.jsonl: step, tokens, seconds, loss (nats), lr, tokens_per_second, mfu_percent, memory_mb.
-        Errors: HarnessError("nan") if the loss is not finite."""
+        """Append a line to metrics.jsonl: step, tokens, seconds, progress (used share of the budget), loss (nats), lr,
+        tokens_per_second, mfu_percent, memory_mb. Errors: HarnessError("nan") if the loss is not finite."""
         self.step = window.get("step", self.step)
         with open(self.dir / "metrics.jsonl", "a") as f:
             f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in window.items()}) + "\n")
@@ -151,8 +152,11 @@ class Run:
                   "data": self.data.name}
         write_atomically(self.dir / "train.json", json.dumps(facts, indent=1).encode())
         if os.environ.get("AUTORESEARCH_SCORE") != "0":
-            sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, str(PROGRAM), "score", str(self.dir)])  # frees the trainer's memory
+            print(f"trained; scoring on the validation text of {self.data.name}", flush=True)
+            command = [sys.executable, str(PROGRAM), "score", str(self.dir)]
+            if sys.platform == "win32":  # execv begins a new process there, and its exit code is lost
+                sys.exit(subprocess.run(command).returncode)
+            os.execv(sys.executable, command)  # frees the trainer's memory
 
 
 def start_run(train_file: str) -> Run:
@@ -181,7 +185,8 @@ class Progress:
 
     def __init__(self, run: Run, batch_tokens: int, flops: float, peak: float, above: float):
         self.run, self.batch_tokens, self.flops, self.peak = run, batch_tokens, flops, peak
-        self.limit, self.step, self.smooth, self.window = math.log(run.vocab_size) + above, 0, 0.0, (0, run.budget.seconds)
+        self.limit, self.step, self.smooth, self.printed = math.log(run.vocab_size) + above, 0, 0.0, 0
+        self.told = self.before = 0, run.budget.seconds  # step and seconds of the last two lines
 
     @property
     def loss(self) -> float:
@@ -203,12 +208,26 @@ class Progress:
         """
         step, tokens, seconds = self.step, self.step * self.batch_tokens, self.run.budget.seconds
         progress = min(self.run.budget.progress(step, tokens), 1.0)
-        if step == self.window[0] or not (seconds - self.window[1] >= 1 or step % 500 == 0 or progress == 1):
+        if step == self.told[0] or not (seconds - self.told[1] >= 1 or step % 500 == 0 or progress == 1):
             return
-        rate, factor, memory_mb = (step - self.window[0]) * self.batch_tokens / (seconds - self.window[1]), lr(), memory() / 2**20
-        self.window, mfu, left = (step, seconds), 100 * rate * self.flops / self.peak, (1 - progress) * seconds / progress
-        self.run.log(step=step, tokens=tokens, seconds=seconds, loss=self.loss, lr=factor, tokens_per_second=rate, mfu_percent=mfu,
-                     memory_mb=memory_mb)
+        short = seconds - self.told[1] < 1 and step - self.told[0] < 500  # the last line: too short to tell a speed
+        first, begin = self.before if short else self.told
+        rate, factor, memory_mb = (step - first) * self.batch_tokens / (seconds - begin), lr(), memory() / 2**20
+        self.before, self.told = self.told, (step, seconds)
+        mfu, left = 100 * rate * self.flops / self.peak, (1 - progress) * seconds / progress
+        self.run.log(step=step, tokens=tokens, seconds=seconds, progress=progress, loss=self.loss, lr=factor,
+                     tokens_per_second=rate, mfu_percent=mfu, memory_mb=memory_mb)
         ends = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
-        print(f"\rstep {step:5d} ({100 * progress:3.0f} %)  loss {self.loss:.4f}  lr x{factor:.2f}  {rate:,.0f} tok/s  "
-              f"mfu {mfu:.1f} %  {memory_mb:,.0f} MB  {left:.0f} s left, ends {ends}   ", end="", flush=True)
+        self.print_line(f"step {step:5d} ({100 * progress:3.0f} %)", f"loss {self.loss:.4f}", f"{left:.0f} s left, ends {ends}",
+                        f"{rate:,.0f} tok/s", f"{memory_mb:,.0f} MB", f"mfu {mfu:.1f} %", f"lr x{factor:.2f}")
+
+    def print_line(self, *parts: str) -> None:
+        """Print over the line before: as many of the parts, the most important first, as fit the terminal."""
+        room, line = shutil.get_terminal_size().columns - 1, parts[0]  # a full line would wrap, and stay
+        for part in parts[1:]:
+            if len(line) + 2 + len(part) > room:
+                break
+            line += f"  {part}"
+        line = line[:room]
+        print("\r" + line.ljust(min(self.printed, room)), end="", flush=True)
+        self.printed = len(line)

@@ -25,8 +25,8 @@ from agent.journal.journal import read_events
 from agent.journal.state import FAILURES, Experiment, Night, fold
 from agent.judgement.decision import noise
 from agent.text import one_line
+from agent.trial.metrics import COMPARED
 
-COMPARABLE = ("data_hash", "tokenizer_hash", "seq_len", "budget", "device")
 COLOURS = ("#1a7f37", "#0969da", "#bc4c00", "#8250df", "#24292f", "#bf3989")
 
 
@@ -138,7 +138,7 @@ def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 def differences(sides: Sequence[Side]) -> list[str]:
     """Why these nights cannot be compared fairly; [] if they can."""
     found = []
-    for key in COMPARABLE:
+    for key in COMPARED:
         values = [str(e.night.experiments[0].summary().get(key, "unknown")) for e in sides]
         if len(set(values)) > 1:
             found.append(f"{key} differs: {', '.join(values)}")

@@ -70,7 +70,7 @@ class Failed(click.ClickException):
 def with_constants(source: str, constants: dict[str, Any]) -> str:
     """A train file with other values of its constants. Failed if it doesn't have one of them."""
     for name, value in constants.items():
-        source, found = re.subn(rf"^{name} = (?:{{[^}}]*}}\[TIER\]|[^#\n]*)", f"{name} = {value}  ", source, count=1, flags=re.M)
+        source, found = re.subn(rf"^{name} = (?:{{[^}}]*}}\[TIER\])?[^#\n]*", f"{name} = {value}  ", source, count=1, flags=re.M)
         if not found:
             raise Failed(f"expected a line `{name} = ...` in the train file")
     return source
@@ -86,15 +86,16 @@ def adapt(source: str, constants: dict[str, Any], seed: int = 1, fp32: bool = Tr
 
 
 def launch(name: str, source: str, folder: Path, settings: dict[str, Any], limit: float, python: str = sys.executable,
-           **environment: str) -> dict[str, Any]:
-    """Train `source` as folder/name in a process of its own; what peer_shim.py reports. Failed if it failed or took too long."""
+           child: Path = SHIM, **environment: str) -> dict[str, Any]:
+    """Run `child` on `source`, saved as folder/name, in a process of its own. Returns the child's report. Failed if the child
+    failed or took more than `limit` seconds."""
     (folder / name).write_text(source)
     settings = settings | {"report": str(folder / "report.json")}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "PEER_"))}
     environment = {**kept, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1", "PEER_SETTINGS": json.dumps(settings),
                    **environment}
     with open(folder / "output.txt", "w+") as output:
-        command = [python, str(SHIM), str(folder / name)]
+        command = [python, str(child), str(folder / name)]
         try:
             code = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=limit).returncode
         except subprocess.TimeoutExpired:
@@ -121,6 +122,24 @@ def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, s
     return report
 
 
+def prepared(data: Path | None = None) -> Path:
+    """The train/<id> folder to use: `data`, else $AUTORESEARCH_DATA, else the data prepared last. Failed if there is none."""
+    try:
+        place = data or os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"]
+    except FileNotFoundError:
+        raise Failed("expected prepared data, found none: run `python prepare_mlx.py --dataset stories` first") from None
+    return Path(place).resolve()
+
+
+def scored(run_dir: Path, held: Path, **environment: str) -> float:
+    """val_bpb of a run of ours, by the scorer. Failed if it has none."""
+    command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if not (found := re.search(r"^val_bpb: +(\S+)", done.stdout, re.M)):
+        raise Failed(f"no score of our own run: {done.stderr[-1500:]}")
+    return float(found[1])
+
+
 def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
     """One training of our file, scored by `prepare_mlx.py score`: report with val_bpb."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,11 +147,7 @@ def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -
         variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": f"{seconds}s", "SEED": str(seed), "SCORE": "0"}
         report = launch(TRAIN_FILE.name, source, Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
                         **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
-        command = [sys.executable, str(ROOT / "prepare_mlx.py"), "score", str(run_dir), "--held", str(held)]
-        scored = subprocess.run(command, capture_output=True, text=True)
-        if not (found := re.search(r"^val_bpb: +(\S+)", scored.stdout, re.M)):
-            raise Failed(f"no score of our own run: {scored.stderr[-1500:]}")
-        return report | {"val_bpb": float(found[1])}
+        return report | {"val_bpb": scored(run_dir, held)}
 
 
 def summary(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -199,7 +214,7 @@ def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Pat
         raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
     seconds = float(budget[:-1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = Path(os.environ.get("AUTORESEARCH_DATA") or json.loads((home() / "current.json").read_text())["train_dir"])
+    data = prepared()
     held = home() / "held" / data.name
     source, todo = TRAIN_FILE.read_text(), {}  # read once: it may be edited meanwhile
     if with_ours:

@@ -1,7 +1,7 @@
 """Take a model away: write a folder that mlx-lm runs.
 
     python scripts/export.py OUT                    the best model of the latest night
-    python scripts/export.py OUT --run RUN_DIR      the model of one training
+    python scripts/export.py RUN_DIR OUT            the model of one training
     mlx_lm.generate --model OUT --trust-remote-code --prompt "Once upon a time"
 
 The folder carries the code that made the model: the train file as the agent left it, and the harness that it imports. So it runs
@@ -131,15 +131,19 @@ A small GPT, trained for {budget} by `{train_file}` in {what}.
 | | |
 | --- | --- |
 | validation | {score} |
-| data | {data}, licence: {licence} |
+{test}| data | {data}, licence: {licence} |
 | parameters | {params:.2f} M |
 | context | {context} tokens |
 | vocabulary | {vocab} tokens, SentencePiece BPE with byte fallback |
+| trained | {steps:,} steps, {tokens:.1f} M tokens, {budget} |
+| device | {device} |
 | commit | {commit} |
-
+{recipe}
 Run it, from code in this folder:
 
     mlx_lm.generate --model . --trust-remote-code --prompt "Once upon a time"
+
+It has no cache of keys and values: each token costs a pass over the context. It goes on from a text; it was not taught to answer.
 """
 
 
@@ -173,11 +177,30 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
     score = f"{np.mean(scores):.4f} bits per byte (mean of {len(scores)}, one training spreads by {noise(night).sigma:.4f})" \
         if night and scores else "not measured here"
     title = f"{night.tag}, {night.experiments[n].name}" if night else run_dir.name
-    what = f"the night {night.tag}: {one_line(night.experiments[n].description, 200)}" if night else "a training by hand"
+    what = f"the night {night.tag}" if night else "a training by hand"
     (out / "README.md").write_text(CARD.format(
         title=title, what=what, score=score, budget=facts["budget"], train_file=source.name, data=meta.get("source", facts["data"]),
         licence=meta.get("licence", "unknown"), params=facts["num_params"] / 1e6, context=meta["seq_len"],
-        vocab=tokenizer.vocab_size, commit=night.experiments[n].commit if night else "unknown"))
+        vocab=tokenizer.vocab_size, commit=night.experiments[n].commit if night else "unknown", steps=facts["num_steps"],
+        tokens=facts["total_tokens"] / 1e6, device=facts["device"], test=held_out(night, n), recipe=recipe(night, n)))
+
+
+def held_out(night: Night | None, n: int) -> str:
+    """The row of the held-out test, "" without one."""
+    tested = (night.tests.get(n) or {}).get("test_bpb") if night else None
+    return f"| held-out test | {tested:.4f} bits per byte, scored once |\n" if tested else ""
+
+
+def recipe(night: Night | None, n: int) -> str:
+    """What the night kept on the way to this model, a line each with its gain."""
+    if night is None or not night.kept:
+        return ""
+    lines, before = ["\nWhat the night kept, and bits per byte won by each:\n"], night.experiments[0].mean
+    for kept in (night.experiments[k] for k in night.kept if k <= n):
+        words = "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in one_line(kept.description, 200))  # an agent's: no markup
+        lines.append(f"- {words}: {before - kept.mean:.4f}")
+        before = kept.mean
+    return "\n".join(lines) + "\n"
 
 
 def write_tokenizer(out: Path, model: Path) -> None:
@@ -190,11 +213,13 @@ def write_tokenizer(out: Path, model: Path) -> None:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--run", "run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A run directory.")
+@click.argument("paths", nargs=-1, required=True, metavar="[RUN_DIR] OUT", type=click.Path(path_type=Path))
 @click.option("--tag", help="Night whose best model is taken. Default: the latest.")
-def main(out: Path, run_dir: Path | None, tag: str | None) -> None:
-    """Write a model to the folder OUT, for mlx-lm."""
+def main(paths: tuple[Path, ...], tag: str | None) -> None:
+    """Write the best model of a night, or the one of a training in RUN_DIR, to the folder OUT, for mlx-lm."""
+    if len(paths) > 2 or (len(paths) == 2 and tag):
+        raise click.UsageError("expected OUT, or OUT and --tag, or RUN_DIR and OUT")
+    run_dir, out = (None, paths[0]) if len(paths) == 1 else paths
     if out.exists():
         raise click.ClickException(f"{out} exists already; choose another folder, or remove it")
     night, n = None, 0

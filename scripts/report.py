@@ -1,38 +1,67 @@
-"""Draw the progress of a night and print what happened: `python scripts/report.py [runs/TAG]` (default: the latest night).
+"""What happened in a night: `python scripts/report.py [runs/TAG]` (default: the latest night).
 
-Reads the night's journal and nothing else. Writes `progress.png` beside it; `--no-picture` only prints.
+Reads the night's journal and its commits. Writes `report.html`, which stands alone, `report.md` for a pull request, and
+`progress.png` beside the journal; `--no-picture` only prints.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the driver's journal is its neighbour's
 
 import click
 
-from agent.errors import NightError, UsageError
+from agent.errors import NightError
+from agent.files import write_anew
+from agent.git.command import DAMAGE
+from agent.git.worktree import Repository, Worktree
+from agent.journal.folder import latest
 from agent.journal.journal import holder
-from agent.views.report import draw, load, summary
+from agent.journal.state import Night
+from agent.judgement.decision import noise
+from agent.text import redact
+from agent.views.report import draw, draw_costs, facts, load, markdown, page, summary
+
+
+def write_report(night: Night, folder: Path, sigma: float) -> None:
+    """progress.png, report.html and report.md in the night's folder. Without its commits, the report has no diffs."""
+    def diff(parent: str, commit: str) -> str:
+        try:
+            return redact(worktree.diff(parent, commit)) if worktree and parent and commit else ""
+        except DAMAGE:
+            return ""
+
+    try:
+        worktree = Worktree(Repository(Path.cwd()), night.tag, folder / "worktree")
+    except (NightError, *DAMAGE):
+        worktree = None
+    draw(night, folder / "progress.png", sigma)
+    with tempfile.TemporaryDirectory() as scratch:
+        draw_costs(night, Path(scratch) / "costs.png")
+        costs = (Path(scratch) / "costs.png").read_bytes()
+    known = facts(night, sigma, diff)
+    html = page(known, {"picture": (folder / "progress.png").read_bytes(), "costs": costs})
+    write_anew(folder / "report.html", html.encode("utf-8", "replace"))
+    write_anew(folder / "report.md", markdown(known, f"autoresearch/{night.tag}").encode("utf-8", "replace"))
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 @click.option("--no-picture", is_flag=True, help="Print only.")
 def main(folder: Path | None, no_picture: bool) -> None:
-    """Draw progress.png of a night and print what happened."""
+    """Write report.html, report.md and progress.png of a night, and print what happened."""
     try:
         if folder is None:
-            journals = sorted(Path("runs").glob("*/journal.jsonl"), key=lambda path: path.stat().st_mtime)
-            if not journals:
-                raise UsageError("there is no night in runs/; start one: python -m agent.loop")
-            folder = journals[-1].parent
+            folder = Path("runs") / latest(Path("runs"))
         night = load(folder)
-        click.echo(summary(night, holder(folder)))
+        sigma = noise(night).sigma if night.experiments else 0.0
+        click.echo(summary(night, holder(folder), sigma))
         if not no_picture:
-            draw(night, folder / "progress.png")
-            click.echo(f"picture: {folder / 'progress.png'}")
+            write_report(night, folder, sigma)
+            click.echo(f"report: {folder / 'report.html'}, {folder / 'report.md'}; picture: {folder / 'progress.png'}")
     except NightError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

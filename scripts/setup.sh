@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything the demo and the tests need, and the extra of pyproject.toml that is named (`torch`, `chat`, `cuda`).
+# Make .venv with everything a night needs. With an argument: add an extra of pyproject.toml to it (`dev`, `torch`, `chat`, `page`).
 # uv where it is installed, else python3 -m venv and pip. What would make the set-up useless is told before it begins.
 set -eu
 cd "$(dirname "$0")/.."
@@ -31,13 +31,18 @@ done
 command -v uv >/dev/null || [ "$(uname -s)" != Darwin ] || [ -z "${python:-}" ] || [ "$("$python" -c 'import platform; print(platform.machine())')" = arm64 ] || stop \
     "$python is built for Intel, and MLX needs one for Apple Silicon; install Python from python.org, or uv with: brew install uv"
 
-rm -rf .venv
-echo "setting up .venv (a minute or two, once) ..."
-if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then
-    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".[dev${1:+,$1}]" || failed=1
-elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[dev${1:+,$1}]" || failed=1
+echo "setting up .venv${1:+ for $1} (a minute or two, once) ..."
+if [ -z "${1:-}" ] || [ ! -x .venv/bin/python ]; then
+    rm -rf .venv
+    if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then :
+    elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then :
+    else
+        stop "need uv, or Python 3.10+ with venv: 'brew install uv' (macOS) or 'apt-get install python3 python3-venv' (Debian, Ubuntu)"
+    fi
+fi
+if command -v uv >/dev/null; then
+    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt ".${1:+[$1]}" || failed=1
 else
-    stop "need uv, or Python 3.10+ with venv: 'brew install uv' (macOS) or 'apt-get install python3 python3-venv' (Debian, Ubuntu)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".${1:+[$1]}" || failed=1
 fi
 [ -z "${failed:-}" ] || stop "the packages could not be installed (see above); check the network and the Python version, then run make again"

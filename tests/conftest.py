@@ -29,7 +29,13 @@ PLANTED = {  # secrets of an environment
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say which files are no longer what tests look into. After a night, or once a person wrote their own brief, that is fine."""
+    """Print what tests recorded for it, and say which files are no longer what tests look into.
+
+    After a night, or once a person wrote their own brief, the latter is fine."""
+    recorded = [line for report in terminalreporter.stats.get("", []) if report.when == "teardown"
+                for name, line in report.user_properties if name == "summary"]  # fmt: skip
+    for line in sorted(recorded):
+        terminalreporter.write_line(line)
     for name in ("train_mlx.py", "train_torch.py", "program.md"):
         if (ROOT / name).read_bytes() != (PINNED / name).read_bytes():
             terminalreporter.write_line(f"note: {name} differs from tests/pinned/{name}, which the tests of its insides ran on; "
@@ -41,6 +47,20 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "HF_"))}
     return {**kept, "AUTORESEARCH_HOME": str(home), "MLX_DISABLE_COMPILE": "1", "HF_ENDPOINT": "http://127.0.0.1:9",
             "HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
+
+
+# A program's first lines, after which nothing is found that Windows lacks. psutil, and what needs these modules itself, is loaded
+# before. What only Windows does, such as refusing to replace an open file, is not acted.
+WINDOWS = """
+import os, signal, subprocess, sys, tempfile, psutil
+for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty", "tty"):
+    sys.modules[name] = None
+for name in ("fork", "forkpty", "getuid", "geteuid", "killpg", "setsid", "getpgid", "memfd_create", "pread", "sysconf", "execv",
+             "getloadavg", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
+    if hasattr(os, name):
+        delattr(os, name)
+del signal.SIGKILL
+"""
 
 
 def program(*argv: object, home: Path, cwd: Path = ROOT, seconds: float = SECONDS, **more: str) -> subprocess.CompletedProcess:

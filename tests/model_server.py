@@ -17,6 +17,7 @@ from typing import Any
 
 TOKENS_IN, TOKENS_OUT = 1000, 50  # what every answer claims to have used
 CLOSING = "Raised the rate.\n\nHYPOTHESIS: a larger step learns faster\nDESCRIPTION: double the learning rate"
+CHECK = "Answer with the one word: ready"  # of the prompt before a night
 BLOCK = "{path}\n```python\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE\n```\n\n"
 Call = tuple[str, Any]  # tool name, arguments: a dict, or the text of a freeform tool
 
@@ -45,6 +46,7 @@ class ModelServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.script, self.closing = script, False
         self.requests: list[dict[str, Any]] = []
+        self.checks: list[dict[str, Any]] = []  # what was asked before a night, for one word
         self.fetched: list[str] = []  # paths of GET
         self.refused: list[str] = []  # hosts that somebody wanted to reach through this server as a proxy
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -131,6 +133,8 @@ def results_so_far(body: dict[str, Any]) -> int:
 def next_move(server: ModelServer, body: dict[str, Any]) -> tuple[str, Call | None]:
     """Text, or a tool call."""
     script = server.script
+    if CHECK in json.dumps(body):
+        return "ready", None
     if script.replies:
         return script.replies.pop(0), None
     calls = calls_for(script, offered_tools(body)) if script.edits else []
@@ -252,7 +256,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         path = self.path.split("?")[0]
-        self.server.requests.append({"path": path, "headers": dict(self.headers), "body": body})
+        kept = self.server.checks if CHECK in json.dumps(body) else self.server.requests
+        kept.append({"path": path, "headers": dict(self.headers), "body": body})
         speak = next((speak for pattern, speak in PROTOCOLS if pattern.search(path)), None)
         script = self.server.script
         if path.endswith("count_tokens") or path.endswith(":countTokens"):

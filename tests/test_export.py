@@ -1,12 +1,15 @@
 """scripts/export.py: the folder runs under mlx-lm and gives the model's own logits, whatever an agent made of the architecture."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import PINNED, ROOT, Dataset, environment, program
+
+from agent.journal.journal import Journal
 
 EXPORT = ROOT / "scripts" / "export.py"
 COMPARE = r"""
@@ -19,7 +22,7 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 out, run_dir, data = map(Path, sys.argv[1:])
 model, tokenizer = load(str(out), trust_remote_code=True)
-from scripts.sample import Options, generate, load as load_run
+from scripts.sample import Options, Uncached, generate, load as load_run
 from harness.tokenizer import Tokenizer
 ours = Tokenizer((data / "tokenizer.model").read_bytes())
 context = json.loads((data / "meta.json").read_text())["seq_len"]
@@ -34,7 +37,7 @@ row = np.zeros((1, context), np.int32); row[0, : len(ids)] = ids
 wanted = logits_of(row)[:, : len(ids)]
 found = np.array(model(mx.array([ids])))
 assert np.abs(found - wanted).max() == 0, np.abs(found - wanted).max()
-greedy = list(generate(logits_of, ids, context, -1, Options(2 * context, 0.0, 1.0, 1)))
+greedy = list(generate(Uncached(logits_of, context), ids, -1, Options(2 * context, 0.0, 1.0, 1)))
 theirs = [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=2 * context)]
 assert theirs == greedy, (theirs, greedy)
 print("equal", len(greedy))
@@ -49,15 +52,43 @@ def compare(out: Path, run_dir: Path, tiny: Dataset) -> None:
 
 
 def test_mlx_lm_gives_the_same_logits_and_text(trained: Path, tiny: Dataset, tmp_path: Path) -> None:
-    done = program(EXPORT, tmp_path / "out", "--run", trained, home=tiny.home)
+    done = program(EXPORT, trained, tmp_path / "out", home=tiny.home)
     assert done.returncode == 0, done.stderr
     compare(tmp_path / "out", trained, tiny)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "20steps" in card
     assert "text.txt" in card
-    again = program(EXPORT, tmp_path / "out", "--run", trained, home=tiny.home)
+    again = program(EXPORT, trained, tmp_path / "out", home=tiny.home)
     assert "exists already" in again.stderr
-    assert "with train.json" in program(EXPORT, tmp_path / "x", "--run", tmp_path, home=tiny.home).stderr
+    assert "with train.json" in program(EXPORT, tmp_path, tmp_path / "x", home=tiny.home).stderr
+
+
+def test_the_card_of_a_nights_model_tells_its_recipe(trained: Path, tiny: Dataset, tmp_path: Path) -> None:
+    """Experiment 1 was kept; its words are an agent's, and no markup."""
+    with Journal(tmp_path / "runs" / "night") as journal:
+        journal.append("night_start", tag="night", base="b", train_file="train_mlx.py", seed=1, dataset={})
+        for n, score in ((0, 2.0), (1, 1.5)):
+            journal.append("experiment", n=n, parent="b")
+            journal.append("candidate", n=n, commit=f"c{n}", ast="a", lines=1, description="<b>wider</b> | `MLP`", usage={},
+                           seconds=0.0)
+            for k in range(2):
+                run = f"000{n}-{k}"
+                journal.append("trial_start", n=n, k=k, seed=k, dir=run)
+                journal.append("trial_end", n=n, k=k, seed=k, dir=run, status="ok", val_bpb=score + 0.01 * k, summary={},
+                               seconds=1.0, error=None)
+            journal.append("verdict", n=n, status="keep", reason="", val_bpb=score, description="", error=None, usage={},
+                           seconds=0.0)
+        journal.append("test_score", n=1, split="test", val_bpb=1.5, test_bpb=1.5321, summary={}, error=None)
+        shutil.copytree(trained, tmp_path / "runs" / "night" / "trials" / run)
+    done = program(EXPORT, "out", home=tiny.home, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# night, experiment 1" in card
+    assert "1.5050 bits per byte (mean of 2, one training spreads by 0.0" in card
+    assert "| held-out test | 1.5321 bits per byte" in card
+    assert "- \\<b\\>wider\\</b\\> \\| \\`MLP\\`: 0.5000" in card
+    assert "| commit | c1 |" in card
+    assert "20 steps" in card
 
 
 @pytest.mark.slow
@@ -72,7 +103,7 @@ def test_an_architecture_that_an_agent_changed_runs_as_well(tiny: Dataset, tmp_p
     run = program("train_mlx.py", "--budget", "10steps", "--run-dir", "run", home=tiny.home, cwd=tmp_path,
                   AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_SCORE="0")
     assert run.returncode == 0, run.stderr
-    done = program(EXPORT, tmp_path / "out", "--run", tmp_path / "run", home=tiny.home)
+    done = program(EXPORT, tmp_path / "run", tmp_path / "out", home=tiny.home)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_file"] == "model.py"
     compare(tmp_path / "out", tmp_path / "run", tiny)

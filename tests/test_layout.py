@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import WINDOWS
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
@@ -15,7 +16,8 @@ PARTS = sorted(path for path in (ROOT / "harness").rglob("*.py") if path.stem !=
 AGENT = sorted((ROOT / "agent").rglob("*.py"))
 # A folder of agent/, or a file directly in it, imports what stands on an earlier line, and itself.
 FLOORS = (
-    {"errors", "text"},
+    {"errors", "files"},
+    {"text"},
     {"process", "coders"},
     {"git", "journal", "chat"},
     {"trial", "views"},
@@ -54,6 +56,13 @@ def test_the_harness_is_imported_without_a_framework() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     lazy = {"psutil", "sentencepiece", "pyarrow", "huggingface_hub", "rich"}
     assert not set(loaded) & (FRAMEWORKS | TRAIN_FILES | lazy | {"agent"})
+
+
+def test_the_harness_is_imported_on_windows() -> None:
+    parts = [f"harness.{path.stem}" for path in PARTS if path.stem != "__init__"]
+    code = f"{WINDOWS}\nimport numpy, prepare_mlx, {', '.join(parts)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_training_loads_its_own_part_of_the_harness() -> None:

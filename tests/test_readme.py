@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^ {4}((?:python|make) [^#\n]+?) *(?:#.*)?$", README, re.M)))
-HIDDEN = {".ci", ".gitignore", "LICENSE", "README.md", "Makefile", "pyproject.toml"}  # a map needs no entry for these
+HIDDEN = {".ci", ".github", ".gitignore", "AGENTS.md", "CHANGELOG.md", "LICENSE", "README.md", "Makefile", "constraints.txt",
+          "pyproject.toml"}  # a map needs no entry for these
 
 
 def test_the_file_map_is_the_repository() -> None:

@@ -13,21 +13,68 @@ from scripts.sample import Options, generate
 SAMPLE = ROOT / "scripts" / "sample.py"
 
 
-def uniform(row: np.ndarray) -> np.ndarray:
+def uniform(ids: list[int]) -> np.ndarray:
     """A model of five tokens: 3 is likeliest, then 2; never 4."""
-    return np.broadcast_to(np.log(np.array([0.1, 0.1, 0.3, 0.5, 1e-9])), (*row.shape, 5))
+    return np.log(np.array([0.1, 0.1, 0.3, 0.5, 1e-9]))
 
 
 def test_temperature_top_p_seed_and_the_stop_token() -> None:
     def drawn(**more: float) -> list[int]:
         options = Options(**{"tokens": 200, "temperature": 1.0, "top_p": 1.0, "seed": 1, **more})
-        return list(generate(uniform, [0], 4, 9, options))
+        return list(generate(uniform, [0], 9, options))
 
     assert set(drawn(temperature=0.0)) == {3}
     assert set(drawn(top_p=0.6)) == {2, 3}
     assert set(drawn()) == {0, 1, 2, 3}
     assert drawn(seed=3) == drawn(seed=3) != drawn(seed=4)
-    assert list(generate(uniform, [0], 4, 3, Options(200, 0.0, 1.0, 1))) == []
+    assert list(generate(uniform, [0], 3, Options(200, 0.0, 1.0, 1))) == []
+
+
+CACHED = r"""
+import sys
+from pathlib import Path
+from harness.machine import load_fast_blas
+load_fast_blas(threads=1)
+import numpy as np
+from scripts import sample
+run_dir, context = Path(sys.argv[1]), 32
+cached = sample.model(run_dir, context)
+passes, logits_of = [], cached.logits_of
+cached.logits_of = lambda row: passes.append(row.shape[1]) or logits_of(row)
+options = sample.Options(40, 0.0, 1.0, 1)  # past the context
+with_cache = list(sample.generate(cached, list(range(3, 13)), -1, options))
+widths = passes[:]
+plain = sample.Uncached(logits_of, context)
+assert with_cache == list(sample.generate(plain, list(range(3, 13)), -1, options))
+difference = max(np.abs(sample.Cached(logits_of, context, cached.module)(ids) - plain(ids)).max()
+                 for ids in ([5], list(range(9)), list(range(31))))
+print(cached.used, sum(width < context for width in widths), max(w for w in widths if w < context), f"{difference:.1e}")
+"""
+
+
+def test_the_cache_gives_the_models_own_text_with_short_passes(trained: Path, tiny: Dataset) -> None:
+    used, short, widest, difference = program("-c", CACHED, trained, home=tiny.home).stdout.split()
+    assert used == "True"
+    assert int(short) == 23, "all tokens that fit the context: 10 are given"
+    assert int(widest) == 16
+    assert float(difference) < 1e-4
+
+
+@pytest.mark.parametrize("change", [
+    ("mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)",
+     "(t + mx.arange(T).reshape(1, 1, T, 1) / 32)"),  # positions of its own
+    ('mask="causal")', "mask=mx.arange(T) <= mx.arange(T)[:, None])"),
+    ("y = attention(q, k, v, scale=D**-0.5, mask=\"causal\")", "y = mx.cumsum(v, axis=2)"),  # no attention at all
+])
+def test_a_model_that_the_cache_does_not_fit_writes_without_it(trained: Path, tiny: Dataset, tmp_path: Path, change) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    source = (run_dir / "train_mlx.py").read_text()
+    assert change[0] in source
+    (run_dir / "train_mlx.py").write_text(source.replace(*change))
+    done = program("-c", CACHED.replace("difference = max", "difference = 0 and max"), run_dir, home=tiny.home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False")
 
 
 def night(folder: Path, run_dir: Path) -> None:

@@ -162,7 +162,6 @@ CLIS = (
         arguments=opencode,
         reader=shapes.opencode,
         idle_seconds=SILENCE,
-        leaves=("opencode",),  # a number for the project
         install_hint="npm install -g opencode-ai",
         login_hint="opencode auth login",
         env_names=("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "OPENCODE_API_KEY", *PROVIDERS),

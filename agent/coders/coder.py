@@ -107,7 +107,6 @@ class Coder:
     login_files: tuple[Login, ...] = ()
     prompt_on_stdin: bool = True
     idle_seconds: float | None = None  # the longest silence of one that prints as it works; None: it prints at its end
-    leaves: tuple[str, ...] = ()  # files that it makes in the repository's git folder; removed where they were not there
     extra_args_last: bool = True  # False where `arguments` puts `job.extra_args` before its last word
     tells_its_end: bool = True  # its output has a final message or a usage record once its work is done
     free: bool = False  # it costs nothing, so that no price is missing

@@ -41,6 +41,7 @@ _ZONE = r"(?:Z|[+-]\d\d:?\d\d|\(?(?:UTC|GMT|[A-Z][a-z]+/[A-Za-z_]+|[PMCE][SD]?T)
 _WHEN = re.compile(rf"^\W{{0,4}}(?:(?:at|on|by|time)\W{{1,3}}){{0,2}}({_DAY})?(?:[, T]| at ){{0,3}}({_TIME})(?: ?({_ZONE}))?", re.I)
 _US = {"P": "America/Los_Angeles", "M": "America/Denver", "C": "America/Chicago", "E": "America/New_York"}
 LONGEST_WAIT = 7 * 86400.0  # seconds; a number that claims more than a week is not a wait
+MOST_TEXT = 100_000  # characters at the beginning of a log, and as many at its end
 MOST_CUES = 100  # the last ones: a log may hold the same refusal thousands of times
 JUST_PAST = 900.0  # seconds; a moment this long ago means that the limit lifts now: clocks differ, and the message took a while
 SOON = 30.0  # seconds to wait for a limit that lifts now
@@ -54,7 +55,11 @@ class Named:
 
 
 def name_failure(text: str) -> Named:
-    """Name the failure that an agent's error text tells of. Neither a limit nor a login: `agent_error`."""
+    """Name the failure that an agent's error text tells of. Neither a limit nor a login: `agent_error`.
+
+    Of a long text its beginning and its end are read."""
+    if len(text) > 2 * MOST_TEXT:
+        text = f"{text[:MOST_TEXT]}\n{text[-MOST_TEXT:]}"
     if hit := RATE.search(text):
         return Named("rate_limit", line_at(text, hit.start()), wait_seconds(text))
     if hit := LOGIN.search(text):

@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from agent.coders.coder import Job, Reply
 from agent.coders.error_text import LIMIT_OR_LOGIN, name_failure
+
+MOST_STARTS = 1000  # tries to read an object in an output: each that fails takes time
 
 
 def plain(stdout: str, log: str, job: Job) -> Reply:
@@ -147,7 +150,7 @@ def copilot(stdout: str, log: str, job: Job) -> Reply:
 
 
 _AIDER_TOKENS = re.compile(
-    r"^Tokens: ([\d.,]+)([kM]?) sent.{0,200}?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
+    r"^Tokens: ([\d.,]+)([kM]?) sent[^:]{0,100}?([\d.,]+)([kM]?) received\.(?:\s+Cost: \$([\d.]+) message)?", re.M | re.S
 )
 
 
@@ -214,11 +217,13 @@ def _abbreviated(number: str, unit: str) -> int:
 
 def _lines(text: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of a text that has one a line; other lines are warnings, or cut off by a kill."""
+    failed = 0
     for line in text.splitlines():
-        if line.lstrip().startswith("{"):
+        if line.lstrip().startswith("{") and line.rstrip().endswith("}") and failed < MOST_STARTS:
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError):
+                failed += 1
                 continue
             if isinstance(item, dict):
                 yield item
@@ -226,7 +231,7 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
 
 def _object(text: str) -> dict[str, Any] | None:
     """The first JSON object that starts a line of `text`, however many lines it has, or None."""
-    for start in re.finditer(r"^[ \t]*(?=\{\s*\")", text, re.M):
+    for start in islice(re.finditer(r"^[ \t]*(?=\{\s*\")", text, re.M), MOST_STARTS):
         try:
             item = json.JSONDecoder().raw_decode(text, start.end())[0]
         except (ValueError, RecursionError):

@@ -99,11 +99,10 @@ def acp(command: str | None, environ: Mapping[str, str]) -> Coder:
     if found is None:
         raise CoderError(f"--agent acp: no program {words[0]!r} on PATH; install it, or give its full path in --agent-cmd")
     known = next((coder for coder in CLIS if coder.binary == os.path.basename(words[0])), None)
-    more = known.env_names if known else ()
-    given = dict(known.env_set) if known else {}
-    return replace(
-        row, arguments=lambda job: [*row.arguments(job), found, *words[1:]], env_names=more, env_set={**given, **row.env_set}
-    )  # fmt: skip
+    row = replace(row, arguments=lambda job: [*TABLE["acp"].arguments(job), found, *words[1:]])
+    if known is None:
+        return row
+    return replace(row, env_names=known.env_names, env_set={**known.env_set, **row.env_set}, settings=known.settings)
 
 
 def detect(environ: Mapping[str, str]) -> Detected:

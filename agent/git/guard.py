@@ -1,44 +1,48 @@
-"""Only the train file may change: what else an agent did to its worktree is found, named, and undone.
+"""Only the train file may change: what else a coding agent changed is found and named.
 
-    before = remember(worktree)                                   # just before the agent starts
-    violations = check(worktree, commit, train_file, before)
-    scrub(worktree, commit, before)                               # every file as in the commit, nothing else
+    before = remember(repository)                                   # just before the agent starts
+    found = check(repository, worktree, files, train_file, base, before)
 
-Not covered: what an agent does outside of the worktree and of the parts of git's folder that `state_of` reads, the
-user's own branches among it. Agents run with the user's rights.
+`found.violations` void the candidate. `found.droppings` do not: files that the agent added, such as caches, backups and notes.
+They can change nothing, because every training begins with the files of the candidate's commit and no others. An added file is a
+violation only where the candidate's source has come to name it, by an import or a path: then the change needs what it cannot have.
+
+Not covered: what an agent does elsewhere with the user's rights, for example to their checkout or to their branches by path. Of
+the user's git folder only what can run a program is watched. The night itself depends on none of it (see command.py).
 """
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 from agent.errors import NightError
+from agent.files import read_plain, unlock
 from agent.git import filetree
-from agent.git.command import git_bytes
-from agent.git.filetree import LINK, MODULE, OTHER, TreeEntry, object_id, read_plain
+from agent.git.filetree import LINK, MODULE, OTHER, TreeEntry
+from agent.git.worktree import Repository
 
 TRAIN_FILE_BYTES = 1 << 20
 MOST_VIOLATIONS = 20  # more say nothing new
+MOST_DROPPINGS = 200  # likewise; the rest is removed all the same
+_LARGEST_WATCHED = 1 << 20  # bytes of a hook or an attributes file whose content is compared
 
-# Keys of the config that can run a program, redirect a path, or pull in another file. The rest (branch.*, remote.*.fetch)
-# changes with the user's own work, which goes on during a night.
-_EXECUTING = (
-    "alias.", "core.attributesfile", "core.editor", "core.excludesfile", "core.fsmonitor", "core.gitproxy", "core.hookspath",
-    "core.pager", "core.sshcommand", "core.worktree", "credential.", "diff.", "difftool.", "extensions.", "filter.", "gpg.",
-    "include.", "includeif.", "merge.", "mergetool.", "pager.", "protocol.", "sequence.", "submodule.", "trailer.",
-    "uploadpack.", "url.",
-)  # fmt: skip
-_NIGHTS_REFS = ("refs/autoresearch/", "refs/heads/autoresearch/", "refs/replace/")  # a replacement makes git lie about a commit
-
-
-class GuardError(NightError):
-    """The worktree cannot be checked or put back: git's folder or its objects are damaged."""
+# Keys of a config that run a program, send commits elsewhere, or pull in another file of keys. All else changes with the user's
+# own work, which goes on during a night: remotes, branches, submodules, and what their editor and their forge's tools write.
+_EXECUTING = re.compile(
+    r"alias\..*|core\.(alternaterefscommand|askpass|attributesfile|editor|fsmonitor|gitproxy|hookspath|pager|sshcommand|worktree)"
+    r"|credential\.(.*\.)?helper|diff\.external|(diff|difftool|merge|mergetool|browser|man|guitool)\..*\.(cmd|command|driver|path|textconv)"
+    r"|filter\..*\.(clean|smudge|process)|gpg\..*program|gpg\..*command|gpg\.program|include\.path|includeif\..*\.path"
+    r"|interactive\.difffilter|pager\..*|protocol\..*|remote\..*\.(proxy|receivepack|uploadpack|vcs)|sequence\.editor"
+    r"|submodule\..*\.update|tar\..*\.command|trailer\..*\.(cmd|command)|uploadpack\.packobjectshook|url\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -50,103 +54,102 @@ class Violation:
         return f"{self.path}: {self.what}"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What an agent found when it began."""
-
-    files: dict[str, TreeEntry] = field(repr=False)
-    admin: Path  # git's folder of the worktree
-    pointer: bytes  # content of the file `.git`
-    git: dict[str, str] = field(repr=False)
+@dataclass
+class Findings:
+    violations: list[Violation] = field(default_factory=list)
+    droppings: list[str] = field(default_factory=list)  # paths that were added and harm nothing, bytecode left out
 
 
-def remember(worktree: Path) -> Snapshot:
-    """Read the worktree and what must stay in its git folder. GuardError if it is no worktree."""
-    admin, pointer = admin_of(worktree)
-    algorithm = algorithm_of(admin)
-    files = {path: filetree.entry_of(worktree / path, status, algorithm) for path, status in filetree.walk(worktree)}
-    return Snapshot(files, admin, pointer, state_of(admin))
+def remember(repository: Repository) -> dict[str, str]:
+    """What must stay as it is in the user's git folder: hooks, attributes, borrowed objects, and keys that can run a program.
 
-
-def check(worktree: Path, base_commit: str, train_file: str, before: Snapshot | None = None) -> list[Violation]:
-    """What differs from `before` (without it: from the commit) other than the train file's content; at most 20.
-
-    Writes to git's folder are noticed only with `before`.
+    Name (".git/...") -> value or digest. GitFailed if the config cannot be read.
     """
-    if worktree.is_symlink() or not worktree.is_dir():
-        return [Violation(".", "the worktree was removed or replaced; expected a directory")]
-    found: list[Violation] = []
-    if before is None:
-        admin, _ = admin_of(worktree)
-        expected = tree(admin, base_commit)
-    else:
-        admin, expected = before.admin, before.files
-        found += _git_violations(worktree, before)
-    algorithm = algorithm_of(admin)
-    missing = {path for path, entry in expected.items() if entry.mode != MODULE}
-    for path, status in filetree.walk(worktree, _folders(expected)):
-        missing.discard(path)
-        what = _problem(worktree / path, status, expected.get(path), algorithm, path == train_file)
-        if what:
-            found.append(Violation(_shown(path), what))
-            if len(found) == MOST_VIOLATIONS:
-                return found
-    found += [Violation(_shown(path), "was deleted; only the train file may change") for path in sorted(missing)]
-    return found[:MOST_VIOLATIONS]
-
-
-def scrub(worktree: Path, commit: str, before: Snapshot | None = None) -> None:
-    """Put every file back as the commit has it, byte for byte, and remove all others, caches and ignored ones too.
-
-    Nothing outside of the worktree is written: links are removed, not followed. The index is not touched. GuardError if the
-    commit cannot be read; with `before`, even a removed `.git` is put back.
-    """
-    if worktree.is_symlink() or not worktree.is_dir():
-        filetree.remove(worktree)
-        worktree.mkdir()
-    if before is not None and _pointer_changed(worktree, before):
-        filetree.remove(worktree / ".git")
-        (worktree / ".git").write_bytes(before.pointer)
-    admin = before.admin if before is not None else admin_of(worktree)[0]
-    algorithm = algorithm_of(admin)
-    expected = tree(admin, commit)
-    modules = [path for path, entry in expected.items() if entry.mode == MODULE]
-    absent = dict(expected)
-    for path, status in filetree.walk(worktree, {*_folders(expected), *modules}, everything=True):
-        file, entry = worktree / path, expected.get(path)
-        plain = filetree.mode_of(status) != OTHER and (status.st_nlink == 1 or filetree.mode_of(status) == LINK)
-        if entry is None or not plain or filetree.entry_of(file, status, algorithm) != entry:
-            filetree.remove(file)
+    common, state = repository.common, {}
+    names = ["info/attributes", "objects/info/alternates"]
+    try:
+        with os.scandir(common / "hooks") as entries:
+            names += [f"hooks/{entry.name}" for entry in islice(entries, 1000) if not entry.name.endswith(".sample")]
+    except OSError:
+        pass  # a repository without hooks
+    for name in names:
+        try:
+            status = os.lstat(common / name)
+            content = os.fsencode(os.readlink(common / name)) if stat.S_ISLNK(status.st_mode) else b""
+            if stat.S_ISREG(status.st_mode):
+                content = read_plain(common / name, _LARGEST_WATCHED)
+        except FileNotFoundError:
             continue
-        absent.pop(path)
-        if entry.mode != LINK:
-            filetree.set_permissions(file, entry.mode)
-    for path, entry in absent.items():
-        if entry.mode == MODULE:
-            (worktree / path).mkdir(parents=True, exist_ok=True)
-        else:
-            filetree.write_plain(worktree / path, entry, blob(admin, entry.oid, algorithm))
+        except OSError as error:
+            content = str(error).encode()
+        state[f".git/{name}"] = f"{status.st_mode:o} {hashlib.sha256(content).hexdigest()}"
+    for config in ("config", "config.worktree"):
+        if not (common / config).is_file():
+            continue
+        listing = repository.git("config", "--file", str(common / config), "--no-includes", "--list", "-z")
+        for setting in listing.split("\0")[:-1]:
+            key, _, value = setting.partition("\n")
+            if _EXECUTING.fullmatch(key.lower()) and not (key.startswith("alias.") and value[:1] not in "!-"):
+                state[f".git/{config} {key}"] = state.get(f".git/{config} {key}", "") + value + "\n"
+    return state
 
 
-def _problem(file: Path, status: os.stat_result, entry: TreeEntry | None, algorithm: str, train: bool) -> str:
-    """What is wrong with a file or folder, empty if nothing is."""
-    mode, folder = filetree.mode_of(status), stat.S_ISDIR(status.st_mode)
-    kind = "a folder" if folder else {LINK: "a symbolic link", OTHER: "a pipe, socket or device"}.get(mode, "a file")
-    if folder and os.path.lexists(file / ".git"):
-        return "a git repository was put here; only the train file may change"
-    if entry is None or entry.mode == MODULE:
-        return f"{kind} was added; only the train file may change"
+def check(
+    repository: Repository, worktree: Path, expected: Mapping[str, TreeEntry], train_file: str, base: bytes,
+    before: Mapping[str, str] | None = None,
+) -> Findings:  # fmt: skip
+    """What differs from the files `expected` other than the train file's content, which was `base`; at most 20 violations.
+
+    Without `before`, git's folder is not looked at.
+    """
+    if worktree.is_symlink() or not worktree.is_dir():
+        return Findings([Violation(".", "the worktree was removed or replaced; expected a directory")])
+    found = Findings(_git_violations(repository, before) if before is not None else [])
+    for path, entry in sorted(expected.items()):
+        if what := _problem(worktree, path, entry, repository.algorithm, path == train_file):
+            found.violations.append(Violation(_shown(path), what))
+    broken = {violation.path for violation in found.violations}
+    needed = _new_names(base, _source(worktree / train_file)) if train_file not in broken else set()
+    for path, kind in _additions(worktree, expected):
+        if _bare(path) in needed or PurePosixPath(path).name in needed:
+            what = f"{kind} was added, and {train_file} now names it; only the train file may change"
+            found.violations.append(Violation(_shown(path), what))
+        elif not path.endswith("__pycache__"):
+            found.droppings.append(_shown(path) + "/" * (kind == "a folder"))
+    found.violations = found.violations[:MOST_VIOLATIONS]
+    return found
+
+
+def _problem(root: Path, path: str, entry: TreeEntry, algorithm: str, train: bool) -> str:
+    """What is wrong with a file that should be there, "" if nothing is."""
+    for parent in reversed(PurePosixPath(path).parents[:-1]):
+        try:
+            status = os.lstat(root / parent)
+        except OSError:
+            break
+        if not stat.S_ISDIR(status.st_mode):
+            return f"its folder {_shown(str(parent))} was replaced by {_kind(status)}"
+        unlock(root / parent)
+    try:
+        status = os.lstat(root / path)
+    except OSError:
+        return "" if entry.mode == MODULE else "was deleted; only the train file may change"
+    mode = filetree.mode_of(status)
+    if entry.mode == MODULE:
+        return "" if stat.S_ISDIR(status.st_mode) else f"was replaced by {_kind(status)}"
     if mode != entry.mode:
         if {mode, entry.mode} <= {"100644", "100755"}:
             return f"its mode was changed from {entry.mode} to {mode}"
-        return f"was replaced by {kind}"
+        return f"was replaced by {_kind(status)}"
     if status.st_mode & 0o7000 and mode != LINK:
         return f"its mode was changed to {stat.S_IMODE(status.st_mode):04o}"
     if train:
-        return _train_problem(file, status)
-    if mode != OTHER and (status.st_size != entry.size or filetree.entry_of(file, status, algorithm).oid != entry.oid):
-        return "its content was changed; only the train file may change"
-    return ""
+        return _train_problem(root / path, status)
+    try:
+        same = filetree.holds(root / path, status, entry, algorithm)
+    except OSError:
+        same = False
+    return "" if same else "its content was changed; only the train file may change"
 
 
 def _train_problem(file: Path, status: os.stat_result) -> str:
@@ -155,7 +158,7 @@ def _train_problem(file: Path, status: os.stat_result) -> str:
     if status.st_size > TRAIN_FILE_BYTES:
         return f"has {status.st_size} bytes; at most {TRAIN_FILE_BYTES} are allowed"
     try:
-        content = filetree.read_plain(file)
+        content = read_plain(file, TRAIN_FILE_BYTES)
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         return f"is not UTF-8 text: {error.reason} at byte {error.start}"
@@ -164,107 +167,76 @@ def _train_problem(file: Path, status: os.stat_result) -> str:
     return "holds a NUL byte; expected Python source" if b"\0" in content else ""
 
 
-def _git_violations(worktree: Path, before: Snapshot) -> list[Violation]:
-    if _pointer_changed(worktree, before):
-        return [Violation(".git", "the file that links the worktree to git was changed")]
-    try:
-        now = state_of(before.admin)
-    except (OSError, GuardError) as error:
-        return [Violation(".git", f"git's folder was damaged: {error}")]
-    names = sorted(name for name in {*now, *before.git} if now.get(name) != before.git.get(name))
-    return [Violation(_shown(name), "was written to; git's folder is not the agent's") for name in names]
+def _additions(root: Path, expected: Mapping[str, TreeEntry]) -> list[tuple[str, str]]:
+    """Path and kind of what is in the worktree and not in the commit; an added folder is one of them, and not looked into."""
+    known = filetree.folders_of(expected)
+    modules = {path for path, entry in expected.items() if entry.mode == MODULE}
+    real, found = {""}, list[tuple[str, str]]()
+    for folder in ["", *sorted(known | modules)]:
+        try:
+            if os.path.dirname(folder) not in real or not stat.S_ISDIR(os.lstat(root / folder).st_mode):
+                continue  # replaced by a link: that has been named, and what lies behind it is not ours
+            real.add(folder)
+            unlock(root / folder)
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if path in expected or path in known or path == ".git":
+                        continue
+                    found.append((path, _kind(entry.stat(follow_symlinks=False))))
+                    if len(found) == MOST_DROPPINGS:
+                        return found
+        except OSError:  # gone: that has been named
+            continue
+    return sorted(found)
 
 
-def _pointer_changed(worktree: Path, before: Snapshot) -> bool:
+def _source(file: Path) -> bytes:
     try:
-        return filetree.read_plain(worktree / ".git") != before.pointer
+        return read_plain(file, TRAIN_FILE_BYTES)
     except OSError:
-        return True
+        return b""
+
+
+def _new_names(old: bytes, new: bytes) -> set[str]:
+    """What the new source names and the old one did not: modules and their parts, and the parts of paths in strings."""
+    return _names(new) - _names(old)
+
+
+def _names(source: bytes) -> set[str]:
+    names: set[str] = set()
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return names  # it will not be trained
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            names.update(part for module in modules for part in module.split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 4096:
+            names.update(PurePosixPath(node.value).parts)
+    return names
+
+
+def _bare(path: str) -> str:
+    """The name under which Python imports a file or folder: without folders and endings."""
+    return PurePosixPath(path).name.split(".")[0] or path
+
+
+def _kind(status: os.stat_result) -> str:
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder"
+    return {LINK: "a symbolic link", OTHER: "a pipe, socket or device"}.get(filetree.mode_of(status), "a file")
+
+
+def _git_violations(repository: Repository, before: Mapping[str, str]) -> list[Violation]:
+    try:
+        now = remember(repository)
+    except NightError as error:
+        return [Violation(".git", f"git's folder was damaged: {error}")]
+    names = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+    return [Violation(_shown(name), "was written to, and can run programs; git's folder is not the agent's") for name in names]
 
 
 def _shown(path: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)
-
-
-def _folders(paths: Iterable[str]) -> set[str]:
-    """Every folder that one of these files is in."""
-    folders: set[str] = set()
-    for path in paths:
-        parent = os.path.dirname(path)
-        while parent and parent not in folders:
-            folders.add(parent)
-            parent = os.path.dirname(parent)
-    return folders
-
-
-def _git(admin: Path, *args: str) -> bytes:
-    return git_bytes(admin, "--no-replace-objects", f"--git-dir={admin}", *args)
-
-
-def admin_of(worktree: Path) -> tuple[Path, bytes]:
-    """Git's folder of a worktree, and the content of the file that points there. GuardError if that is not what it should be."""
-    pointer = worktree / ".git"
-    try:
-        content = read_plain(pointer)
-    except OSError as error:
-        raise GuardError(f"expected {pointer} to be the file that links a worktree to git: {error.strerror}") from None
-    admin = worktree / os.fsdecode(content.removeprefix(b"gitdir: ").rstrip(b"\n"))
-    if not content.startswith(b"gitdir: ") or not (admin / "commondir").is_file():
-        raise GuardError(f"expected {pointer} to name git's folder of this worktree, found {content[:200]!r}")
-    return admin, content
-
-
-def algorithm_of(admin: Path) -> str:
-    """sha1 or sha256."""
-    return _git(admin, "rev-parse", "--show-object-format").decode().strip()
-
-
-def tree(admin: Path, commit: str) -> dict[str, TreeEntry]:
-    """All files of a commit by path. GuardError if there is no such commit."""
-    try:
-        listing = _git(admin, "ls-tree", "-r", "-l", "-z", "--full-tree", commit)
-    except NightError as error:
-        raise GuardError(f"expected {commit} to be a commit: {error}") from None
-    entries = {}
-    for line in listing.split(b"\0")[:-1]:
-        facts, _, path = line.partition(b"\t")
-        mode, _, oid, size = facts.decode().split()
-        entries[os.fsdecode(path)] = TreeEntry(mode, int(size) if size.isdigit() else 0, oid)
-    return entries
-
-
-def blob(admin: Path, oid: str, algorithm: str) -> bytes:
-    """An object's content, verified. GuardError if it is gone or not what its name says."""
-    try:
-        content = _git(admin, "cat-file", "blob", oid)
-    except NightError as error:
-        raise GuardError(f"git's object {oid} cannot be read: {error}; run: git fsck") from None
-    if object_id(content, algorithm) != oid:
-        raise GuardError(f"git's object {oid} holds something else than its name says; run: git fsck")
-    return content
-
-
-def state_of(admin: Path) -> dict[str, str]:
-    """What an agent must leave as it is: hooks, what can execute in the config, attributes, HEAD, the night's refs.
-
-    Name (".git/...") -> value or digest.
-    """
-    common = (admin / os.fsdecode(read_plain(admin / "commondir").strip())).resolve()
-    state = {}
-    files = [*common.glob("hooks/*"), *(common / name for name in ("info/attributes", "info/grafts", "objects/info/alternates"))]
-    files += [admin.resolve() / name for name in ("HEAD", "commondir", "gitdir", "config.worktree", "info/attributes")]
-    for file in files:
-        with contextlib.suppress(OSError):
-            status = os.stat(file)  # of the target: a hook may be a link to a script
-            content = file.read_bytes() if stat.S_ISREG(status.st_mode) else b""
-            state[f".git/{file.relative_to(common)}"] = f"{status.st_mode:o} {hashlib.sha256(content).hexdigest()}"
-    listing = _git(admin, "config", "--file", str(common / "config"), "--no-includes", "--list", "-z")
-    for setting in listing.decode("utf-8", "replace").split("\0")[:-1]:
-        key, _, value = setting.partition("\n")
-        if key.startswith(_EXECUTING) or (key.startswith("remote.") and not key.endswith((".fetch", ".url"))):
-            state[f".git/config {key}"] = state.get(f".git/config {key}", "") + value + "\n"
-    refs = _git(admin, "for-each-ref", "--format=%(refname) %(objectname)", *_NIGHTS_REFS)
-    for line in refs.decode("utf-8", "replace").splitlines():
-        name, _, value = line.partition(" ")
-        state[f".git/{name}"] = value
-    return state

@@ -1,25 +1,38 @@
-"""Git, as a night uses it: a private worktree, one branch, one ref a candidate.
+"""Git, as a night uses it: one branch and one ref a candidate in the user's repository, and a worktree of its own.
 
-The user's checkout, index, stash, config and untracked files are never written. Commits are made from plumbing, so that
-the branch moves only when a verdict is in the journal; hooks, signing and garbage collection are off.
+The user's checkout, index, stash, config and untracked files are never written. Commits are made from plumbing, and the branch
+moves only when a verdict is in the journal.
+
+The worktree is a plain folder with the files of a commit. While a coding agent works in it, it has a `.git` of its own: a new,
+empty repository that borrows the user's objects. Whatever an agent's git does (stash, commit, config, hooks, gc, a lock left
+behind) stays in there and is thrown away with it, and two nights have nothing in common.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 from agent.errors import UsageError
+from agent.files import read_plain, remove
+from agent.git import filetree
 from agent.git.command import GitFailed, git_bytes, run_git
+from agent.git.filetree import TreeEntry
 
-_NOBODY = {"user.name": "autoresearch", "user.email": "autoresearch@localhost"}
+_NOBODY = ("autoresearch", "autoresearch@localhost")
+_STORED_ELSEWHERE = {b"version https://git-lfs": "Git LFS", b"\0GITCRYPT": "git-crypt"}  # how a commit's content then begins
+_LARGEST_SOURCE = 16 << 20  # bytes of a file in the user's checkout that is compared with its commit
+_LOCK_SECONDS = 1.0  # that a git of the user's may hold a lock on one of the night's refs
+
+
+class GuardError(GitFailed):
+    """A commit cannot be read: the repository's objects are damaged or gone."""
 
 
 class Repository:
-    """The user's repository, read only but for the night's own branch, refs and worktree."""
+    """The user's repository: objects, commits and the night's own refs. All else in it is only read."""
 
     def __init__(self, folder: Path) -> None:
         """UsageError, in one line, where a night cannot be run from `folder`."""
@@ -47,11 +60,17 @@ class Repository:
             raise UsageError(
                 f"{self.root} has no commit yet; a night begins at one: run `git add -A && git commit -m start`"
             ) from None
+        self.common = Path(run_git(self.root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+        self.algorithm = run_git(self.root, "rev-parse", "--show-object-format")
+
+    def git(self, *args: str, stdin: bytes | None = None) -> str:
+        """Output of a command on this repository, whose folder is named and not searched for."""
+        return run_git(self.root, f"--git-dir={self.common}", *args, stdin=stdin)
 
     def file_at(self, commit: str, path: str) -> bytes:
         """A file's content at a commit; UsageError if it isn't there."""
         try:
-            return git_bytes(self.root, "cat-file", "blob", f"{commit}:{path}")
+            return git_bytes(self.root, f"--git-dir={self.common}", "cat-file", "blob", f"{commit}:{path}")
         except GitFailed:
             raise UsageError(
                 f"{path} is not in commit {commit[:7]}; a night trains what is committed: git add {path} && git commit"
@@ -59,182 +78,230 @@ class Repository:
 
     def files(self, commit: str, *paths: str) -> list[str]:
         """The files of a commit at or below these paths."""
-        out = run_git(self.root, "ls-tree", "-r", "-z", "--name-only", commit, "--", *paths)
+        out = self.git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", *paths)
         return [name for name in out.split("\0") if name]
 
-    def changed(self, *paths: str) -> list[str]:
-        """Which of these files differ from HEAD in the user's checkout."""
-        out = run_git(self.root, "status", "--porcelain", "--untracked-files=no", "-z", "--", *paths)
-        return [entry[3:] for entry in out.split("\0") if len(entry) > 3]
+    def tree(self, commit: str) -> dict[str, TreeEntry]:
+        """All files of a commit by path. GuardError if there is no such commit."""
+        try:
+            listing = self.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit)
+        except GitFailed as error:
+            raise GuardError(f"expected {commit} to be a commit: {error}") from None
+        entries = {}
+        for line in listing.split("\0")[:-1]:
+            facts, _, path = line.partition("\t")
+            mode, _, oid, size = facts.split()
+            entries[path] = TreeEntry(mode, int(size) if size.isdigit() else 0, oid)
+        return entries
+
+    def blob(self, entry: TreeEntry) -> bytes:
+        """The content of an entry, verified. GuardError if it is gone or not what its name says."""
+        try:
+            content = git_bytes(self.root, f"--git-dir={self.common}", "cat-file", "blob", entry.oid)
+        except GitFailed as error:
+            raise GuardError(f"git's object {entry.oid} cannot be read: {error}; run: git fsck") from None
+        if filetree.object_id(content, self.algorithm) != entry.oid:
+            raise GuardError(f"git's object {entry.oid} holds something else than its name says; run: git fsck")
+        return content
+
+    def refuse_stored_elsewhere(self, commit: str, *paths: str) -> None:
+        """UsageError for a file of which a commit holds only a pointer or a secret form, because a filter of git's made it."""
+        for path in paths:
+            content = self.file_at(commit, path)
+            for beginning, tool in _STORED_ELSEWHERE.items():
+                if content.startswith(beginning):
+                    raise UsageError(
+                        f"{path} is stored through {tool}, so commit {commit[:7]} does not hold its source; a night trains what "
+                        f"is committed: take {path} out of .gitattributes, then git add --renormalize {path} && git commit"
+                    )
+
+    def changed(self, commit: str, *paths: str) -> list[str]:
+        """Which of these files differ from a commit in the user's checkout. Line ends do not count: git may convert them."""
+        different = []
+        for name in self.files(commit, *paths):
+            try:
+                content = read_plain(self.root / name, _LARGEST_SOURCE)
+            except OSError:
+                content = b""
+            if content.replace(b"\r\n", b"\n") != self.file_at(commit, name).replace(b"\r\n", b"\n"):
+                different.append(name)
+        return different
 
     def resolve(self, name: str) -> str | None:
         """The commit a name means, None if it means none."""
         try:
-            return run_git(self.root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+            return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
         except GitFailed:
             return None
 
+    def leftover(self, tag: str) -> str:
+        """What an earlier night of this tag has left in git, "" if nothing: its branch, or refs of its candidates."""
+        if self.resolve(f"refs/heads/autoresearch/{tag}"):
+            return f"branch autoresearch/{tag} exists already"
+        refs = self.git("for-each-ref", "--count=1", "--format=%(refname)", f"refs/autoresearch/{tag}/")
+        return f"candidates of an earlier night are kept under refs/autoresearch/{tag}" if refs else ""
+
+    def set_refs(self, refs: dict[str, str]) -> None:
+        """Point refs of the night at commits. A lock that a killed git left on one of them is removed."""
+        lines = "".join(f"update {name}\0{commit}\0\0" for name, commit in refs.items()).encode()
+        try:
+            self.git("update-ref", "-z", "--stdin", stdin=lines)
+        except GitFailed:
+            deadline = time.monotonic() + _LOCK_SECONDS
+            for lock in [self.common / f"{name}.lock" for name in refs]:
+                while lock.exists() and time.monotonic() < deadline:  # whoever holds it may still run
+                    time.sleep(0.05)
+                remove(lock)
+            self.git("update-ref", "-z", "--stdin", stdin=lines)
+
+    def commit(self, parent: str, file: str, content: bytes, message: str) -> str:
+        """Write a commit that differs from `parent` in one file at the top, without index, worktree or filters."""
+        oid = self.git("hash-object", "-w", "--no-filters", "--stdin", stdin=content)
+        lines = []
+        for line in self.git("ls-tree", "-z", "--full-tree", parent).split("\0")[:-1]:
+            facts, _, name = line.partition("\t")
+            mode, kind, _ = facts.split()
+            lines.append(f"{mode} {kind} {oid}\t{name}" if name == file else line)
+        listing = "".join(f"{line}\0" for line in lines).encode("utf-8", "surrogateescape")
+        tree = self.git("mktree", "-z", "--missing", stdin=listing)
+        who = [] if self.identity() else ["-c", f"user.name={_NOBODY[0]}", "-c", f"user.email={_NOBODY[1]}"]
+        return self.git(*who, "commit-tree", tree, "-p", parent, "-m", message)
+
+    def identity(self) -> tuple[str, str] | None:
+        """Name and address that the user commits with, None if git knows none."""
+        if os.environ.get("GIT_COMMITTER_EMAIL") and os.environ.get("GIT_AUTHOR_EMAIL"):
+            return os.environ.get("GIT_COMMITTER_NAME") or _NOBODY[0], os.environ["GIT_COMMITTER_EMAIL"]
+        try:
+            name, email = self.git("config", "user.name"), self.git("config", "user.email")
+        except GitFailed:
+            return None
+        return (name, email) if name and email else None
+
+    def checked_out(self, ref: str) -> Path | None:
+        """The checkout of the user's that has a branch checked out, None if none has."""
+        for entry in self.git("worktree", "list", "--porcelain").split("\n\n"):
+            fields = dict(line.partition(" ")[::2] for line in entry.splitlines())
+            if fields.get("branch") == ref:
+                return Path(fields["worktree"])
+        return None
+
 
 class Worktree:
-    """The night's private checkout of branch autoresearch/<tag>. Every method may be repeated after a crash.
-
-    Commands name git's folder of this worktree outright: were it searched for from the working directory, an agent that
-    deletes the file `.git` would turn the next reset on the user's own checkout.
-    """
+    """The folder a night works in, and its branch autoresearch/<tag>. Every method may be repeated after a crash."""
 
     def __init__(self, repository: Repository, tag: str, path: Path) -> None:
         self.repository, self.tag, self.path = repository, tag, path
         self.branch = f"autoresearch/{tag}"
         self._ref = f"refs/heads/{self.branch}"
-        self.common = Path(run_git(repository.root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
-        self._admin: Path | None = None
+        self._tree: tuple[str, dict[str, TreeEntry]] = "", {}
+
+    @property
+    def common(self) -> Path:
+        """Git's folder of the user's repository."""
+        return self.repository.common
 
     def check_free(self) -> None:
         """UsageError if a new night cannot have its branch or its refs."""
         try:
-            run_git(self.repository.root, "check-ref-format", self._ref)
+            self.repository.git("check-ref-format", self._ref)
         except GitFailed:
             raise UsageError(f"--tag {self.tag}: not usable in a branch name; choose letters, digits and dashes") from None
-        if self.repository.resolve(self._ref):
+        if left := self.repository.leftover(self.tag):
+            refs = f"git for-each-ref --format='delete %(refname)' {self._ref} refs/autoresearch/{self.tag}/"
             raise UsageError(
-                f"branch {self.branch} exists already, and runs/{self.tag} has no journal of it; choose another --tag, or "
-                f"delete it: git branch -D {self.branch}"
+                f"{left}, and runs/{self.tag} has no journal of it; choose another --tag, or delete all that is left of it: "
+                f"{refs} | git update-ref --stdin"
             )
         if self.repository.resolve("refs/heads/autoresearch"):
             raise UsageError("a branch is called autoresearch, so that none can be autoresearch/<tag>; rename it")
 
     def open(self, commit: str) -> None:
-        """Have the worktree there, on the branch, at `commit`, clean; whatever was in it is gone."""
-        root = self.repository.root
-        self._refuse_second_checkout()
-        self._admin = self._find_admin()
-        self._unlock()
-        if self._admin is None:
-            self.close()
-            add = ("worktree", "add", "--quiet", "--force", "--no-checkout", "--detach", str(self.path), commit)
-            try:
-                run_git(root, *add)
-            except GitFailed as error:
-                raise UsageError(f"no worktree at {self.path}: {error}") from None
-            self._admin = self._find_admin()
-        self.reset(commit)
+        """Have the branch at `commit`, and the worktree made anew with its files."""
+        taken = self.repository.checked_out(self._ref)
+        if taken == self.path:  # a night of an earlier version had its worktree registered in the user's repository
+            self.repository.git("worktree", "remove", "--force", "--force", str(self.path))
+        elif taken:
+            raise UsageError(
+                f"{taken} has branch {self.branch} checked out, and the night would move it under your feet; "
+                "switch away: git switch -"
+            )
+        remove(self.path)
+        self.move(commit)
+        self.fill(commit)
 
-    def reset(self, commit: str) -> None:
-        """Branch and files at `commit`, nothing else there, whatever the agent did to it."""
-        self.path.mkdir(exist_ok=True)
-        self._unlock()
-        pointer, content = self.path / ".git", f"gitdir: {self._admin}\n"
-        if not pointer.is_file() or pointer.is_symlink() or pointer.read_text(errors="replace") != content:
-            shutil.rmtree(pointer) if pointer.is_dir() and not pointer.is_symlink() else pointer.unlink(missing_ok=True)
-            pointer.write_text(content)
-        run_git(self.repository.root, "update-ref", self._ref, commit)
-        self._git("symbolic-ref", "HEAD", self._ref)
-        try:
-            self._git("reset", "--quiet", "--hard", commit)
-            self._git("clean", "-ffdxq")
-        except GitFailed:
-            for folder, _, _ in os.walk(self.path):  # one that its maker has locked
-                os.chmod(folder, 0o755)
-            self._git("reset", "--quiet", "--hard", commit)
-            self._git("clean", "-ffdxq")
+    def move(self, commit: str) -> str:
+        """Move the branch to `commit`. Where the user has meanwhile checked it out it stays, and the words for them come back."""
+        if self.repository.resolve(self._ref) == commit:
+            return ""
+        if taken := self.repository.checked_out(self._ref):
+            stays = f"{taken} has branch {self.branch} checked out, so it stays where it is"
+            return f"{stays}; switch away (git switch -), and it follows"
+        self.repository.set_refs({self._ref: commit})
+        return ""
 
-    def show(self, best: str, commit: str, file: str) -> None:
-        """The train file of `commit` in a worktree that is otherwise at `best`, clean."""
-        self.reset(best)
-        self._git("checkout", "--quiet", commit, "--", file)
+    def fill(self, commit: str) -> None:
+        """The files of a commit in the worktree and nothing else, whatever was done to it. GuardError if they cannot be read."""
+        filetree.restore(self.path, self.tree(commit), self.repository.algorithm, self.repository.blob)
 
-    def commit(self, n: int, parent: str, file: str, message: str) -> str:
-        """Commit the train file on top of `parent`, kept as refs/autoresearch/<tag>/NNNN; the branch stays."""
-        self._git("read-tree", parent)
-        self._git("add", "--force", "--", file)
-        tree = self._git("write-tree")
-        who = [] if self._has_identity() else [f"{key}={value}" for key, value in _NOBODY.items()]
-        flags = [flag for setting in who for flag in ("-c", setting)]
-        commit = self._git(*flags, "commit-tree", tree, "-p", parent, "-m", message)
-        self.keep_ref(n, commit)
-        return commit
+    def lend(self, commit: str) -> None:
+        """The files of a commit, and a git repository in which a coding agent may do as it likes."""
+        self.fill(commit)
+        kind = f"--object-format={self.repository.algorithm}"
+        run_git(self.path.parent, "init", "--quiet", "--template=", kind, f"--initial-branch={self.branch}", str(self.path))
+        folder = self.path / ".git"
+        quoted = str(self.common / "objects").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        (folder / "objects" / "info").mkdir(exist_ok=True)
+        (folder / "objects" / "info" / "alternates").write_text(f'"{quoted}"\n', encoding="utf-8", errors="surrogateescape")
+        with contextlib.suppress(OSError):  # a shallow clone: history ends there
+            (folder / "shallow").write_bytes(read_plain(self.common / "shallow", 1 << 20))
+        name, email = ("".join(char for char in word if char not in '"\\\n') for word in self.repository.identity() or _NOBODY)
+        with open(folder / "config", "a", encoding="utf-8") as config:
+            config.write(f'[user]\n\tname = "{name}"\n\temail = "{email}"\n')
+        own = (f"--git-dir={folder}", f"--work-tree={self.path}")
+        run_git(self.path, *own, "update-ref", "HEAD", commit)
+        run_git(self.path, *own, "read-tree", commit)
+
+    def commit(self, parent: str, file: str, content: bytes, message: str) -> str:
+        """Commit a candidate's train file on top of `parent`; neither branch nor ref moves."""
+        return self.repository.commit(parent, file, content, message)
 
     def diff(self, old: str, new: str) -> str:
         """The change between two commits, without context."""
-        return run_git(self.repository.root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "-U0", old, new)
+        return self.repository.git("diff-tree", "-p", "--text", "--no-ext-diff", "--no-textconv", "--no-color", "-U0", old, new)
 
-    def keep_ref(self, n: int, commit: str) -> None:
-        """Candidate `n` stays reachable."""
-        run_git(self.repository.root, "update-ref", f"refs/autoresearch/{self.tag}/{n:04d}", commit)
-
-    def orphan(self, n: int, parent: str) -> tuple[str, str] | None:
-        """Commit and message of a candidate `n` that was committed just before a crash, None if there is none."""
-        commit = self.repository.resolve(f"refs/autoresearch/{self.tag}/{n:04d}")
-        if commit is None or self.repository.resolve(f"{commit}^") != parent:
-            return None
-        return commit, run_git(self.repository.root, "log", "-1", "--format=%B", commit).strip()
+    def keep_refs(self, candidates: dict[int, str]) -> None:
+        """Candidates by their number stay reachable as refs/autoresearch/<tag>/NNNN, also where somebody has deleted a ref."""
+        wanted = {f"refs/autoresearch/{self.tag}/{n:04d}": commit for n, commit in candidates.items()}
+        listing = self.repository.git("for-each-ref", "--format=%(refname) %(objectname)", f"refs/autoresearch/{self.tag}/")
+        present = dict(line.split(" ") for line in listing.splitlines())
+        if missing := {name: commit for name, commit in wanted.items() if present.get(name) != commit}:
+            self.repository.set_refs(missing)
 
     def close(self) -> None:
-        """Remove the worktree; branch and refs stay, and the branch can be switched to."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(GitFailed):  # twice: also one that a killed `git worktree add` left locked
-            run_git(self.repository.root, "worktree", "remove", "--force", "--force", str(self.path))
-        self._admin = None
+        """Remove the worktree; branch and refs stay. OSError if it cannot be removed."""
+        remove(self.path)
 
-    def leftovers(self) -> list[str]:
+    def refs(self) -> list[str]:
         """The night's branch and refs, by full name."""
-        out = run_git(self.repository.root, "for-each-ref", "--format=%(refname)", self._ref, f"refs/autoresearch/{self.tag}/")
-        return out.split()
+        return self.repository.git("for-each-ref", "--format=%(refname)", self._ref, f"refs/autoresearch/{self.tag}/").split()
 
     def merged(self) -> bool:
         """Whether another branch contains the night's branch, so that its commits outlive it."""
         if not self.repository.resolve(self._ref):
             return True
-        out = run_git(self.repository.root, "for-each-ref", "--format=%(refname)", "--contains", self._ref, "refs/heads/")
-        return any(name != self._ref for name in out.split())
+        containing = self.repository.git("for-each-ref", "--format=%(refname)", "--contains", self._ref, "refs/heads/")
+        return any(name != self._ref for name in containing.split())
 
     def forget(self) -> None:
-        """Remove the worktree, the branch and every ref of the night."""
-        self._refuse_second_checkout()
+        """Remove the worktree, the branch and every ref of the night. UsageError while the branch is checked out."""
+        if taken := self.repository.checked_out(self._ref):
+            raise UsageError(f"{taken} has branch {self.branch} checked out; switch away first: git switch -")
         self.close()
-        for name in self.leftovers():
-            run_git(self.repository.root, "update-ref", "-d", name)
+        for name in self.refs():
+            self.repository.git("update-ref", "-d", name)
 
-    def _git(self, *args: str) -> str:
-        if self._admin is None:
-            raise GitFailed(f"the worktree {self.path} is not open")
-        return run_git(self.path, f"--git-dir={self._admin}", f"--work-tree={self.path}", *args)
-
-    def _find_admin(self) -> Path | None:
-        """Git's folder of this worktree; None if there is none, or only a half-made or half-removed one."""
-        for pointer in (self.common / "worktrees").glob("*/gitdir"):
-            whole = all((pointer.parent / name).is_file() for name in ("HEAD", "commondir"))
-            target = os.path.normpath(pointer.parent / pointer.read_text(errors="surrogateescape").rstrip("\n"))
-            if target == str(self.path / ".git"):
-                return pointer.parent if whole and self.path.is_dir() else None
-        return None
-
-    def _unlock(self) -> None:
-        """Remove locks that a killed git left on what is the night's alone; a git that still runs gets a second."""
-        locks = [self.common / f"{self._ref}.lock"]
-        if self._admin:
-            locks += [self._admin / "index.lock", self._admin / "HEAD.lock"]
-        for lock in locks:
-            patience = 20
-            while lock.exists() and patience:
-                time.sleep(0.05)
-                patience -= 1
-            lock.unlink(missing_ok=True)
-
-    def _refuse_second_checkout(self) -> None:
-        listing = run_git(self.repository.root, "worktree", "list", "--porcelain", "-z").split("\0\0")
-        for entry in listing:
-            fields = dict(line.partition(" ")[::2] for line in entry.strip("\0").split("\0"))
-            if fields.get("branch") == self._ref and Path(fields["worktree"]) != self.path:
-                raise UsageError(
-                    f"{fields['worktree']} has branch {self.branch} checked out, and the night would move it under your "
-                    "feet; switch away: git switch -"
-                )
-
-    def _has_identity(self) -> bool:
-        if os.environ.get("GIT_COMMITTER_EMAIL") and os.environ.get("GIT_AUTHOR_EMAIL"):
-            return True
-        try:
-            return bool(self._git("config", "user.email") and self._git("config", "user.name"))
-        except GitFailed:
-            return False
+    def tree(self, commit: str) -> dict[str, TreeEntry]:
+        """The files of a commit. Only the newest answer is remembered: a commit does not change."""
+        if self._tree[0] != commit:
+            self._tree = commit, self.repository.tree(commit)
+        return self._tree[1]

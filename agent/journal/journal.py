@@ -6,6 +6,9 @@ only when the line is on the disk, so whatever the driver undoes or starts after
 
 A torn last line (power loss in the middle of an append) never took effect: it is set aside in `journal.torn-N`.
 A bad line anywhere else means that somebody edited the file or the disk is failing: refused, nothing is guessed.
+
+A night's folder may be moved or removed while a driver works in it (`git clean -fdx`, `mv runs` to another disk). The driver has
+all events in memory, so it writes the journal anew under its name.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import JournalError, LockedError
+from agent.files import read_plain, write_anew
 
 SCHEMA = 1
+RESERVE_BYTES = 64 << 10  # given up for the last lines of a night whose disk is full
 Event = dict[str, Any]
 
 
@@ -87,32 +92,91 @@ class Journal:
         _make_durable_folder(folder)
         self._lock = _take_lock(folder / "lock")
         self.torn: Path | None = None
+        self.restored = 0  # how often the journal was written anew, because it had gone from its place
         self.events, rest = read_events(self.path)
         if rest:
             self.torn = self._set_aside(rest)
         fresh = not self.path.exists()
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = self._opened()
         if fresh:
             _sync_folder(folder)
+        self._keep_reserve()
         if self.torn:
             self.append("note", text=f"a torn last line of {len(rest)} bytes was set aside in {self.torn.name}")
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Write one event and return it once it is on the disk."""
+        """Write one event and return it once it is on the disk. JournalError if it cannot be written, ValueError for NaN."""
+        self.follow()
         full: Event = {"v": SCHEMA, "seq": len(self.events), "t": round(time.time(), 3), "event": event, **fields}
         line = encode(full)
-        size, problem = os.fstat(self._file).st_size, ""
+        problem = self._write(line)
+        if problem and self._give_up_reserve():
+            problem = self._write(line)
+        if problem:
+            raise JournalError(
+                f"{self.path}: expected to write {len(line)} bytes, but {problem}; make room on the disk, then --resume"
+            )
+        self.events.append(full)
+        return full
+
+    def follow(self) -> bool:
+        """Have journal and lock under their names again, where somebody removed, moved or replaced them; whether that was so.
+
+        LockedError if another driver works there meanwhile.
+        """
+        lock = self.folder / "lock"
+        if _is_open(self.path, self._file) and _is_open(lock, self._lock):
+            return False
+        _make_durable_folder(self.folder)
+        if not _is_open(lock, self._lock):
+            self._lock, old = _take_lock(lock), self._lock
+            os.close(old)
+        whole = b"".join(map(encode, self.events))
+        try:
+            moved = read_plain(self.path, len(whole)) == whole
+        except OSError:
+            moved = False
+        if not moved:
+            if os.path.lexists(self.path):
+                os.rename(self.path, self.folder / f"journal.replaced-{int(time.time())}")
+            write_anew(self.path, whole, durable=True)
+            _sync_folder(self.folder)
+            self.restored += 1
+        os.close(self._file)
+        self._file = self._opened()
+        self._keep_reserve()
+        return True
+
+    def _opened(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def _write(self, line: bytes) -> str:
+        """Put a line on the disk as a whole, or not at all; "" or what went wrong."""
+        size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
             if written == len(line):
                 _sync(self._file)
-                self.events.append(full)
-                return full
+                return ""
             problem = f"{written} bytes were written"
         except OSError as error:
             problem = str(error.strerror)
         os.ftruncate(self._file, size)  # the next line must not follow half of this one
-        raise JournalError(f"{self.path}: expected to write {len(line)} bytes, but {problem}; make room on the disk, then --resume")
+        return problem
+
+    def _keep_reserve(self) -> None:
+        """Occupy some of the disk, so that the end of a night that fills it can still be written down."""
+        reserve = self.folder / ".reserve"
+        with contextlib.suppress(OSError):
+            if not reserve.exists():
+                write_anew(reserve, os.urandom(RESERVE_BYTES), durable=True)  # random: some file systems store no zeros
+
+    def _give_up_reserve(self) -> bool:
+        try:
+            (self.folder / ".reserve").unlink()
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         os.close(self._file)
@@ -156,6 +220,14 @@ def holder(folder: Path) -> int | None:
     return None
 
 
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether a path leads to an open file, and not to nothing or to another one."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
 def _take_lock(path: Path) -> int:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     for wait in _patience():  # `--status` holds the lock for an instant to see whether anybody does
@@ -183,6 +255,9 @@ def _patience() -> Iterator[float]:
 def _make_durable_folder(folder: Path) -> None:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    ignored = folder / ".gitignore"
+    if not ignored.exists():
+        write_anew(ignored, b"*\n")  # whatever the user ignores, a night is no part of their repository
     for made in missing:
         _sync_folder(made.parent)
 

@@ -19,6 +19,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
+    stories      n, texts: [{prompt, text}]                            what a model writes, for the report
     night_end    reason, text                                          a driver ended in good order; may be resumed
     note         text
 """
@@ -49,6 +50,7 @@ class Trial:
     seconds: float = 0.0
     summary: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    order: int = 0  # its place among all trials of the night that ended and counted, from 0
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Night:
     sandbox: str = ""  # what trainings ran in, by the words of the loop's start; of a session without one, if there was any
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
+    stories: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # by experiment: {prompt, text}
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
@@ -121,6 +124,7 @@ class Night:
     notes: list[str] = field(default_factory=list)
     trials: int = 0  # that count
     disturbed: int = 0  # that were repeated because the machine's speed changed meanwhile
+    session: float = 0.0  # Unix time at which its driver began, from which --hours counts
     rested: int = 0  # experiments with a verdict when this session began: it has its own patience with failures
     ended: str | None = None  # the reason, None while a driver works or after one was killed
     started: float = 0.0
@@ -208,7 +212,11 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
     asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
     if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
         _spend(night, {"usage": {"cost": None}, "n": asked.n})
-    night.settings, night.ended = event["settings"], None
+    if night.ended is None:  # the driver before this one was killed
+        for experiment in night.experiments:
+            if experiment.trials and experiment.trials[-1].status == "running":
+                experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
+    night.settings, night.ended, night.session = event["settings"], None, event["t"]
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)
@@ -294,6 +302,7 @@ def _trial_end(night: Night, event: Mapping[str, Any]) -> None:
         return
     trial.status, trial.val_bpb, trial.seconds = event["status"], event["val_bpb"], event["seconds"]
     trial.summary, trial.error = event["summary"] or {}, event["error"]
+    trial.order = night.trials
     experiment.repeats.clear()
     night.trials += 1
 
@@ -319,6 +328,10 @@ def _test_score(night: Night, event: Mapping[str, Any]) -> None:
     night.tests[event["n"]] = dict(event)
 
 
+def _stories(night: Night, event: Mapping[str, Any]) -> None:
+    night.stories[event["n"]] = event["texts"]
+
+
 def _night_end(night: Night, event: Mapping[str, Any]) -> None:
     night.ended = event["reason"]
 
@@ -338,6 +351,7 @@ _HANDLERS = {
     "trial_end": _trial_end,
     "verdict": _verdict,
     "test_score": _test_score,
+    "stories": _stories,
     "night_end": _night_end,
     "note": _note,
 }

@@ -28,11 +28,16 @@ def validated(night: Night, experiment: Experiment, result: TrialResult, budget_
         raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
     few, one_in = REPEATS_OF_A_NIGHT
     result = _against_the_night(night, result)
-    disturbed = result.status == "ok" and (budget_seconds or 0.0) >= SHORTEST_PROBED and disturbance(result)
+    disturbed = result.status == "ok" and decisive(budget_seconds) and disturbance(result)
     if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
         return result
     message = f"the machine's speed changed, {disturbed}"
     return replace(result, status="disturbed", error=failure_record("disturbed", message))
+
+
+def decisive(budget_seconds: float | None) -> bool:
+    """Whether a training is long enough for the machine's speed to decide whether it counts."""
+    return (budget_seconds or 0.0) >= SHORTEST_PROBED
 
 
 def disturbance(result: TrialResult) -> str:

@@ -3,25 +3,33 @@
 Each step looks at the journal, does the next thing and writes it down, and each may be repeated after a crash. Nothing is undone
 before it has been journalled, and the branch moves only after a verdict. So a driver that was killed anywhere folds the journal,
 puts git where the journal says it is, and goes on.
+
+What a full disk, a damaged repository, a removed folder or too little memory raise in a step (`DAMAGE`) costs one experiment:
+`mend` makes the worktree anew and gives the verdict. Where that fails as well, the night ends with a word.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.errors import BaselineError, Stopped
-from agent.git import guard
+from agent.errors import BaselineError, NightError, Stopped
+from agent.files import read_plain
+from agent.git.command import DAMAGE
+from agent.git.guard import TRAIN_FILE_BYTES
 from agent.git.worktree import Worktree
 from agent.journal.folder import prune, sweep
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
 from agent.judgement import novelty, validity
-from agent.judgement.decision import Rule, judge
+from agent.judgement.decision import Rule, judge, noise
 from agent.judgement.novelty import Verdict
 from agent.night import limits
 from agent.night.hooks import Hooks
@@ -29,12 +37,15 @@ from agent.night.limits import Stopper
 from agent.proposal import briefing
 from agent.proposal.ask import Desk, Proposal, ask
 from agent.proposal.digest import family
-from agent.text import clean
+from agent.text import clean, failure_record, one_line
 from agent.trial.lab import Lab, lay_harness
 from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
+from agent.views.glance import at_a_glance, score
 from agent.views.terminal import Console
+
+MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
 
 
 @dataclass
@@ -55,10 +66,21 @@ class Engine:
         self.rule = Rule(baseline_trials=self.settings.baseline_seeds, experiments=self.settings.experiments or Rule.experiments)
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
+        self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
+        self._said = ""  # the last word about the branch: the same one after each experiment is said once
 
     def record(self, event: str, **fields: Any) -> None:
-        """Journal an event, without secrets, and move the state on by it."""
-        apply(self.night, self.journal.append(event, **clean(fields)))
+        """Journal an event, without secrets and numbers that no journal can hold, and move the state on by it."""
+        if self.journal.follow():
+            self.restored()
+        apply(self.night, self.journal.append(event, **_bounded(clean(fields))))
+
+    def restored(self) -> None:
+        """Say that the night's folder had gone from its place, and make what else is needed in it."""
+        (self.lab.folder / "logs").mkdir(exist_ok=True)
+        text = "the night's folder was removed, moved or replaced while the driver worked; its journal is there again"
+        self.console.say(f"note: {text}")
+        apply(self.night, self.journal.append("note", text=text))
 
     def recover(self) -> None:
         """Make processes, git and views agree with the journal."""
@@ -66,11 +88,7 @@ class Engine:
             self.console.say(f"ended process {pid}, left by a driver that was killed")
         at = self.night.leader.commit if self.night.best is not None else self.night.base
         self.worktree.open(at or self.night.base)
-        for experiment in self.night.experiments:
-            if experiment.commit:
-                self.worktree.keep_ref(experiment.n, experiment.commit)
-        results.write_results(self.night, self.lab.folder / "results.tsv")
-        prune(self.night, self.lab.folder)
+        self.follow()
 
     def run(self) -> tuple[str, str]:
         """Propose, train, decide, keep or put aside, until a limit or a request ends the night. Returns the end's name and words.
@@ -78,7 +96,11 @@ class Engine:
         Each step first looks at the journal, so a night whose driver was killed continues at the step it had reached.
         """
         if self.night.best is None:
-            self.baseline()
+            try:
+                self.baseline()
+            except DAMAGE as damage:
+                self.repair("the baseline", damage)
+                self.baseline()
         while True:
             experiment = self.night.open
             if experiment is None:
@@ -86,14 +108,17 @@ class Engine:
                     return end
                 self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
                 experiment = self.night.experiments[-1]
-            if experiment.commit is None and (end := self.propose(experiment)):
-                return end
-            if experiment.commit is not None and experiment.status is None:
-                # this moves the branch to a keep, and leaves it for all others
-                self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
+            try:
+                if experiment.commit is None and (end := self.propose(experiment)):
+                    return end
+                if experiment.commit is not None and experiment.status is None:
+                    # this moves the branch to a keep, and leaves it for all others
+                    self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
+            except DAMAGE as damage:
+                self.mend(experiment, damage)
 
     def judgement(self, experiment: Experiment) -> Verdict:
-        """Train and score the candidate, and the best again where that decides, until there is a verdict."""
+        """Train and score the candidate, and the best in turn with it where that decides, until there is a verdict."""
         best = self.night.leader
         self.lay(experiment)
         if not experiment.scores and (early := self.early_verdict(experiment)):
@@ -101,22 +126,55 @@ class Engine:
         while True:
             subject = experiment
             if experiment.scores:
-                decision = judge(self.night, experiment, self.rule)
-                if decision.action != "again":
-                    return Verdict(decision.action, f"{decision.reason}, gain {decision.gain:+.4f}", None)
-                subject = best if decision.remeasure_best else experiment
-                who = "the best is measured again" if subject is best else "trained again with another seed"
-                self.console.say(f"experiment {experiment.n}: {decision.reason} (gain {decision.gain:+.4f}): {who}")
+                step = judge(self.night, experiment, self.rule)
+                if step.action in ("keep", "discard"):
+                    return Verdict(step.action, step.words, None)
+                subject = best if step.action == "train best" else experiment
+                self.console.say(f"{experiment.name}: {step.words}; {step.next_words}")
             result = self.trial(subject)
             if result.status != "ok" and subject is best:
-                return Verdict("discard", f"the best could not be measured again: {result.status}", result.error)
+                return Verdict("discard", f"the best could not be trained beside it: {result.status}", result.error)
             if result.status != "ok":
                 return Verdict(result.status, (result.error or {}).get("message", ""), result.error)
+
+    def mend(self, experiment: Experiment, damage: BaseException) -> None:
+        """Undo damage, which is this experiment's end. NightError if that is not possible."""
+        words = self.repair(experiment.name, damage)
+        if experiment.status is None:
+            kind = "agent_error" if experiment.commit is None else "crash"
+            reason = f"damaged from outside, and repaired: {words}"
+            self.verdict(experiment, kind, reason, failure_record(kind, reason))
+
+    def repair(self, name: str, damage: BaseException) -> str:
+        """Have everything as the journal says again, after damage; its words. NightError if that is not possible."""
+        words = one_line(str(damage), 300) or type(damage).__name__
+        self.console.say(f"{name}: {words}; repairing")
+        try:
+            self.follow()
+        except DAMAGE as worse:
+            again = one_line(str(worse), 300) or type(worse).__name__
+            raise NightError(f"{name}: {words}; the repair failed, too: {again}; mend it, then --resume") from damage
+        return words
+
+    def follow(self) -> None:
+        """Have worktree, branch, refs and views as the journal says. DAMAGE where that is not possible."""
+        if self.journal.follow():
+            self.restored()
+        prune(self.night, self.lab.folder)  # first what makes room
+        self.worktree.fill(self._branch())
+        if (stays := self.worktree.move(self._branch())) and stays != self._said:
+            self.console.say(f"note: {stays}")
+        self._said = stays
+        self.worktree.keep_refs({e.n: e.commit for e in self.night.experiments if e.commit})
+        with contextlib.suppress(OSError):  # a view; it is written again after the next experiment
+            results.write_results(self.night, self.lab.folder / "results.tsv")
 
     def before_experiment(self) -> tuple[str, str] | None:
         """Between two experiments: a reason to end the night, after a pause if failures came in a row."""
         if self.stopper.finishing():
             return "stopped", "stopped by request"
+        if self.journal.follow():
+            self.restored()
         free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
         if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
             return end
@@ -133,9 +191,8 @@ class Engine:
         if self.night.open is None:
             self.record("experiment", n=0, parent=self.night.base)
         experiment = self.night.experiments[0]
-        self.worktree.show(self.night.base, self.night.base, self.lab.train_file)
         if experiment.commit is None:
-            self.worktree.keep_ref(0, self.night.base)  # also if the user rebases it away
+            self.worktree.fill(self.night.base)
             self.candidate(experiment, self.night.base, Proposal("changed", "baseline"))
         while len(experiment.scores) < self.settings.baseline_seeds:
             result = self.trial(experiment)
@@ -155,21 +212,18 @@ class Engine:
         """Get a candidate (or a verdict without one); a reason to end the night if no agent can be asked."""
         n, parent = experiment.n, experiment.parent
         self.console.stage(f"experiment {n} (best {self.night.leader.mean:.4f}): the agent is at work")
-        self.worktree.reset(parent)
-        if found := self.worktree.orphan(n, parent):  # committed by a driver that was killed before it could say so
-            self.worktree.show(parent, found[0], self.lab.train_file)
-            self.candidate(experiment, found[0], Proposal("changed", found[1]))
-            return None
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
         brief = briefing.program(self.program)
         prompt = briefing.compose(self.night, brief, self.hooks.before_experiment(self.night, experiment))
+        self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
         if briefing.program(self.program) != brief:  # by the user, or by an agent who may write there
-            self.record("note", text=f"program.md was changed while the agent of experiment {n} was at work")
-            self.console.say(f"note: {self.night.notes[-1]}; if it was not you, look at it")
+            self.note(f"program.md was changed while the agent of experiment {n} was at work; if it was not you, look at it")
+        if proposal.droppings:
+            self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
-            commit = self.worktree.commit(n, parent, self.lab.train_file, proposal.description)
-            self.candidate(experiment, commit, proposal)
+            source = read_plain(self.worktree.path / self.lab.train_file, TRAIN_FILE_BYTES)
+            self.candidate(experiment, self.worktree.commit(parent, self.lab.train_file, source, proposal.description), proposal)
             return None
         spent = {"usage": proposal.usage, "seconds": proposal.seconds}
         if proposal.kind in ("rate_limit", "login", "missing"):
@@ -186,6 +240,7 @@ class Engine:
             hypothesis=proposal.hypothesis, family=family(about, self.worktree.diff(experiment.parent, commit)),
             usage=proposal.usage, seconds=round(proposal.seconds, 1),
         )  # fmt: skip
+        self.worktree.keep_refs({experiment.n: commit})  # also the baseline's, which the user may rebase away
         if experiment.n:
             self.console.say(f"experiment {experiment.n}: {about}")
 
@@ -213,12 +268,14 @@ class Engine:
 
     def lay(self, experiment: Experiment) -> None:
         """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""
-        self.worktree.show(self._branch(), experiment.commit or "", self.lab.train_file)
-        guard.scrub(self.worktree.path, experiment.commit or "")  # byte by byte: git believes sizes and times
+        self.worktree.fill(experiment.commit or "")  # byte by byte: git would believe sizes and times
         lay_harness(self.worktree.repository, self.night.base, self.lab.folder)
 
     def trial(self, experiment: Experiment) -> TrialResult:
         """Train and score one experiment's file with its next seed; repeated if the machine slept, or was not itself."""
+        if experiment.status is None and experiment.n and experiment.repeats.get("killed", 0) >= MOST_KILLS:
+            why = f"the driver was killed in each of {MOST_KILLS} attempts at this training"
+            return TrialResult("crash", 0.0, error=failure_record("crash", why))
         k = len([trial for trial in experiment.trials if trial.status != "running"])
         seed = self.night.seed + k  # trial k of every candidate has the same seed: a pair
         run_dir = self.lab.folder / "trials" / f"{experiment.n:04d}-{seed}"
@@ -227,14 +284,15 @@ class Engine:
             self.lay(experiment)
             self.console.stage(f"{name}, trial {k + 1}" + f": {experiment.description}" * (experiment.n > 0))
             self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
-            result = run_trial(self.lab, run_dir, seed, baseline)
+            result = self._trained(run_dir, seed, baseline)
             result = validity.validated(self.night, experiment, result, self.lab.budget_seconds)
             self.record(
                 "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
                 summary=result.summary, seconds=round(result.seconds, 1), error=result.error,
             )  # fmt: skip
             if result.status == "ok":
-                unquiet = f"; the machine's speed: {words}" if (words := validity.disturbance(result)) else ""
+                words = validity.disturbance(result) if validity.decisive(self.lab.budget_seconds) else ""
+                unquiet = f"; the machine {words}" if words else ""
                 self.console.say(f"{name}, trial {k + 1}: val_bpb {result.val_bpb:.4f} ({result.seconds:.0f} s{unquiet})")
             if result.status not in REPEATED:
                 return result
@@ -250,12 +308,28 @@ class Engine:
             "verdict", n=experiment.n, status=status, reason=reason, val_bpb=mean, description=description, error=error,
             **(spent or {"usage": {}, "seconds": 0.0}),
         )  # fmt: skip
-        self.worktree.reset(self._branch())
-        results.write_results(self.night, self.lab.folder / "results.tsv")
-        prune(self.night, self.lab.folder)
-        shown = f" {mean:.4f}" if mean is not None else ""
-        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {self.night.leader.mean:.4f}")
+        self.follow()
+        sigma = noise(self.night).sigma
+        shown = f" {words}" if (words := score(experiment, sigma)) else ""
+        self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {score(self.night.leader, sigma)}")
         self.hooks.after_experiment(self.night, experiment)
+
+    def _trained(self, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
+        """The result of one training; `interrupted` where somebody removed or moved the night's folder while it ran."""
+        began, trouble, result = time.monotonic(), None, None
+        try:
+            result = run_trial(self.lab, run_dir, seed, reference)
+        except OSError as problem:
+            trouble = problem
+        moved = self.journal.follow()
+        if moved:
+            self.restored()
+        if moved or not run_dir.is_dir():
+            error = failure_record("interrupted", "the folder of the training was removed or moved meanwhile")
+            return TrialResult("interrupted", time.monotonic() - began, error=error)
+        if trouble is not None or result is None:
+            raise trouble or AssertionError
+        return result
 
     def held_out(self) -> None:
         """Score baseline and best on the held-out test text, once each."""
@@ -274,6 +348,11 @@ class Engine:
                 error=result.error,
             )  # fmt: skip
 
+    def note(self, text: str) -> None:
+        """Something the user should know and the night can do without: journalled and said."""
+        self.record("note", text=text)
+        self.console.say(f"note: {text}")
+
     def _branch(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
@@ -284,3 +363,18 @@ class Engine:
         self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
         self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
         return ("stopped", "stopped by request") if self.stopper.finishing() else None
+
+
+def _bounded(value: Any) -> Any:
+    """A value that JSON can hold and read again: what is no finite number of a usual size, which only a stranger sends, is None."""
+    if isinstance(value, dict):
+        return {key: _bounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_bounded(item) for item in value]
+    unusual = isinstance(value, (int, float)) and not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 63)
+    return None if unusual else value
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

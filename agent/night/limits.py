@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from agent.errors import Stopped, UsageError
+from agent.files import read_plain
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
@@ -125,7 +126,7 @@ class Stopper:
     def _count(self) -> int:
         requests = self._requests
         with contextlib.suppress(OSError):
-            requests += 2 if "now" in self._file.read_text() else 1
+            requests += 2 if "now" in read_plain(self._file, 64).decode("ascii", "replace") else 1
         if self._told < min(requests, 2):  # said here, not in the signal handler, which must not print
             self._told = min(requests, 2)
             words = "stopping after this experiment; once more stops now (the night can be resumed)", "stopping now"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from agent.coders.table import choose
 from agent.errors import NightError, Stopped
+from agent.files import directory_bytes, read_plain, remove, write_anew
+from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
+from agent.journal.folder import clear_leftovers
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import fold
@@ -20,13 +27,16 @@ from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
 from agent.proposal.check import before_the_night
+from agent.text import one_line, safe_text
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness
+from agent.trial.lab import Lab, lay_harness, run_child
 from agent.trial.rights import folders, hidden_places
 from agent.views import results
 from agent.views.terminal import Console
 
-REPORT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+REPORT, SAMPLE = (Path(__file__).resolve().parents[2] / "scripts" / name for name in ("report.py", "sample.py"))
+PROMPTS, STORY_TOKENS = ("", "Once upon a time"), 150  # of what baseline and best write for the report
+STORY_SECONDS, STORY_BYTES, STORY_CHARACTERS = 120.0, 1 << 20, 4000
 
 
 def run_session(
@@ -37,6 +47,7 @@ def run_session(
     if journal.torn:
         console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
     if not night.base:
+        clear_leftovers(folder)
         harness = lay_harness(repository, repository.head, folder)
         console.stage("preparing data")
         entry = setup.dataset(
@@ -47,6 +58,7 @@ def run_session(
     setup.refuse_older(journal, repository, night)
     setup.require_data(night.dataset)
     setup.keep_tier(night)
+    setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     settings = Settings.from_json(night.settings).updated(given)
@@ -63,41 +75,102 @@ def run_session(
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
-    desk = Desk(folder, worktree.path, night.train_file, coder, settings, stopper.now)
+    desk = Desk(folder, worktree, night.train_file, coder, settings, stopper.now)
     engine = Engine(journal, worktree, lab, desk, settings, stopper, console, root / "program.md")
-    data = f"data {night.dataset['id']}, budget {lab.budget}"
-    console.say(f"night {night.tag}: {night.train_file} of {night.base[:7]}, {data}; {about}")
-    console.say(f"sandbox of trainings: {boxed}")
-    engine.recover()
+    for line in setup.in_plain_words(night, settings, about, shutil.disk_usage(folder).free / 1e9):
+        console.say(line)
+    console.say(f"sandbox of trainings: {boxed if boxed.startswith('none') else boxed.partition(':')[0]}")
     try:
         source = night.train_file, repository.file_at(night.base, night.train_file)
         before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
+        engine.recover()
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
-            engine.held_out()
-    except (Stopped, NightError) as error:
-        words = str(error) or "stopped at once by request"
-        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
-        engine.hooks.night_end(engine.night, words)
-        raise
-    engine.record("night_end", reason=name, text=words)
+            _held_out(engine)
+            if options["picture"]:
+                _write_stories(engine)
+        engine.record("night_end", reason=name, text=words)
+    except Exception as error:
+        raise _ended(engine, error) from error
     engine.hooks.night_end(engine.night, words)
-    worktree.close()
-    (folder / "stop").unlink(missing_ok=True)
     drawn = ""
+    with contextlib.suppress(OSError):  # the night is over and written down: what cannot be tidied is no failure of it
+        (folder / "stop").unlink(missing_ok=True)
+        worktree.close()
     if options["picture"]:
-        console.stage("drawing the picture")
-        drawn = f", picture: {folder / 'progress.png'}" if _picture(folder, root) else f", no picture: {folder / 'logs/report.log'}"
+        console.stage("writing the report")
+        drawn = f", report: {folder / 'report.html'}" if _report(folder, root) else f", no report: {folder / 'logs/report.log'}"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {folder / 'results.tsv'}{drawn}")
+    console.say(f"results: {folder / 'results.tsv'}{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {folder}")
     console.say(results.last_line(engine.night))
     fine = name not in ("failures", "login", "missing", "rate_limit")
     return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
 
 
-def _picture(folder: Path, cwd: Path) -> bool:
-    """Draw progress.png; a picture that fails is a line in its log, never a lost night."""
-    return child.run(
-        [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
-        bounds=child.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
-    ).ok  # fmt: skip
+def _ended(engine: Engine, error: Exception) -> Exception:
+    """Journal whatever ends a night, if at all possible, and tell the user's hook. Returns what the command line has to say."""
+    words = one_line(str(error), 1000) or type(error).__name__
+    if isinstance(error, Stopped):
+        words = "stopped at once by request"
+    elif not isinstance(error, NightError):
+        log = engine.lab.folder / "logs" / "driver.log"
+        with contextlib.suppress(OSError):
+            write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        words = f"{type(error).__name__}: {words}; the details are in {log}; mend it, then: python -m agent.loop --resume"
+    try:
+        engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
+    except Exception as unwritten:
+        words += f"; this end could not be journalled: {one_line(str(unwritten), 300) or type(unwritten).__name__}"
+        engine.night.ended = "error"  # for the hook; the journal says the same at the next start: nobody works on it
+    with contextlib.suppress(Exception):  # a hook that fails must not hide why the night ended
+        engine.hooks.night_end(engine.night, words)
+    return error if isinstance(error, (Stopped, NightError)) else NightError(words)
+
+
+def _held_out(engine: Engine) -> None:
+    """Score on the held-out test text; a night that cannot is complete without."""
+    try:
+        engine.held_out()
+    except DAMAGE as damage:
+        engine.note(f"the held-out test could not be scored: {one_line(str(damage), 300) or type(damage).__name__}")
+
+
+def _write_stories(engine: Engine) -> None:
+    """Have baseline and best write from the same prompts, in the sandbox of a training; a model that cannot is left out."""
+    lab, night = engine.lab, engine.night
+    for experiment in (night.experiments[n] for n in sorted({0, night.leader.n} - set(night.stories))):
+        runs = (lab.folder / "trials" / trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
+        run_dir = next((path for path in runs if path.is_dir()), None)
+        if run_dir is None or not night.leader.n:
+            continue
+        engine.console.stage(f"{experiment.name} writes a text for the report")
+        out, log = (lab.folder / "logs" / f"{run_dir.name}.sample.{kind}" for kind in ("out", "log"))
+        words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+        argv = [sys.executable, "-B", str(SAMPLE), str(run_dir), "--json", "--tokens", str(STORY_TOKENS), *words]
+        ours = [SAMPLE.parents[1] / name for name in ("scripts", "agent", "harness")]
+        try:
+            scratch = lab.scratch(run_dir)
+            confined = lab.confined(argv, [scratch], run_dir, lab.train_dir, *ours)
+            env = {"AUTORESEARCH_DATA": str(lab.train_dir)}
+            outcome = run_child(lab, confined, log, run_dir, STORY_SECONDS, env, stdout_to=out)
+            texts = json.loads(read_plain(out, STORY_BYTES)) if outcome.ok else []
+            told = [{key: safe_text(str(text[key]).encode("utf-8", "replace"))[:STORY_CHARACTERS] for key in ("prompt", "text")}
+                    for text in texts]  # fmt: skip
+        except (*DAMAGE, ValueError, KeyError, TypeError):  # its own code runs: it may print anything
+            continue
+        finally:
+            with contextlib.suppress(OSError):
+                remove(lab.scratch(run_dir))
+        if told:
+            engine.record("stories", n=experiment.n, texts=told)
+
+
+def _report(folder: Path, cwd: Path) -> bool:
+    """Write progress.png, report.html and report.md; a report that fails is a line in its log, never a lost night."""
+    try:
+        return child.run(
+            [sys.executable, "-B", str(REPORT), str(folder)], cwd=cwd, env=clean_env(), log=folder / "logs" / "report.log",
+            bounds=child.Bounds(wall_seconds=120), pidfile=folder / "report.pid",
+        ).ok  # fmt: skip
+    except OSError:
+        return False

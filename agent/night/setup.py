@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import psutil
 from agent.errors import DataError, Stopped, UsageError
 from agent.git.worktree import Repository, Worktree
 from agent.journal.journal import Journal
+from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
 from agent.process import child
 from agent.process.environment import clean_env, data_home
@@ -25,6 +27,7 @@ from agent.trial.order import parse_budget
 from agent.trial.rights import folders, public
 
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
+OVERHEAD_SECONDS = 45.0  # guess of what a training takes beside its budget: start, score
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
 
@@ -33,15 +36,15 @@ def dataset(
     harness: Path, cwd: Path, name: str | None, preset: str | None, log: Path, stop: Callable[[], bool],
     show: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """The dataset of a new night: the named one, prepared if it is missing, else the last one prepared.
+    """The dataset of a new night: the named one, else the one that the user prepared last by hand, else this machine's default.
 
-    DataError with the harness's own words if it cannot be made ready.
+    It is prepared if it is missing. Its key `chosen` says why. DataError with the harness's own words if it cannot be made ready.
     """
     current = data_home() / "current.json"
     if name is None and preset is None and current.is_file():
         found = _entry(current)
         if all(folder.is_dir() for folder in folders({"id": found["id"]})):
-            return found
+            return {**found, "chosen": "which you prepared last"}
     with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
         answer = Path(scratch) / "dataset.json"
         options = [*(("--dataset", name) if name else ()), *(("--preset", preset) if preset else ())]
@@ -55,7 +58,7 @@ def dataset(
         if not outcome.ok:
             ending = f"{outcome.reason}, exit code {outcome.exit_code}"
             raise DataError(f"the data could not be prepared ({ending}):\n{outcome.tail(1000)}")
-        return _entry(answer)
+        return {**_entry(answer), "chosen": "as asked" if name or preset else "this machine's default"}
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -79,6 +82,31 @@ class _LastLine:
             return
         if words := [line for line in lines if line.strip()]:
             self._show(words[-1][:150])
+
+
+def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float) -> list[str]:
+    """What was chosen, how long it will take, and what it may cost: the first lines of a session."""
+    data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
+    why = f", {data['chosen']}" if data.get("chosen") else ""
+    lines = [
+        f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; stop with Ctrl-C, go on with --resume",
+        f"data: {data.get('name') or data['id']}, preset {data.get('preset')}{why}; others: --dataset, --preset",
+        agent,
+    ]
+    if unit == "s":
+        each = (amount + OVERHEAD_SECONDS) / 60
+        seeds = settings.baseline_seeds
+        first = f", {seeds} for the baseline first ({seeds * each:.0f} min)" if night.best is None else ""
+        ends = f"until {time.strftime('%H:%M', time.localtime(time.time() + settings.hours * 3600))}" if settings.hours else ""
+        number = f"{settings.experiments} experiments" if settings.experiments is not None else ""
+        lines.append(f"time: about {each:.1f} min a training{first}; then {' or '.join(filter(None, [number, ends]))}")
+    elif settings.experiments is not None:
+        lines.append(f"time: {data['budget']} a training, {settings.experiments} experiments")
+    limit = "no limit on what the agent costs (--max-cost sets one)"
+    if settings.max_cost is not None:
+        limit = f"at most ${settings.max_cost:.2f}"
+    lines.append(f"cost: {limit}; disk: {free_gb:.0f} GB free, {settings.disk_gb:g} GB stay free")
+    return lines
 
 
 def require_data(entry: Mapping[str, Any]) -> None:
@@ -119,6 +147,19 @@ def refuse_older(journal: Journal, repository: Repository, night: Night) -> None
         )
 
 
+def leave_out_of_backups(folder: Path) -> None:
+    """Have Spotlight and Time Machine pass over weights and scratch files, which change all night; not over the journal."""
+    for name in ("trials", "tmp"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / ".metadata_never_index").touch()
+        if sys.platform == "darwin":
+            with tempfile.TemporaryDirectory() as scratch:
+                child.run(
+                    ["tmutil", "addexclusion", folder / name], cwd=folder, env=clean_env(), log=Path(scratch) / "log",
+                    bounds=child.Bounds(wall_seconds=10),
+                )  # fmt: skip
+
+
 def keep_tier(night: Night) -> None:
     """The tier that was asked for when the night began: a resume trains the same constants."""
     os.environ.pop(TIER, None)
@@ -135,5 +176,6 @@ def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, bu
     for name in (HARNESS, train_file):
         repository.file_at(repository.head, name)
     worktree.check_free()
-    changed = repository.changed(*FROZEN, train_file)
+    repository.refuse_stored_elsewhere(repository.head, train_file, *repository.files(repository.head, *FROZEN))
+    changed = repository.changed(repository.head, *FROZEN, train_file)
     return [f"{name} has changes that are not committed; the night uses the committed version" for name in changed]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from agent.files import directory_bytes
 from agent.process import supervise
 from agent.process.leftovers import Record, end_processes
 from agent.process.output import BoundedLog
@@ -42,7 +43,7 @@ class Bounds:
     log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
     memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
     directories: tuple[Path, ...] = ()
-    directory_bytes: int | None = None  # in all of them together
+    directory_bytes: int | None = None  # in all of them together; one too deep or too full to be counted is over the limit
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ class _Child:
                 next_tick = now + TICK_SECONDS
                 self.reason = self._over_limit(now) or ("stopped" if stop() else watch())
             if now >= next_sample and self.reason is None:
-                next_sample = now + SAMPLE_SECONDS
                 self.reason = self._sample()
+                taken = time.monotonic() - now  # many files take long to count: the child is to have most of the time
+                next_sample = now + max(SAMPLE_SECONDS, 10 * taken)
 
     def _read(self, timeout: float) -> bool:
         """Take what the pipes hold; whether the supervisor still lives."""
@@ -281,17 +283,6 @@ def seconds_asleep() -> float:
     if sys.platform == "darwin":
         return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
     return time.time() - time.monotonic()  # also moves when the clock is set
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes that the files below a directory take; files that vanish meanwhile do not count."""
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                status = os.lstat(os.path.join(folder, name))
-                total += status.st_blocks * 512  # what a sparse file really takes
-    return total
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -5,14 +5,15 @@ Normally nothing is left: a child's supervisor ends the family when the driver d
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
 import psutil
 
+from agent.files import read_plain, remove, write_anew
 from agent.process.supervise import KILL_SECONDS, marked
 
+_RECORD_BYTES = 64 << 10  # of a record; a longer one is not ours
 _SAME_START = 2.0  # seconds that two readings of one process's start may differ: they are derived from the wall clock
 
 
@@ -30,9 +31,7 @@ class Record:
             with contextlib.suppress(psutil.Error):
                 starts.append({"pid": pid, "start": psutil.Process(pid).create_time()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".new")
-        draft.write_text(json.dumps({"marker": self.marker, "processes": starts}), "utf-8")
-        os.replace(draft, self.path)
+        write_anew(self.path, json.dumps({"marker": self.marker, "processes": starts}).encode())
 
     def clear(self) -> None:
         if self.path is not None:
@@ -47,13 +46,13 @@ def end_leftovers(directory: Path) -> list[int]:
     """
     ended: set[int] = set()
     for path in sorted(directory.glob("*.pid")):
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a torn record names nothing
-            record = json.loads(path.read_text("utf-8", "replace"))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn, or not ours
+            record = json.loads(read_plain(path, _RECORD_BYTES))
             roots = [process for entry in record["processes"] if (process := _same(entry["pid"], entry["start"]))]
             ended |= end_processes(roots, str(record["marker"]))
-        path.unlink(missing_ok=True)
-    for draft in directory.glob("*.pid.new"):
-        draft.unlink(missing_ok=True)
+        remove(path)
+    for draft in directory.glob(".*.pid.new"):
+        remove(draft)
     return sorted(ended)
 
 
@@ -90,5 +89,5 @@ def _same(pid: int, start: float) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
         return process if abs(process.create_time() - start) <= _SAME_START else None
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, OverflowError):
         return None

@@ -3,6 +3,7 @@
 from collections import deque
 from pathlib import Path
 
+from agent.files import remove
 from agent.text import Redactor
 
 _TAIL_BYTES = 256 * 1024  # of a log that overflows, at most this much of its end is kept (in memory until the child ends)
@@ -16,8 +17,9 @@ class BoundedLog:
 
     def __init__(self, path: Path, limit: int, secrets: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove(path)  # an older log; or a pipe somebody has put there, which would block
         self.received = 0  # bytes that came, kept or not
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("xb", buffering=0)
         self._redactor = Redactor(secrets)
         self._tail: deque[bytes] = deque()
         self._tail_limit = min(limit // 2, _TAIL_BYTES)

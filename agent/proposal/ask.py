@@ -1,7 +1,11 @@
-"""Asking a coding agent for one change: a fresh process, a prompt, an edited file; judged by the file, not by its words."""
+"""Asking a coding agent for one change: a fresh process, a prompt, an edited file; judged by the file, not by its words.
+
+An agent may write what it likes, so nothing of it is read or kept unless its kind and size are known.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -16,13 +20,18 @@ from typing import Any
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
 from agent.coders.table import arguments
 from agent.errors import Stopped
+from agent.files import DEEPEST, GIB, MOST_ENTRIES, directory_bytes, read_plain, remove
 from agent.git import guard
+from agent.git.command import DAMAGE
+from agent.git.worktree import Worktree
 from agent.journal.settings import Settings
 from agent.process import child
 from agent.text import failure_record, one_line, redact
 
 LINGER_SECONDS = 30.0  # that an agent may go on after its final message, when nothing is left to come but its exit
 WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
+AGENT_BYTES = 4 * GIB  # in the worktree and the agent's scratch folder together: room for a virtual environment
+LARGEST_OUTPUT = 64 << 20  # bytes; the spawner keeps far less of an output
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Proposal:
     seconds: float = 0.0
     wait: float | None = None  # seconds, with rate_limit, where the agent says
     tail: str = ""
+    droppings: tuple[str, ...] = ()  # what the agent left beside its edit, to be removed
     usage: dict[str, Any] = field(default_factory=dict)  # cost in US dollars, tokens
 
     def error(self) -> dict[str, Any]:
@@ -48,7 +58,7 @@ class Desk:
     """Where agents of a night work."""
 
     folder: Path  # runs/<tag>
-    worktree: Path
+    worktree: Worktree
     train_file: str
     coder: Coder
     settings: Settings
@@ -56,16 +66,14 @@ class Desk:
 
 
 def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float | None) -> Proposal:
-    """Have the agent edit the worktree, which is clean at commit `base`. Stopped if the user wants to stop at once."""
-    train_file = desk.worktree / desk.train_file
-    before, seen = train_file.read_bytes(), guard.remember(desk.worktree)
+    """Have the agent edit the worktree, which was lent at commit `base`. Stopped if the user wants to stop at once."""
+    root, repository, settings = desk.worktree.path, desk.worktree.repository, desk.settings
+    before, seen = read_plain(root / desk.train_file, guard.TRAIN_FILE_BYTES), guard.remember(repository)
     out, log = (desk.folder / "logs" / f"{n:04d}.agent.{kind}" for kind in ("out", "log"))
     out.parent.mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="agent-", dir=desk.folder))
-    left = [path for path in (seen.admin.parent.parent / name for name in desk.coder.leaves) if not path.exists()]
-    settings = desk.settings
     job = Job(
-        worktree=desk.worktree, train_file=desk.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
+        worktree=root, train_file=desk.train_file, prompt=redact(prompt), scratch=scratch, model=settings.model,
         base_url=settings.base_url, max_cost_usd=cost_left, pass_env=settings.agent_env,
         extra_args=arguments(settings.agent_args),
     )  # fmt: skip
@@ -75,11 +83,13 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
             **{name: value for name, value in command.env.items() if name != "AUTORESEARCH_HOME"},  # it leads to held-out text
             "AUTORESEARCH_JOURNAL": str(desk.folder / "journal.jsonl"), "AUTORESEARCH_SEED": str(seed),
             "AUTORESEARCH_EXPERIMENT": str(n),
+            "GIT_CEILING_DIRECTORIES": str(desk.folder),  # an agent that removes `.git` is not to find the user's repository
         }  # fmt: skip
+        lingering = Lingering(desk.coder, job, out, log, LINGER_SECONDS)
         outcome = child.run(
-            command.argv, cwd=desk.worktree, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
-            watch=Lingering(desk.coder, job, out, log, LINGER_SECONDS),
-            bounds=child.Bounds(settings.max_agent_minutes * 60, desk.coder.idle_seconds), pidfile=desk.folder / "agent.pid",
+            command.argv, cwd=root, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
+            watch=lambda: "disk" if _free(desk) < 0 else lingering(), bounds=_bounds(desk, scratch),
+            pidfile=desk.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
@@ -87,19 +97,35 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     except CoderError as error:
         return Proposal("missing", message=str(error))
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for path in left:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            remove(scratch)
     usage = usage_of(desk.coder, reply, settings.price_in, settings.price_out)
     if outcome.exit_code == 0 and reply.failure in WAITING and not reply.structured:
         reply = replace(reply, failure=None)  # words of a log, such as "Authenticated as", are no evidence against exit code 0
-    violations = [str(violation) for violation in guard.check(desk.worktree, base, desk.train_file, seen)]
-    if not violations and _holds_secret(train_file):
+    try:
+        found = guard.check(repository, root, desk.worktree.tree(base), desk.train_file, before, seen)
+        violations = [str(violation) for violation in found.violations]
+        after = before if violations else read_plain(root / desk.train_file, guard.TRAIN_FILE_BYTES)
+    except DAMAGE as error:  # the call has cost something all the same
+        why = f"what the agent left cannot be read: {one_line(str(error), 300) or type(error).__name__}"
+        return Proposal("agent_error", message=why, seconds=outcome.seconds, tail=outcome.tail(1500), usage=usage)
+    if _holds_secret(after):
         violations = [f"{desk.train_file}: holds the value of a variable that looks like a key"]
-    proposal = _judge(desk, outcome, reply, usage, violations, before)
-    if violations:
-        guard.scrub(desk.worktree, base, seen)
-    return proposal
+    return replace(_judge(desk, outcome, reply, usage, violations, before, after), droppings=tuple(found.droppings))
+
+
+def _free(desk: Desk) -> int:
+    """Bytes that an agent may still fill the night's disk with; negative once the night's reserve is touched."""
+    return shutil.disk_usage(desk.folder).free - int(desk.settings.disk_gb * 1e9 / 2)
+
+
+def _bounds(desk: Desk, scratch: Path) -> child.Bounds:
+    written = (desk.worktree.path, scratch)
+    taken = sum(map(directory_bytes, written))
+    room = taken + max(0, min(AGENT_BYTES, _free(desk)))
+    return child.Bounds(
+        desk.settings.max_agent_minutes * 60, desk.coder.idle_seconds, directories=written, directory_bytes=room
+    )  # fmt: skip
 
 
 class Lingering:
@@ -125,20 +151,22 @@ class Lingering:
 
 
 def _judge(
-    desk: Desk, outcome: child.Outcome, reply: Reply, usage: dict[str, Any], violations: list[str], before: bytes
+    desk: Desk, outcome: child.Outcome, reply: Reply, usage: dict[str, Any], violations: list[str], before: bytes, after: bytes
 ) -> Proposal:  # fmt: skip
-    after = (desk.worktree / desk.train_file).read_bytes() if not violations else before
     derived = _describe(before, after) if after != before else ""
 
     def proposal(kind: str, message: str = "") -> Proposal:
         about = one_line(redact(reply.description or derived or reply.hypothesis or ""), 200)
         why = one_line(redact(reply.hypothesis or derived), 300)
-        return Proposal(kind, about, why, message, outcome.seconds, reply.wait_seconds, outcome.tail(1500), usage)
+        return Proposal(kind, about, why, message, outcome.seconds, reply.wait_seconds, outcome.tail(1500), usage=usage)
 
-    if outcome.reason == "missing":
-        return proposal("missing", f"{outcome.tail(300)}; {desk.coder.install_hint}")
+    if outcome.reason == "disk":
+        used = f"more than {AGENT_BYTES / GIB:.0f} GiB or {MOST_ENTRIES} files, folders nested deeper than {DEEPEST}"
+        return proposal("agent_error", f"the agent was ended: it wrote {used}, or the disk is full; its files were removed")
     if violations:
         return proposal("violation", "; ".join(violations[:5]))
+    if outcome.reason == "missing":
+        return proposal("missing", f"{outcome.tail(300)}; {desk.coder.install_hint}")
     last = one_line(outcome.tail(300), 300)
     detail = reply.detail or one_line(reply.message or "", 300) or last
     finished = reply.failure is None and bool(reply.message) and desk.coder.tells_its_end
@@ -188,15 +216,15 @@ def _words(old: str, new: str) -> str:
     return f"+ {new.splitlines()[0]}" if new else f"- {old.splitlines()[0]}" if old else ""
 
 
-def _holds_secret(path: Path) -> bool:
+def _holds_secret(source: bytes) -> bool:
     """Candidates are committed, and commits are pushed: a key must not get into one."""
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = source.decode("utf-8", "replace")
     return redact(text) != text
 
 
 def _text(path: Path) -> str:
     """All that was kept of an output: the spawner bounds the file, and the result is on its last line."""
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        return read_plain(path, LARGEST_OUTPUT).decode("utf-8", "replace")
     except OSError:
         return ""

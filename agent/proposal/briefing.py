@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.files import read_part
 from agent.journal.state import FAILURES, Experiment, Night
 from agent.judgement.decision import noise
 from agent.proposal.digest import Tried, advice, digest, family
 from agent.text import one_line
 
 PROGRAM_CHARACTERS = 20_000
+PROGRAM_BYTES = 1 << 20  # of program.md that are read
 DIGEST_CHARACTERS = 6_000
 FAILURE_CHARACTERS = 2_000
 HOOK_CHARACTERS = 2_500  # with its heading and the bars
@@ -25,7 +27,7 @@ CHARACTERS = 36_000  # of a whole prompt, at most
 def program(path: Path) -> str:
     """The human's program.md as it lies there now; "" without one."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_part(path.resolve(), 0, PROGRAM_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""
 

@@ -6,8 +6,8 @@ is a scratch repository with a copy of the train file.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,11 +17,13 @@ from typing import Any
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
 from agent.coders.table import arguments
 from agent.errors import AgentError, Stopped
+from agent.files import GIB, read_plain, remove
 from agent.git.command import run_git
+from agent.git.guard import TRAIN_FILE_BYTES
 from agent.journal.settings import Settings
 from agent.journal.state import Night
 from agent.process import child
-from agent.proposal.ask import Lingering
+from agent.proposal.ask import LARGEST_OUTPUT, Lingering
 from agent.text import one_line, redact
 
 PROMPT = """\
@@ -102,21 +104,23 @@ def ask_for_a_word(
             max_cost_usd=cost_left, pass_env=settings.agent_env, extra_args=arguments(settings.agent_args), check=True,
         )  # fmt: skip
         command = coder.command(job, os.environ)
-        env = {**command.env, "AUTORESEARCH_JOURNAL": str(folder / "journal.jsonl"), "AUTORESEARCH_EXPERIMENT": "0",
+        known = {name: value for name, value in command.env.items() if name != "AUTORESEARCH_HOME"}  # as in `ask`
+        env = {**known, "AUTORESEARCH_JOURNAL": str(folder / "journal.jsonl"), "AUTORESEARCH_EXPERIMENT": "0",
                "AUTORESEARCH_SEED": "0", "GIT_CEILING_DIRECTORIES": str(place)}  # fmt: skip
         outcome = child.run(
             command.argv, cwd=work, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=stop,
             watch=Lingering(coder, job, out, log, LINGER_SECONDS),
-            bounds=child.Bounds(coder.check_seconds), pidfile=folder / "agent.pid",
+            bounds=child.Bounds(coder.check_seconds, directories=(place,), directory_bytes=GIB), pidfile=folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
         reply = coder.reply(_text(out), _text(log), job)
-        edited = (work / name).is_file() and (work / name).read_bytes() != content
+        edited = _read(work / name) not in (content, b"")
     except CoderError as error:
         return Answer("missing", str(error))
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(place)
     usage = {} if outcome.reason == "missing" else usage_of(coder, reply, settings.price_in, settings.price_out)
     kind, words = _judge(coder, outcome, reply, edited)
     return Answer(kind, one_line(redact(words), 600), outcome.seconds, usage)
@@ -160,8 +164,15 @@ def _make_repository(folder: Path) -> None:
     run_git(folder, *who, "commit", "--quiet", "--message=check")
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return read_plain(path, TRAIN_FILE_BYTES)
+    except OSError:
+        return b""
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        return read_plain(path, LARGEST_OUTPUT).decode("utf-8", "replace")
     except OSError:
         return ""

@@ -1,5 +1,6 @@
 """How a trial ended, read from evidence: exit code, signal, the limit that the spawner had to enforce, metrics, `error.json`.
 
+The candidate can write any of these files, as anything: a pipe, a device, a number of a thousand digits. So reading is bounded.
 Log text is never parsed, with one exception: Metal's out-of-memory message, because Metal aborts the process.
 """
 
@@ -10,14 +11,17 @@ import signal
 from pathlib import Path
 
 from agent.errors import DataError
+from agent.files import DEEPEST, GIB, MOST_ENTRIES, read_plain
 from agent.process import child
 from agent.text import failure_record, one_line
-from agent.trial.lab import GIB, Lab
+from agent.trial.lab import Lab
 from agent.trial.metrics import Watch
 from agent.trial.order import TrialResult
 
 TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "violation"}
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
+ERROR_BYTES = 64 << 10  # of error.json
+LOG_BYTES = 64 << 20  # of a log; the spawner keeps far less
 METAL_MEMORY = "kIOGPUCommandBufferCallbackErrorOutOfMemory"
 
 
@@ -25,13 +29,16 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
     """Kind of failure of a training, "" if it ended well, and what is known about it."""
     watch()  # what it wrote in its last instant
     if outcome.reason == "missing":
+        if not lab.worktree.is_dir():
+            raise FileNotFoundError(f"the worktree {lab.worktree} was removed just before a training")
         raise DataError(f"the trainer cannot be started: {outcome.tail(300)}")
     if outcome.reason == "nan" or watch.message:
         return "nan", watch.message
     if outcome.reason != "exited":
         limits = {
             "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
-            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB, or filled the disk",
+            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB or {MOST_ENTRIES} files, nested folders deeper than "
+                    f"{DEEPEST}, or filled the disk",
             "memory": "used more memory than allowed", "log": "printed without end",
         }  # fmt: skip
         return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
@@ -45,7 +52,7 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
         return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {words}".strip()
     if outcome.exit_code:
         return TRAINER_CODES.get(outcome.exit_code, "crash"), message or f"exit code {outcome.exit_code}: {last_words(outcome)}"
-    if not (run_dir / "train.json").is_file():
+    if (run_dir / "train.json").is_symlink() or not (run_dir / "train.json").is_file():
         return "crash", "exit code 0, but no train.json: the training did not come to its end"
     return "", ""
 
@@ -53,15 +60,17 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
 def _error_file(path: Path) -> tuple[str, str]:
     """Kind and message of the harness's error file, "" where there is none."""
     try:
-        with open(path, "rb") as file:
-            return _error_record(file.read(65536)) or ("", "")
+        return _error_record(read_plain(path, ERROR_BYTES)) or ("", "")
     except OSError:
         return "", ""
 
 
 def scorer_word(log: Path) -> tuple[str, str]:
     """The last error record on the scorer's standard error."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = read_plain(log, LOG_BYTES).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return "", ""
     return next(filter(None, map(_error_record, reversed(lines))), ("", ""))
 
 

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agent.errors import Stopped
-from agent.git.filetree import remove, walk
+from agent.files import GIB, directory_bytes, remove
+from agent.git.filetree import walk
 from agent.git.worktree import Repository
 from agent.process import child
 from agent.process.environment import clean_env
@@ -29,7 +30,6 @@ TRAINER_SECONDS, SCORER_SECONDS, LOAD_SECONDS = "trainer_seconds", "scorer_secon
 # steps and answers, which are slower in a larger model
 OVERHEAD, SLOWER = 1.5, 3.0
 SLACK_SECONDS, SLACK_SHARE, LOAD_SLACK_SECONDS = 10.0, 0.05, 5.0
-GIB = 1 << 30
 DATA_VARIABLES = ("AUTORESEARCH_HOME", "AUTORESEARCH_DATA", "AUTORESEARCH_JOURNAL")  # the user's own; they lead to data
 
 
@@ -145,9 +145,10 @@ def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
     if place.is_symlink() or not place.is_dir():
         return False
     folders = {str(parent) for name in contents for parent in PurePosixPath(name).parents}
-    found = dict(walk(place, folders, everything=True))
+    found = dict(walk(place, folders))
     return found.keys() == contents.keys() and all(
-        stat.S_ISREG(found[name].st_mode) and (place / name).read_bytes() == content for name, content in contents.items()
+        stat.S_ISREG(found[name].st_mode) and found[name].st_size == len(content) and (place / name).read_bytes() == content
+        for name, content in contents.items()
     )
 
 
@@ -163,7 +164,7 @@ def run_child(
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
-    taken, free = sum(map(child.directory_bytes, written)), shutil.disk_usage(run_dir).free
+    taken, free = sum(map(directory_bytes, written)), shutil.disk_usage(run_dir).free
     room = min(lab.directory_bytes, taken + max(0, free - lab.spare_bytes))
     bounds = child.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
     known = {name: value for name, value in lab.environ.items() if name not in DATA_VARIABLES}

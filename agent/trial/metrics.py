@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.files import read_part
+
 NUMBERS = (
     "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "num_params_M",
     "depth", "val_bytes", "seq_len", "seed",
@@ -74,6 +76,7 @@ def differences(summary: Mapping[str, Any], reference: Mapping[str, Any]) -> lis
         if summary.get(key) != reference[key]
     ]
 
+_LONGEST_INTEGER = 18  # digits; a longer one is taken as a float, which is infinite where it is too large
 _LARGEST_READ = 1 << 20  # bytes a look; a trainer that floods its metrics must not fill the driver's memory
 
 
@@ -86,9 +89,7 @@ class Tail:
     def new(self) -> list[dict[str, Any]]:
         """The whole lines since the last look that are JSON objects."""
         try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                data = file.read(_LARGEST_READ)
+            data = read_part(self._path, self._offset, _LARGEST_READ)
         except OSError:
             return []
         self._offset += len(data)
@@ -97,7 +98,7 @@ class Tail:
         rows = []
         for line in whole:
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_int=_integer)
             except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
@@ -126,6 +127,10 @@ class Watch:
         if rows:
             self._show({key: value for key, value in rows[-1].items() if _number(value)})
         return None
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONGEST_INTEGER else float(digits)
 
 
 def _number(value: object) -> bool:

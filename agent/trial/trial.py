@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import DataError
-from agent.git.filetree import remove
+from agent.files import remove
 from agent.process import child
 from agent.text import failure_record
 from agent.trial import rights, sandbox

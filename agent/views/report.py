@@ -1,15 +1,20 @@
-"""The report of a night, from its journal and nothing else: a picture of the progress, and what happened in plain text."""
+"""The report of a night, from its journal: pictures, one HTML file that stands alone, Markdown for a pull request, plain text."""
 
 from __future__ import annotations
 
+import base64
+import re
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import UsageError
 from agent.journal.journal import read_events
-from agent.journal.state import FAILURES, Experiment, Night, fold
+from agent.journal.state import FAILURES, STATUSES, Experiment, Night, fold
+from agent.text import one_line
 from agent.views import results
+from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, compared, error_of, families, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,39 +35,34 @@ def load(folder: Path) -> Night:
     return fold(events)
 
 
-def draw(night: Night, path: Path) -> None:
-    """The picture: every score in the order of experiments, the best so far as a staircase, failures on the lower edge."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(figsize=(10, 5.6), dpi=120)
-    scored = [e for e in night.experiments if e.val_bpb is not None and e.status is not None]
+def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
+    """The picture: every score with its spread in the order of experiments, the best so far as a staircase with its band, failures
+    on the lower edge. sigma: standard deviation of one training, bpb."""
+    figure, axes = _figure()
+    scored = [e for e in night.experiments if e.mean is not None and e.status is not None]
     losses = [e for e in scored if e.status == "discard"]
-    kept = [e for e in scored if e.status == "keep" and e.mean is not None]
+    kept = [e for e in scored if e.status == "keep"]
     failed = [e for e in night.experiments if e.status in FAILURES]
     last = max((e.n for e in night.experiments), default=0)
     axes.set_xlim(-0.02 * max(last, 4), 1.02 * max(last, 4))
     beyond: list[Experiment] = []
     if kept:
-        spread = kept[0].scores
-        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), spread, [e.val_bpb or 0.0 for e in losses])
+        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), kept[0].scores, [e.mean or 0.0 for e in losses])
         axes.set_ylim(low, high)
-        beyond = [e for e in losses if (e.val_bpb or 0.0) > high]
-        if len(spread) > 1:
-            axes.axhspan(min(spread), max(spread), color=DISCARD, alpha=0.25, lw=0, label=f"{len(spread)} seeds of the baseline")
+        beyond = [e for e in losses if (e.mean or 0.0) > high]
     edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
 
     def dots(group: list[Experiment], colour: str, label: str) -> None:
-        axes.scatter([e.n for e in group], [e.mean or 0.0 for e in group], s=30, color=colour, label=label, zorder=3)
+        numbers, scores, errors = ([e.n for e in group], [e.mean or 0.0 for e in group], [error_of(e, sigma) or 0.0 for e in group])
+        axes.errorbar(numbers, scores, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, alpha=0.7)
+        axes.scatter(numbers, scores, s=24, color=colour, label=label, zorder=3)
 
     def marks(group: list[Experiment], sign: str, height: float, colour: str, label: str) -> None:
         if group:
             axes.plot([e.n for e in group], [height] * len(group), sign, color=colour, ms=5, transform=edge, label=label)
 
-    dots([e for e in losses if e not in beyond], DISCARD, f"discarded ({len(losses)})")
+    seen = [e for e in losses if e not in beyond]
+    dots(seen, DISCARD, f"discarded ({len(losses)})")
     marks(beyond, "^", 0.985, DISCARD, f"of these above the picture ({len(beyond)})")
     marks(failed, "x", 0.02, FAILED, f"failed ({len(failed)})")
     dots(kept[:1], BASELINE, "baseline")
@@ -70,19 +70,70 @@ def draw(night: Night, path: Path) -> None:
     if kept:
         stairs = [(e.n, e.mean or 0.0) for e in kept] + [(max(last, kept[-1].n + 0.5), kept[-1].mean or 0.0)]
         axes.step(*zip(*stairs, strict=True), where="post", color=KEEP, lw=1.6, label="best so far")
-    axes.set_xlabel("experiment")
+    if kept and sigma:
+        bounds = [(e.mean or 0.0, BEYOND_NOISE * (error_of(e, sigma) or 0.0)) for e in (*kept, kept[-1])]
+        low_edge, high_edge = [y - r for y, r in bounds], [y + r for y, r in bounds]
+        label = f"±{BEYOND_NOISE:g} standard errors"
+        axes.fill_between([x for x, _ in stairs], low_edge, high_edge, step="post", color=KEEP, alpha=0.13, lw=0, label=label)
+    axes.set_xlabel("experiment; a line through a point is one standard error of its mean" if sigma else "experiment")
     axes.set_ylabel("val_bpb (bits per byte, lower is better)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(results.last_line(night).replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
     handles, labels = axes.get_legend_handles_labels()
+    below = [e for e in seen if any(k.n < e.n for k in kept) and (e.mean or 0.0) < min(k.mean or 0.0 for k in kept if k.n < e.n)]
     if handles:
-        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=len(handles))
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=min(len(handles), 7))
+    figure.tight_layout(rect=(0, 0.065 if below else 0.04, 1, 1))
+    if below:
+        text = f"{len(below)} discarded below the best so far: too few trainings, or too small a lead, to tell them from luck"
+        figure.text(0.5, 0.045, text, fontsize=8, ha="center", color="#57606a")
     if kept:
         describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
+    _save(figure, path)
+
+
+def draw_costs(night: Night, path: Path) -> None:
+    """The best so far against the hours of the night and, where the agent cost something, against its dollars."""
+    done = [e for e in night.experiments if e.status is not None]
+    hours, money, levels = [(e.ended - night.started) / 3600 for e in done], [0.0], [float("nan")]
+    for experiment in done:
+        money.append(money[-1] + experiment.cost)
+        levels.append((experiment.mean if experiment.status == "keep" else None) or levels[-1])
+    money, levels, spent = money[1:], levels[1:], money[-1]
+    figure, axes = _figure(2 if spent else 1, height=3.0)
+    for one, across, label in zip(axes if spent else [axes], (hours, money), ("hours", "US dollars"), strict=False):
+        one.step(across, levels, where="post", color=KEEP, lw=1.6)
+        one.set_xlabel(label)
+        one.xaxis.set_major_locator(_locator(integer=False))
+    (axes[0] if spent else axes).set_ylabel("best val_bpb")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _locator(**options: Any) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(**options)
+
+
+def _figure(columns: int = 1, height: float = 5.6) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(10, height), dpi=120, sharey=True)
+    for one in axes if columns > 1 else [axes]:
+        one.xaxis.set_major_locator(_locator(integer=True))
+        one.ticklabel_format(axis="y", useOffset=False)
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As a whole, so that a reader never sees half of it."""
+    from matplotlib import pyplot
+
     fresh = path.with_name(f".{path.name}.new")
     figure.savefig(fresh, format="png", metadata={"Software": None})
     pyplot.close(figure)
@@ -135,9 +186,133 @@ def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: li
             note.remove()
 
 
-def summary(night: Night, pid: int | None) -> str:
+def facts(night: Night, sigma: float, diff: Callable[[str, str], str] = lambda parent, commit: "") -> dict[str, Any]:
+    """What the report says, as plain data: nothing is escaped yet. sigma: standard deviation of one training, bpb.
+    diff: what git shows between two commits."""
+    kept, before = [], night.baseline
+    for experiment in (night.experiments[n] for n in night.kept):
+        gain = (before.mean or 0.0) - (experiment.mean or 0.0) if before else 0.0
+        words = compared(experiment, before, sigma) if before else ""
+        shown = diff(before.commit or night.base, experiment.commit or "") if before else ""
+        kept.append({**_told(experiment, sigma), "gain": f"{gain:+.4f}", "words": words, "diff": shown[:DIFF_CHARACTERS]})
+        before = experiment
+    baseline, leader = night.baseline, night.leader if night.best is not None else None
+    whole = diff(baseline.commit or night.base, leader.commit or "") if night.kept and baseline and leader else ""
+    missed = near_misses(night, sigma)
+    return {
+        "tag": night.tag, "won": results.last_line(night).partition("; branch")[0], "sigma": f"{sigma:.4f}",
+        "about": _about(night), "kept": kept, "whole": whole[:DIFF_CHARACTERS], "tests": _tests(night), "stories": _stories(night),
+        "near": [{**_told(e, sigma), "words": words} for e, _, words in missed],
+        "families": families(night.done), "next": _next(night, missed), "notes": [one_line(note, 300) for note in night.notes],
+        "all": [_told(e, sigma) for e in night.experiments if e.status is not None],
+        "spent": f"{results.lasting(night.last - night.started)}, {night.trials} trainings, {night.tokens:,} tokens of the agent, "
+                 f"${night.cost:.2f}{' and calls of unknown price' if night.unpriced else ''}",
+    }  # fmt: skip
+
+
+def page(known: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The report as one HTML file that loads nothing. Everything from agents and logs is escaped by the template."""
+    from jinja2 import Environment, FileSystemLoader
+
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    drawn = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
+    return templates.get_template("report.html").render({**known, **drawn})
+
+
+def markdown(known: Mapping[str, Any], branch: str) -> str:
+    """The report in short, for a pull request."""
+    lines = [f"# {plain(known['won'])}", "", plain(known["about"]), "", f"Branch `{branch}`. {plain(known['spent'])}.", ""]
+    if known["kept"]:
+        lines += ["| # | kept change | val_bpb | gain |", "| ---: | --- | ---: | ---: |"]
+        lines += [f"| {e['n']} | {plain(e['description'])} | {e['score']} | {e['gain']} |" for e in known["kept"]]
+    else:
+        lines.append("Nothing was kept.")
+    for test in known["tests"]:
+        lines += ["", f"Held-out test, {test['name']}: {plain(test['test'])} (validation {test['val']}, gap {test['gap']})"]
+    if known["near"]:
+        lines += ["", "Near misses:", ""]
+        lines += [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. {plain(e['reason'])}" for e in known["near"]]
+    if known["next"]:
+        lines += ["", "What to try next:", ""] + [f"- {plain(line)}" for line in known["next"]]
+    return "\n".join(lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """One line without Markdown or HTML: an agent's words shall not become a heading, a link, a picture or a mention."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!@])", r"\\\1", one_line(text, 300))
+
+
+def near_misses(night: Night, sigma: float, most: int = 8) -> list[tuple[Experiment, float, str]]:
+    """Discarded experiments whose score is better than the best's of their time, or behind it by less than the noise: with their
+    gain (bpb) and that in words. The largest gain first."""
+    found, best = [], night.baseline
+    for experiment in night.experiments[1:]:
+        if experiment.status == "keep":
+            best = experiment
+        elif experiment.status == "discard" and best and best.mean is not None and experiment.mean is not None:
+            words = compared(experiment, best, sigma)
+            gain, count = best.mean - experiment.mean, len(experiment.scores)
+            if gain > 0 or "within" in words:
+                found.append((experiment, gain, f"{words}, after {count} training{'s' * (count != 1)}"))
+    return sorted(found, key=lambda item: -item[1])[:most]
+
+
+def _next(night: Night, missed: list[tuple[Experiment, float, str]]) -> list[str]:
+    """What the numbers suggest."""
+    lines = []
+    if hopeful := [f"{e.n} ({one_line(e.description, 80)})" for e, gain, _ in missed if gain > 0][:4]:
+        lines.append(f"together, what was each too small to tell from luck: {', '.join(hopeful)}")
+    table = families(night.done)
+    if good := [f["family"] for f in table if f["kept"]][:3]:
+        lines.append(f"more of what was kept most often: {', '.join(good)}")
+    if idle := [f"{f['family']} ({f['tried']} tried)" for f in table if not f["kept"] and f["tried"] >= 5][:4]:
+        lines.append(f"less of what was never kept: {', '.join(idle)}")
+    counts = {s: sum(e.status == s for e in night.done) for s in FAILURES}
+    if often := [f"{count} {s}" for s, count in counts.items() if count >= max(2, len(night.done) / 10)]:
+        lines.append(f"say in program.md how to avoid what failed often: {', '.join(often)}")
+    return lines
+
+
+def _about(night: Night) -> str:
+    done, counts = night.done, {s: sum(e.status == s for e in night.done) for s in STATUSES}
+    verdicts = ", ".join(f"{count} {s}" for s, count in counts.items() if count)
+    ended = f" It ended by: {night.ended}." if night.ended else ""
+    data, budget = night.dataset.get("id") or "its data", night.dataset.get("budget") or "one budget"
+    return f"{night.train_file} on {data}, {budget} a training. {len(done)} experiments: {verdicts or 'none'}.{ended}"
+
+
+def _told(experiment: Experiment, sigma: float) -> dict[str, Any]:
+    return {
+        "n": experiment.n, "status": experiment.status, "score": score(experiment, sigma), "trainings": len(experiment.scores),
+        "description": one_line(experiment.description, 200), "hypothesis": one_line(experiment.hypothesis, 400),
+        "reason": one_line(experiment.reason, 300),
+    }  # fmt: skip
+
+
+def _tests(night: Night) -> list[dict[str, str]]:
+    rows = []
+    for n, test in sorted(night.tests.items()):
+        scored = test.get("test_bpb") is not None
+        told = f"{test['test_bpb']:.4f}" if scored else f"refused: {one_line(str((test.get('error') or {}).get('message')), 200)}"
+        gap = f"{test['test_bpb'] - test['val_bpb']:+.4f}" if scored else ""
+        rows.append({"name": night.experiments[n].name, "val": f"{test['val_bpb']:.4f}", "test": told, "gap": gap})
+    return rows
+
+
+def _stories(night: Night) -> list[dict[str, Any]]:
+    """What baseline and best write from the same prompts, side by side."""
+    sides = [(night.experiments[n].name, texts) for n, texts in sorted(night.stories.items())]
+    prompts = [text["prompt"] for text in sides[0][1]] if sides else []
+    return [
+        {"prompt": prompt, "sides": [{"name": name, "text": next((t["text"] for t in texts if t["prompt"] == prompt), "")}
+                                     for name, texts in sides]}
+        for prompt in prompts
+    ]  # fmt: skip
+
+
+def summary(night: Night, pid: int | None, sigma: float = 0.0) -> str:
     """What happened, in plain text: the numbers, what was kept, what failed and how often, the held-out test."""
-    lines = results.status(night, pid)
+    lines = results.status(night, pid, sigma)
     if night.kept:
         lines.append("kept:")
     previous = night.baseline

@@ -1,12 +1,17 @@
-"""Views of a night, computed from its state and nothing else: results.tsv, the last line, the status."""
+"""A night in words: results.tsv, the last line, the status, and the short phrases that the terminal and the report share.
+
+Every view shows one number for an experiment: the mean of all its trainings, at the time of writing."""
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
+from typing import Any
 
+from agent.files import write_anew
 from agent.journal.state import Experiment, Night
 from agent.text import one_line
+from agent.views.glance import at_a_glance
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -18,7 +23,7 @@ def results(night: Night) -> str:
 
 def _row(experiment: Experiment) -> str:
     memory = float(experiment.summary().get("peak_vram_mb", 0.0)) / 1024
-    score = experiment.val_bpb if experiment.val_bpb is not None else 0.0
+    score = experiment.mean if experiment.mean is not None else 0.0
     commit = (experiment.commit or experiment.parent)[:7]
     description = experiment.description or experiment.reason
     return f"{commit}\t{score:.6f}\t{memory:.1f}\t{experiment.status}\t{one_line(description, 200)}\n"
@@ -26,9 +31,7 @@ def _row(experiment: Experiment) -> str:
 
 def write_results(night: Night, path: Path) -> None:
     """Replace results.tsv as a whole, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(results(night), encoding="utf-8")
-    os.replace(fresh, path)
+    write_anew(path, results(night).encode())
 
 
 def last_line(night: Night) -> str:
@@ -62,18 +65,26 @@ def refused(night: Night) -> str:
     return one_line(f"{error.get('kind')}: {error.get('message')}", 200) if test and test.get("test_bpb") is None else ""
 
 
-def status(night: Night, pid: int | None) -> list[str]:
-    """What `--status` prints: who works, on what, how it stands."""
+def status(night: Night, pid: int | None, sigma: float = 0.0, folder: Path | None = None) -> list[str]:
+    """What `--status` prints: who works, on what, how it stands. sigma: standard deviation of one training, bpb.
+    folder: runs/<tag>, to look at the training that runs now."""
+    now = at_a_glance(night, pid is not None, sigma, folder)
     who = f"process {pid} works on it" if pid is not None else f"ended: {night.ended}" if night.ended else "not running"
     lines = [f"night {night.tag}: {who}", last_line(night)]
-    current = night.open
-    if current:
-        what = "baseline" if current.n == 0 else f"experiment {current.n}"
-        about = f": {one_line(current.description)}" if current.description else ""
-        lines.append(f"{what}{about}; trials so far: {', '.join(f'{s:.4f}' for s in current.scores) or 'none'}")
+    doing = now["open"]
+    if doing:
+        about = f": {doing['description']}" if doing["description"] else ""
+        scores = ", ".join(f"{score:.4f}" for score in night.experiments[-1].scores)
+        lines.append(f"{place(now)}{about}; {doing['phase']}; trials so far: {scores or 'none'}")
+        if training := doing["training"]:
+            share = f"{100 * training['progress']:.0f} %" if "progress" in training else ""
+            parts = ["trained, scoring"] if training["scoring"] else [share, *metrics(training)]
+            lines.append("  " + ", ".join(filter(None, parts)))
+    lines += filter(None, (best(now), outlook(now)))
     counts = {s: sum(e.status == s for e in night.done) for s in sorted({e.status or "" for e in night.done})}
     if counts:
-        lines.append(", ".join(f"{count} {name}" for name, count in counts.items()))
+        lines.append(", ".join(f"{count} {name}" for name, count in counts.items()) + "; the last ones:")
+    lines += [row(e) for e in now["experiments"][-5:] if e["n"]]
     spent = f"agent: {night.agent_seconds / 60:.1f} min, {night.tokens:,} tokens, ${night.cost:.2f}"
     if night.estimated:
         spent += f" ({night.estimated} calls of unknown price counted as the dearest)"
@@ -84,3 +95,72 @@ def status(night: Night, pid: int | None) -> list[str]:
     kind = night.sandbox.partition(":")[0]  # of one that is there the name is enough here
     boxed = [f"sandbox of trainings: {one_line(night.sandbox, 300) if kind == 'none' else kind}"] if kind else []
     return [*lines, spent, *boxed, *(f"note: {one_line(note, 200)}" for note in night.notes[-3:])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phrases, from the numbers of `glance.at_a_glance`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def place(now: dict[str, Any]) -> str:
+    """`experiment 3 of 7` for the one at hand; where only hours are set, their number is a guess."""
+    doing = now["open"]
+    if not doing["n"]:
+        return "baseline"
+    if now["wanted"] is not None:
+        return f"experiment {doing['n']} of {now['wanted']}"
+    more = (now["left"] or {}).get("experiments")
+    return f"experiment {doing['n']}" + (f" of about {doing['n'] - 1 + max(more, 1)}" if more is not None else "")
+
+
+def spread(row: dict[str, Any]) -> str:
+    """`1.2345 ±0.0021`, the mean and its standard error; `1.2345` where the noise is unknown."""
+    return f"{row['score']:.4f}" + (f" ±{row['error']:.4f}" if row["error"] else "")
+
+
+def row(row: dict[str, Any]) -> str:
+    """One experiment as a line of a table: number, status, score with its spread, description."""
+    return f"{row['n']:>4}  {row['status']:<11}  {spread(row) if row['score'] is not None else '':<14}  {row['description']}"
+
+
+def best(now: dict[str, Any]) -> str:
+    """The best, its spread, since when, and what it is compared with; "" before there is one."""
+    rows = {e["n"]: e for e in now["experiments"]}
+    leader = rows.get(now["best"])
+    if leader is None or leader["score"] is None:
+        return ""
+    since = time.strftime("%H:%M", time.localtime(leader["ended"]))
+    if not leader["n"]:
+        return f"best {spread(leader)}: the baseline, since {since}"
+    return f"best {spread(leader)}: experiment {leader['n']}, since {since}; baseline {spread(rows[0])}; {len(now['kept'])} kept"
+
+
+def outlook(now: dict[str, Any]) -> str:
+    """How long the night has run, how long it will, how many experiments fit, and what it has cost."""
+    parts, left = [], now["left"]
+    if left and left["seconds"] is not None:
+        end = time.strftime("%H:%M", time.localtime(time.time() + left["seconds"]))
+        parts.append(f"{lasting(left['seconds'])} left, ends about {end}")
+    if left and left["experiments"] is not None:
+        count = left["experiments"]
+        parts.append(f"{'about ' * (now['wanted'] is None)}{count} experiment{'s' * (count != 1)} to go")
+    elif left and now["running"] and left["seconds"] is not None:
+        parts.append("how many experiments fit is known after the first")
+    if now["cost"] or now["tokens"]:
+        parts.append(f"${now['cost']:.2f}, {now['tokens']:,} tokens")
+    return "; ".join(parts)
+
+
+def metrics(row: dict[str, Any]) -> list[str]:
+    """The numbers of a line of metrics.jsonl, the most important first."""
+    forms = (("loss", "loss {:.4f}"), ("tokens_per_second", "{:,.0f} tok/s"), ("memory_mb", "{:,.0f} MB"), ("step", "step {:.0f}"),
+             ("seconds", "{:.0f} s"))  # fmt: skip
+    return [form.format(row[key]) for key, form in forms if key in row]
+
+
+def lasting(seconds: float) -> str:
+    """`48 s`, `12 min`, `5 h 12 min`."""
+    if seconds < 100:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

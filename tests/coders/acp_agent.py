@@ -92,6 +92,9 @@ def turn(prompt: str) -> dict[str, Any]:
             time.sleep(600)
         elif act == "dump":
             Path(os.environ["HOME"], "seen.json").write_text(json.dumps({**answers, "prompt": prompt, "env": dict(os.environ)}))
+        elif act == "meta":  # the counts of gemini 0.61
+            counts = {"input_tokens": 3000, "output_tokens": 150}
+            return {"stopReason": "end_turn", "_meta": {"quota": {"token_count": counts}}}
         elif act.startswith("stop="):
             return {"stopReason": act[5:]}
     update(sessionUpdate="tool_call", toolCallId="last", title="done", kind="think", status="completed")

@@ -61,6 +61,11 @@ def test_an_edit_with_its_words_usage_and_cost(talk: Talk, tmp_path: Path, way: 
     assert not {"PYTHONPATH", "PYTHONSAFEPATH"} & set(seen(tmp_path)["env"]), "those are our client's own"
 
 
+def test_tokens_that_are_told_outside_of_the_protocol_are_counted(talk: Talk) -> None:
+    reply = talk("meta")
+    assert (reply.failure, reply.tokens_in, reply.tokens_out) == (None, 3000, 150)
+
+
 def test_permission_is_given_to_read_the_worktree_and_to_edit_the_train_file(talk: Talk, tmp_path: Path) -> None:
     talk("asks", "dump")
     assert seen(tmp_path)["permission"] == ["allow_once", *["reject_once"] * 8]
@@ -117,6 +122,7 @@ def test_a_known_agent_sees_the_variables_of_its_own_row(tmp_path: Path) -> None
     (tmp_path / "gemini").chmod(0o755)
     coder = table.acp("gemini --acp", {"PATH": str(tmp_path)})
     assert set(table.get("gemini").env_names) <= set(coder.env_names)
+    assert coder.settings is table.get("gemini").settings
 
 
 def test_a_night_by_the_protocol(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from night_kit import ROOT, Bed
 
 from agent.coders import table
-from agent.coders.coder import BASE_ENV, Coder, CoderError, Job, Reply, cost_usd, with_last_lines
+from agent.coders.coder import BASE_ENV, Coder, CoderError, Job, Reply, cost_usd, usage_of, with_last_lines
 from agent.coders.error_text import name_failure, wait_seconds
 from agent.journal.journal import read_events
 from agent.journal.state import fold
@@ -557,3 +557,54 @@ def test_outputs_that_are_not_as_documented(job: Job, name: str, out: str, log: 
     reply = table.get(name).reply(out, log, job)
     assert reply.failure == failure
     assert words in (reply.detail or reply.message or "")
+
+
+HUGE = "9" * 400
+DEEP = '{"a":' * 100_000
+ODD = [
+    ("claude", '{"type":"result","result":["x"],"total_cost_usd":"0.1","usage":{"input_tokens":1,"output_tokens":"many"}}'),
+    ("claude", f'{{"type":"result","result":"x","total_cost_usd":-1,"usage":{{"input_tokens":{HUGE},"output_tokens":true}}}}'),
+    ("claude", '{"type":"result","result":"x","total_cost_usd":Infinity,"usage":{"input_tokens":1e999,"output_tokens":NaN}}'),
+    ("codex", '{"type":"turn.completed","usage":{"input_tokens":1e999,"output_tokens":1}}'),
+    ("chat", '{"message":{"a":1},"tokens_in":[],"tokens_out":-5,"cost_usd":NaN,"failure":"made up","wait_seconds":"soon"}'),
+    ("chat", f'{{"message":"x","tokens_in":{HUGE},"structured":"yes","detail":7}}'),
+    *((name, DEEP) for name in ("claude", "codex", "gemini", "opencode", "qwen", "copilot", "goose", "chat")),
+    ("aider", "Tokens: 1 sent\n" * 250_000),
+    ("claude", '{ "\n' * 1_000_000),
+    ("claude", '{ "}\n' * 800_000),
+    ("gemini", "x" * 4_000_000),
+]
+
+
+@pytest.mark.parametrize(("name", "out"), ODD, ids=range(len(ODD)))
+def test_whatever_an_agent_prints_can_be_added_up_and_journalled_within_a_second(job: Job, name: str, out: str) -> None:
+    began = time.monotonic()
+    reply = table.get(name).reply(out, "", job)
+    used = usage_of(table.get(name), reply, 1.0, 1.0)
+    assert time.monotonic() - began < 5  # of a busy machine
+    assert json.loads(json.dumps(used, allow_nan=False)) == used
+    assert all(isinstance(text, (str, type(None))) for text in (reply.message, reply.detail))
+    assert all(isinstance(count, (int, type(None))) and (count or 0) < 1e13 for count in (reply.tokens_in, reply.tokens_out))
+    assert used["cost"] is None or used["cost"] >= 0
+    assert reply.failure in (None, "agent_error")
+
+
+def test_a_log_full_of_refusals_is_read_within_a_second(job: Job) -> None:
+    began = time.monotonic()
+    reply = table.get("claude").reply("", "429 rate limit, try again at 21:00\n" * 100_000, job)
+    assert reply.failure == "rate_limit"
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("out", "message", "cost", "tokens"), [
+    ('DESCRIPTION: d\n{"cost_usd": 0.5, "tokens_in": 10, "tokens_out": 2}', "DESCRIPTION: d", 0.5, (10, 2)),
+    ('{"cost_usd": 0.5}\n', None, 0.5, (None, None)),
+    ('DESCRIPTION: d\n{"loss": 0.5}', 'DESCRIPTION: d\n{"loss": 0.5}', None, (None, None)),
+    ('DESCRIPTION: d\n{"cost_usd": "free"}', "DESCRIPTION: d", None, (None, None)),
+    ("DESCRIPTION: d", "DESCRIPTION: d", None, (None, None)),
+])  # fmt: skip
+def test_an_own_command_may_tell_its_cost(
+    job: Job, out: str, message: str | None, cost: float | None, tokens: tuple[int | None, int | None]
+) -> None:
+    reply = table.template("mine").reply(out, "", job)
+    assert (reply.message, reply.cost_usd, (reply.tokens_in, reply.tokens_out)) == (message, cost, tokens)

@@ -11,7 +11,8 @@ import git
 import pytest
 
 from agent.git import guard
-from agent.git.guard import GuardError, check, remember, scrub
+from agent.git.guard import Findings, check, remember
+from agent.git.worktree import GuardError, Repository, Worktree
 
 TRAIN = "train_mlx.py"
 
@@ -39,16 +40,29 @@ def repository(tmp_path):
     repo.close()
 
 
-@pytest.fixture
-def worktree(repository, tmp_path):
-    path = tmp_path / "night" / "worktree"
-    repository.git.worktree("add", "-q", "-b", "autoresearch/t", str(path))
-    return path
+class Lent:
+    """A worktree with an agent in it: what the guard finds, and the files put back."""
+
+    def __init__(self, root: Path, path: Path) -> None:
+        self.repository = Repository(root)
+        self.worktree = Worktree(self.repository, "t", path)
+        path.parent.mkdir(exist_ok=True)
+        self.base = self.repository.head
+        self.worktree.open(self.base)
+        self.worktree.lend(self.base)
+        self.path, self.before = path, remember(self.repository)
+        self.source = (path / TRAIN).read_bytes()
+
+    def check(self) -> Findings:
+        return check(self.repository, self.path, self.worktree.tree(self.base), TRAIN, self.source, self.before)
+
+    def restore(self) -> None:
+        self.worktree.fill(self.base)
 
 
 @pytest.fixture
-def base(repository):
-    return repository.head.commit.hexsha
+def lent(repository, tmp_path):
+    return Lent(Path(repository.working_dir), tmp_path / "night" / "worktree")
 
 
 def listing(root: Path) -> dict[str, tuple]:
@@ -77,7 +91,8 @@ def edit_keeping_size_and_time(tree, outside):
 
 
 def edit_hidden_from_the_index(tree, outside):
-    git.Repo(tree).git.update_index("--assume-unchanged", "prepare_mlx.py")
+    with git.Repo(tree) as own:
+        own.git.update_index("--assume-unchanged", "prepare_mlx.py")
     edit_other(tree, outside)
 
 
@@ -99,6 +114,27 @@ def make_train_file_executable(tree, outside):
 
 def set_user_id(tree, outside):
     (tree / "tool.sh").chmod(0o4755)
+
+
+def module_that_is_imported(tree, outside):
+    (tree / "helper.py").write_text("1\n")
+    (tree / TRAIN).write_text("import helper\n")
+
+
+def file_that_is_read(tree, outside):
+    (tree / "sub" / "weights.bin").write_text("1\n")
+    (tree / TRAIN).write_text("data = open('sub/weights.bin').read()\n")
+
+
+def package_that_is_imported(tree, outside):
+    (tree / "pack").mkdir()
+    (tree / "pack" / "__init__.py").write_text("1\n")
+    (tree / TRAIN).write_text("from pack import x\n")
+
+
+def module_in_place_of_another(tree, outside):
+    (tree / "math.cpython-311-darwin.so").write_text("1\n")
+    (tree / TRAIN).write_text("from math import pi\n")
 
 
 def new_file(tree, outside):
@@ -210,12 +246,11 @@ ATTACKS = {
     make_executable: ("prepare_mlx.py", "from 100644 to 100755"),
     make_train_file_executable: (TRAIN, "from 100644 to 100755"),
     set_user_id: ("tool.sh", "changed to 4755"),
-    new_file: ("helper.py", "a file was added"),
-    ignored_file: ("trace.log", "a file was added"),
-    ignored_folder: ("runs", "a folder was added"),
-    file_in_known_folder: ("sub/deep/mlx.py", "a file was added"),
-    link_to_outside: ("data", "a symbolic link was added"),
-    folder_becomes_link: ("sub", "a symbolic link was added"),
+    folder_becomes_link: ("sub/deep/notes.md", "its folder sub was replaced by a symbolic link"),
+    module_that_is_imported: ("helper.py", "now names it"),
+    file_that_is_read: ("sub/weights.bin", "now names it"),
+    package_that_is_imported: ("pack", "now names it"),
+    module_in_place_of_another: ("math.cpython-311-darwin.so", "now names it"),
     link_retargeted: ("link", "content was changed"),
     train_file_becomes_link: (TRAIN, "replaced by a symbolic link"),
     train_file_becomes_hard_link: (TRAIN, "hard link"),
@@ -225,151 +260,128 @@ ATTACKS = {
     train_file_huge: (TRAIN, f"at most {guard.TRAIN_FILE_BYTES}"),
     train_file_not_utf8: (TRAIN, "not UTF-8 text"),
     train_file_with_nul: (TRAIN, "NUL"),
-    nested_repository: ("vendor", "git repository"),
-    nested_repository_in_known_folder: ("sub/.git", "a folder was added"),
-    add_socket: ("s", "a pipe, socket or device was added"),
-    locked_folder: ("locked", "a folder was added"),
-    endless_folder: ("deeper", "a folder was added"),
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-@pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "from commit"])
-def test_an_attack_is_named_and_undone_without_touching_anything_else(worktree, repository, base, tmp_path, attack, remembered):
+
+def attacked(lent: Lent, repository, tmp_path: Path, attack) -> Findings:
+    """What the guard finds; everything is put back, and nothing else was touched."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "victim").write_text("precious\n")
     (outside / "deep").mkdir()
-    original, checkout = listing(worktree), listing(Path(repository.working_dir))
-    before = remember(worktree) if remembered else None
-    assert check(worktree, base, TRAIN, before) == []
-
-    attack(worktree, outside)
-    found = check(worktree, base, TRAIN, before)
-    path, words = ATTACKS[attack]
-    assert [str(one) for one in found if one.path == path and words in one.what], found
-
-    scrub(worktree, base, before)
-    assert listing(worktree) == original
-    assert check(worktree, base, TRAIN, before) == []
+    lent.restore()
+    original, checkout = listing(lent.path), listing(Path(repository.working_dir))
+    lent.worktree.lend(lent.base)
+    attack(lent.path, outside)
+    found = lent.check()
+    lent.restore()
+    assert listing(lent.path) == original
     assert listing(outside) == {"victim": (0o644, b"precious\n"), "deep": (0o755, stat.S_IFDIR)}
-    ours = {name: what for name, what in listing(Path(repository.working_dir)).items() if not name.startswith(".git/worktrees")}
-    assert ours == {name: what for name, what in checkout.items() if not name.startswith(".git/worktrees")}
-    if attack is not edit_hidden_from_the_index:
-        assert git.Repo(worktree).git.status("--porcelain", "--ignored") == ""
+    assert listing(Path(repository.working_dir)) == checkout
+    return found
 
 
-@pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "from commit"])
-def test_the_train_file_may_change_and_bytecode_may_appear(worktree, base, remembered):
-    before = remember(worktree) if remembered else None
-    (worktree / TRAIN).write_text("LR = 2  # größer\n")
-    (worktree / "__pycache__").mkdir()
-    (worktree / "__pycache__" / "prepare_mlx.cpython-311.pyc").write_bytes(b"planted")
-    (worktree / "empty").mkdir()
-    assert check(worktree, base, TRAIN, before) == []
-    scrub(worktree, base, before)
-    assert (worktree / TRAIN).read_text() == "LR = 1\n"
-    assert not (worktree / "__pycache__").exists()
-    assert not (worktree / "empty").exists()
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_an_attack_is_named_and_undone_without_touching_anything_else(lent, repository, tmp_path, attack):
+    assert lent.check() == Findings()
+    found = attacked(lent, repository, tmp_path, attack)
+    path, words = ATTACKS[attack]
+    assert [str(one) for one in found.violations if one.path == path and words in one.what], found
 
 
-def test_scrubbing_to_a_candidate_keeps_the_candidate(worktree, repository, base):
-    (worktree / TRAIN).write_text("LR = 2\n")
-    tree = git.Repo(worktree)
-    tree.git.commit("-aqm", "candidate")
-    candidate = tree.head.commit.hexsha
-    scrub(worktree, base)
-    assert (worktree / TRAIN).read_text() == "LR = 1\n"
-    scrub(worktree, candidate)
-    assert (worktree / TRAIN).read_text() == "LR = 2\n"
+DROPPINGS = [
+    new_file, ignored_file, ignored_folder, file_in_known_folder, link_to_outside, nested_repository,
+    nested_repository_in_known_folder, add_socket, locked_folder, endless_folder,
+]
+
+
+@pytest.mark.parametrize("attack", DROPPINGS, ids=lambda attack: attack.__name__)
+def test_what_is_only_left_beside_the_edit_is_told_and_removed(lent, repository, tmp_path, attack):
+    found = attacked(lent, repository, tmp_path, attack)
+    assert found.violations == []
+    assert len(found.droppings) == 1
+
+
+def test_the_train_file_may_change_and_bytecode_may_appear(lent):
+    (lent.path / TRAIN).write_text("LR = 2  # größer\n")
+    (lent.path / "__pycache__").mkdir()
+    (lent.path / "__pycache__" / "prepare_mlx.cpython-311.pyc").write_bytes(b"planted")
+    assert lent.check() == Findings()
+    lent.restore()
+    assert (lent.path / TRAIN).read_text() == "LR = 1\n"
+    assert not (lent.path / "__pycache__").exists()
 
 
 # --- git's own folder
 
 
-def add_hook(repo, tree):
+def add_hook(repo):
     hook = Path(repo.git_dir) / "hooks" / "post-checkout"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text("#!/bin/sh\n")
     hook.chmod(0o755)
 
 
-def redirect_hooks(repo, tree):
-    git.Repo(tree).git.config("core.hooksPath", "/tmp/evil")
+def redirect_hooks(repo):
+    repo.git.config("core.hooksPath", "/tmp/evil")
 
 
-def add_filter(repo, tree):
-    git.Repo(tree).git.config("filter.x.smudge", "touch /tmp/evil")
+def add_filter(repo):
+    repo.git.config("filter.x.smudge", "touch /tmp/evil")
 
 
-def add_attributes(repo, tree):
+def add_shell_alias(repo):
+    repo.git.config("alias.st", "!touch /tmp/evil")
+
+
+def add_attributes(repo):
     (Path(repo.git_dir) / "info").mkdir(exist_ok=True)
     (Path(repo.git_dir) / "info" / "attributes").write_text("* filter=x\n")
 
 
-def commit(repo, tree):
-    (tree / TRAIN).write_text("LR = 3\n")
-    git.Repo(tree).git.commit("-aqm", "mine")
+def borrow_objects(repo):
+    (Path(repo.git_dir) / "objects" / "info").mkdir(exist_ok=True)
+    (Path(repo.git_dir) / "objects" / "info" / "alternates").write_text("/tmp/evil\n")
 
 
-def leave_branch(repo, tree):
-    git.Repo(tree).git.checkout("-q", "--detach")
-
-
-def replace_object(repo, tree):
-    fake = repo.git.hash_object("-w", str(tree / TRAIN))
-    repo.git.replace(repo.git.rev_parse("HEAD:prepare_mlx.py"), fake)
-
-
-def move_pointer(repo, tree):
-    (tree / ".git").write_text(f"gitdir: {repo.git_dir}\n")
-
-
-def remove_pointer(repo, tree):
-    (tree / ".git").unlink()
-
-
-def pointer_becomes_repository(repo, tree):
-    (tree / ".git").unlink()
-    git.Repo.init(tree).close()
+def hook_becomes_pipe(repo):
+    (Path(repo.git_dir) / "hooks").mkdir(exist_ok=True)
+    os.mkfifo(Path(repo.git_dir) / "hooks" / "pre-push")
 
 
 GIT_ATTACKS = {
     add_hook: ".git/hooks/post-checkout",
     redirect_hooks: ".git/config core.hookspath",
     add_filter: ".git/config filter.x.smudge",
+    add_shell_alias: ".git/config alias.st",
     add_attributes: ".git/info/attributes",
-    commit: ".git/refs/heads/autoresearch/t",
-    leave_branch: ".git/worktrees/worktree/HEAD",
-    replace_object: ".git/refs/replace/",
-    move_pointer: ".git",
-    remove_pointer: ".git",
-    pointer_becomes_repository: ".git",
+    borrow_objects: ".git/objects/info/alternates",
+    hook_becomes_pipe: ".git/hooks/pre-push",
 }
 
 
 @pytest.mark.parametrize("attack", GIT_ATTACKS, ids=lambda attack: attack.__name__)
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_writes_to_gits_folder_are_named_and_the_files_still_come_back(worktree, repository, base, attack):
-    before, original = remember(worktree), listing(worktree)
-    attack(repository, worktree)
-    found = check(worktree, base, TRAIN, before)
-    assert [one.path.startswith(GIT_ATTACKS[attack]) for one in found] == [True], found
-    scrub(worktree, base, before)
-    assert listing(worktree) == original
+def test_what_can_run_a_program_in_the_users_git_folder_is_named(lent, repository, attack):
+    attack(repository)
+    assert [one.path for one in lent.check().violations] == [GIT_ATTACKS[attack]]
+    lent.restore()
 
 
-def test_the_users_own_work_in_git_is_no_violation(worktree, repository, base):
-    before = remember(worktree)
+def test_the_users_own_work_in_git_is_no_violation(lent, repository):
     repository.git.checkout("-q", "-b", "feature")
     repository.git.commit("-q", "--allow-empty", "-m", "mine")
     repository.git.config("branch.feature.merge", "refs/heads/main")
     repository.git.remote("add", "origin", "https://example.org/x.git")
+    repository.git.config("user.signingkey", "mine")
+    repository.git.config("alias.co", "checkout")
+    repository.git.config("pull.rebase", "true")
     repository.git.tag("v1")
-    assert check(worktree, base, TRAIN, before) == []
+    repository.git.replace(repository.git.rev_parse("HEAD"), repository.git.rev_parse("HEAD~1"))
+    assert lent.check() == Findings()
 
 
-def test_nothing_in_the_repository_is_executed(worktree, repository, base, tmp_path):
+def test_nothing_in_the_repository_is_executed(repository, tmp_path):
     proof = tmp_path / "executed"
     script = tmp_path / "evil.sh"
     script.write_text(f"#!/bin/sh\ntouch '{proof}'\ncat\n")
@@ -380,78 +392,74 @@ def test_nothing_in_the_repository_is_executed(worktree, repository, base, tmp_p
         shutil.copy(script, hooks / name)
     for key in ("core.fsmonitor", "filter.x.smudge", "filter.x.clean", "diff.x.textconv", "diff.external", "core.pager"):
         repository.git.config(key, str(script))
-    (worktree / ".gitattributes").write_text("* filter=x diff=x\n")
-    (worktree / "prepare_mlx.py").write_text("changed\n")
-    before = remember(worktree)
-    assert [one.path for one in check(worktree, base, TRAIN)] == [".gitattributes", "prepare_mlx.py"]
-    assert check(worktree, base, TRAIN, before) == []
-    scrub(worktree, base, before)
-    assert (worktree / "prepare_mlx.py").read_text() == "frozen\n"
+    (Path(repository.git_dir) / "info").mkdir(exist_ok=True)
+    (Path(repository.git_dir) / "info" / "attributes").write_text("* filter=x diff=x\n")
+    lent = Lent(Path(repository.working_dir), tmp_path / "night" / "worktree")
+    (lent.path / ".gitattributes").write_text("* filter=x diff=x\n")
+    (lent.path / "prepare_mlx.py").write_text("changed\n")
+    found = lent.check()
+    assert ([one.path for one in found.violations], found.droppings) == (["prepare_mlx.py"], [".gitattributes"])
+    commit = lent.worktree.commit(lent.base, TRAIN, b"LR = 2\n", "candidate")
+    assert "+LR = 2" in lent.worktree.diff(lent.base, commit)
+    lent.restore()
+    assert (lent.path / "prepare_mlx.py").read_text() == "frozen\n"
     assert not proof.exists()
 
 
-def test_a_changed_submodule_is_named_and_emptied(repository, tmp_path):
+def test_a_changed_submodule_is_told_and_emptied(repository, tmp_path):
     inner = git.Repo.init(tmp_path / "inner")
     inner.git.config("user.email", "t@localhost")
     inner.git.config("user.name", "t")
     inner.git.commit("-q", "--allow-empty", "-m", "inner")
     repository.git.update_index("--add", "--cacheinfo", f"160000,{inner.head.commit.hexsha},module")
     repository.git.commit("-qm", "with a submodule")
-    base = repository.head.commit.hexsha
-    path = tmp_path / "worktree"
-    repository.git.worktree("add", "-q", "--detach", str(path), base)
-    assert check(path, base, TRAIN) == []
-    (path / "module" / "x.py").write_text("1\n")
-    assert [one.path for one in check(path, base, TRAIN)] == ["module"]
-    scrub(path, base)
-    assert check(path, base, TRAIN) == []
-    assert list((path / "module").iterdir()) == []
     inner.close()
+    lent = Lent(Path(repository.working_dir), tmp_path / "night" / "worktree")
+    assert lent.check() == Findings()
+    (lent.path / "module" / "x.py").write_text("1\n")
+    assert lent.check().droppings == ["module/x.py"]
+    lent.restore()
+    assert list((lent.path / "module").iterdir()) == []
 
 
-def test_a_replaced_worktree_is_named_and_rebuilt(worktree, base, tmp_path):
-    before, original = remember(worktree), listing(worktree)
-    outside = tmp_path / "outside"
-    shutil.move(worktree, outside)
+def test_a_replaced_worktree_is_named_and_rebuilt(lent, tmp_path):
+    lent.restore()
+    original, outside = listing(lent.path), tmp_path / "outside"
+    shutil.move(lent.path, outside)
     kept = listing(outside)
-    worktree.symlink_to(outside)
-    assert [one.path for one in check(worktree, base, TRAIN, before)] == ["."]
-    scrub(worktree, base, before)
-    assert not worktree.is_symlink()
-    assert listing(worktree) == original
+    lent.path.symlink_to(outside)
+    assert [one.path for one in lent.check().violations] == ["."]
+    lent.restore()
+    assert not lent.path.is_symlink()
+    assert listing(lent.path) == original
     assert listing(outside) == kept
 
 
-def test_damaged_objects_are_an_error_that_names_the_mend(worktree, repository, base):
-    oid = repository.git.rev_parse(f"{base}:prepare_mlx.py")
+def test_damaged_objects_are_an_error_that_names_the_mend(lent, repository):
+    oid = repository.git.rev_parse(f"{lent.base}:prepare_mlx.py")
     stored = Path(repository.git_dir) / "objects" / oid[:2] / oid[2:]
-    (worktree / "prepare_mlx.py").unlink()
+    (lent.path / "prepare_mlx.py").unlink()
     stored.unlink()
     with pytest.raises(GuardError, match="git fsck"):
-        scrub(worktree, base)
-    other = repository.git.rev_parse(f"{base}:{TRAIN}")
+        lent.restore()
+    other = repository.git.rev_parse(f"{lent.base}:{TRAIN}")
     shutil.copy(Path(repository.git_dir) / "objects" / other[:2] / other[2:], stored)
     with pytest.raises(GuardError, match="git fsck"):
-        scrub(worktree, base)
-
-
-def test_what_is_no_worktree_is_refused(tmp_path, worktree):
-    with pytest.raises(GuardError, match=r"expected .*\.git"):
-        remember(tmp_path)
+        lent.restore()
     with pytest.raises(GuardError, match="expected nonsense to be a commit"):
-        check(worktree, "nonsense", TRAIN)
+        lent.worktree.fill("nonsense")
 
 
-def test_many_violations_are_cut_short(worktree, base):
-    for number in range(100):
-        (worktree / f"f{number}").touch()
-    assert len(check(worktree, base, TRAIN)) == guard.MOST_VIOLATIONS
+def test_many_findings_are_cut_short(lent):
+    for number in range(300):
+        (lent.path / f"f{number}").touch()
+    assert len(lent.check().droppings) == guard.MOST_DROPPINGS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names on macOS are Unicode")
-def test_names_that_are_no_unicode(worktree, base):
-    name = os.path.join(os.fsencode(worktree), b"\xff\n.py")
+def test_names_that_are_no_unicode(lent):
+    name = os.path.join(os.fsencode(lent.path), b"\xff\n.py")
     Path(os.fsdecode(name)).touch()
-    assert [one.path for one in check(worktree, base, TRAIN)] == [r"\udcff\n.py"]  # as text that a terminal and JSON can hold
-    scrub(worktree, base)
-    assert check(worktree, base, TRAIN) == []
+    assert lent.check().droppings == [r"\udcff\n.py"]  # as text that a terminal and JSON can hold
+    lent.restore()
+    assert lent.check() == Findings()

@@ -10,6 +10,7 @@ import pytest
 from night_kit import Bed, checkout_digest, git
 
 from agent.errors import UsageError
+from agent.git.guard import remember
 from agent.git.worktree import Repository, Worktree
 
 
@@ -35,29 +36,26 @@ def opened(bed: Bed, tag: str = "night") -> Worktree:
     return worktree
 
 
-def edit(worktree: Worktree, text: str = "GAIN = 1\n") -> None:
-    with open(worktree.path / "train_mlx.py", "a") as file:
-        file.write(text)
+def commit_of(worktree: Worktree, message: str = "x", text: bytes = b"GAIN = 1\n") -> str:
+    """A candidate: the train file with some lines more, committed on top of where the repository stands."""
+    base = worktree.repository.head
+    return worktree.commit(base, "train_mlx.py", worktree.repository.file_at(base, "train_mlx.py") + text, message)
 
 
-def test_candidates_stay_reachable_and_the_branch_moves_only_on_reset(bed: Bed) -> None:
+def test_candidates_stay_reachable_and_the_branch_moves_only_when_it_is_moved(bed: Bed) -> None:
     worktree = opened(bed)
     base = git(bed.repo, "rev-parse", "main")
-    edit(worktree)
-    commit = worktree.commit(1, base, "train_mlx.py", "one idea — with ünicode")
+    commit = commit_of(worktree, "one idea — with ünicode")
+    worktree.keep_refs({1: commit})
     assert git(bed.repo, "rev-parse", "refs/autoresearch/night/0001") == commit
     assert git(bed.repo, "rev-parse", "autoresearch/night", "main").split() == [base, base]
     whose = git(bed.repo, "log", "-1", "--format=%an %ae %s", commit)
     assert whose == "autoresearch autoresearch@localhost one idea — with ünicode"
     assert git(bed.repo, "diff", "--name-only", base, commit) == "train_mlx.py"
-    worktree.reset(base)
     assert (worktree.path / "train_mlx.py").read_bytes() == (bed.repo / "train_mlx.py").read_bytes()
-    worktree.show(base, commit, "train_mlx.py")
+    worktree.fill(commit)
     assert (worktree.path / "train_mlx.py").read_text().endswith("GAIN = 1\n")
-    assert worktree.orphan(1, base) == (commit, "one idea — with ünicode")
-    assert worktree.orphan(1, commit) is None
-    assert worktree.orphan(2, base) is None
-    worktree.reset(commit)
+    assert worktree.move(commit) == ""
     assert git(bed.repo, "rev-parse", "autoresearch/night") == commit
     worktree.close()
     assert not worktree.path.exists()
@@ -68,10 +66,7 @@ def test_candidates_stay_reachable_and_the_branch_moves_only_on_reset(bed: Bed) 
 def test_commits_bear_the_users_name_where_there_is_one(bed: Bed) -> None:
     git(bed.repo, "config", "user.name", "Ada")
     git(bed.repo, "config", "user.email", "ada@example.org")
-    worktree = opened(bed)
-    edit(worktree)
-    commit = worktree.commit(1, worktree.repository.head, "train_mlx.py", "x")
-    assert git(bed.repo, "log", "-1", "--format=%an <%ae>", commit) == "Ada <ada@example.org>"
+    assert git(bed.repo, "log", "-1", "--format=%an <%ae>", commit_of(opened(bed))) == "Ada <ada@example.org>"
 
 
 def test_no_hook_runs_and_nothing_is_signed(bed: Bed) -> None:
@@ -82,75 +77,101 @@ def test_no_hook_runs_and_nothing_is_signed(bed: Bed) -> None:
     git(bed.repo, "config", "commit.gpgSign", "true")
     git(bed.repo, "config", "user.signingKey", "nobody")
     worktree = opened(bed)
-    edit(worktree)
-    commit = worktree.commit(1, worktree.repository.head, "train_mlx.py", "x")
-    worktree.reset(commit)
+    worktree.lend(worktree.repository.head)
+    worktree.move(commit_of(worktree))
     worktree.close()
     assert not (bed.tools / "hooked").exists()
 
 
-def test_an_agent_without_its_git_file_cannot_turn_a_reset_on_the_users_checkout(bed: Bed) -> None:
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.safecrlf=true", "core.eol=crlf", "filter.lfs.clean=false"])
+def test_the_users_settings_for_line_ends_and_filters_decide_nothing(bed: Bed, setting: str) -> None:
+    (bed.repo / ".gitattributes").write_text("*.py text filter=lfs\n")
+    git(bed.repo, "add", ".gitattributes")
+    git(bed.repo, "commit", "-qm", "attributes")
+    for key in (setting, "filter.lfs.required=true"):
+        git(bed.repo, "config", *key.split("="))
     worktree = opened(bed)
+    commit = commit_of(worktree, text=b"A = 1\nB = 2\r\n")
+    worktree.fill(commit)
+    assert (worktree.path / "train_mlx.py").read_bytes().endswith(b"A = 1\nB = 2\r\n")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+
+@pytest.mark.parametrize(("content", "tool"), [(POINTER, "Git LFS"), (b"\0GITCRYPT\0", "git-crypt")])
+def test_a_file_that_a_filter_keeps_elsewhere_is_named_with_the_mend(bed: Bed, content: bytes, tool: str) -> None:
+    (bed.repo / "train_mlx.py").write_bytes(content)
+    git(bed.repo, "commit", "-qam", "stored elsewhere")
+    repository = Repository(bed.repo)
+    with pytest.raises(UsageError, match=f"stored through {tool}.*take train_mlx.py out of .gitattributes"):
+        repository.refuse_stored_elsewhere(repository.head, "train_mlx.py")
+
+
+@pytest.mark.parametrize("ruin", ["removed", "a file", "a link", "filled", "locked", "git"])
+def test_a_worktree_is_made_anew_whatever_was_done_to_it(bed: Bed, tmp_path: Path, ruin: str) -> None:
+    worktree, outside = opened(bed), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
     (bed.repo / "train_mlx.py").write_text("my unsaved work\n")
-    (bed.repo / "untracked.txt").write_text("mine\n")
-    for ruin in ("unlink", "point", "folder", "all"):
-        pointer = worktree.path / ".git"
-        if ruin == "all":
-            shutil.rmtree(worktree.path)
-        else:
-            pointer.unlink()
-        if ruin == "point":
-            pointer.write_text(f"gitdir: {bed.repo / '.git'}\n")
-        elif ruin == "folder":
-            pointer.mkdir()
-            (pointer / "HEAD").write_text("ref: refs/heads/main\n")
-        worktree.reset(worktree.repository.head)
-        assert (bed.repo / "train_mlx.py").read_text() == "my unsaved work\n"
-        assert (bed.repo / "untracked.txt").read_text() == "mine\n"
-        assert (worktree.path / "train_mlx.py").read_text() != "my unsaved work\n"
-        assert git(worktree.path, "symbolic-ref", "HEAD") == "refs/heads/autoresearch/night"
-
-
-def test_reset_undoes_whatever_an_agent_did(bed: Bed) -> None:
-    worktree = opened(bed)
-    base = worktree.repository.head
-    git(worktree.path, "checkout", "-q", "-b", "detour")
-    edit(worktree)
-    git(worktree.path, "commit", "-aqm", "mine")
-    (worktree.path / "deep" / "er").mkdir(parents=True)
-    (worktree.path / "deep" / "er" / "file").write_text("x")
-    (worktree.path / "ignored.txt").write_text("x")
-    (worktree.path / "deep").chmod(0o500)
-    git(worktree.path, "init", "-q", "nested")
-    (worktree.path / "program.md").unlink()
-    admin = Path(git(worktree.path, "rev-parse", "--absolute-git-dir"))
-    (admin / "index.lock").write_text("")
-    worktree.reset(base)
-    assert git(worktree.path, "status", "--porcelain", "--ignored") == ""
-    assert git(worktree.path, "rev-parse", "--abbrev-ref", "HEAD") == "autoresearch/night"
-    assert not (worktree.path / "deep").exists()
-    assert not (worktree.path / "nested").exists()
-
-
-@pytest.mark.parametrize("ruin", ["folder", "admin", "lock", "half"])
-def test_open_repairs_a_worktree_that_a_crash_left_half_made(bed: Bed, ruin: str) -> None:
-    worktree = opened(bed)
-    admin = Path(git(worktree.path, "rev-parse", "--absolute-git-dir"))
-    if ruin == "folder":
+    before = listing(worktree.path)
+    worktree.lend(worktree.repository.head)
+    if ruin in ("removed", "a file", "a link"):
         shutil.rmtree(worktree.path)
-    elif ruin == "admin":
-        shutil.rmtree(admin)
-    elif ruin == "lock":
-        (admin / "index.lock").write_text("")
-        (bed.repo / ".git/refs/heads/autoresearch/night.lock").write_text("")
-    else:
-        (admin / "locked").write_text("initializing")
-        (admin / "HEAD").unlink()
-        (worktree.path / ".git").unlink()
-    again = opened(bed)
-    edit(again)
-    assert again.commit(1, again.repository.head, "train_mlx.py", "works again")
-    assert git(bed.repo, "worktree", "list").count("\n") == 1
+    if ruin == "a file":
+        worktree.path.write_text("")
+    elif ruin == "a link":
+        worktree.path.symlink_to(outside)
+    elif ruin == "filled":
+        (worktree.path / "deep" / "er").mkdir(parents=True)
+        (worktree.path / "deep" / "er" / "file").write_text("x")
+        (worktree.path / "program.md").unlink()
+        (worktree.path / "link").symlink_to(outside)
+    elif ruin == "locked":
+        (worktree.path / "deep").mkdir()
+        (worktree.path / "deep" / "file").write_text("x")
+        (worktree.path / "deep").chmod(0)
+    elif ruin == "git":
+        git(worktree.path, "commit", "-q", "--allow-empty", "-am", "mine")
+        (worktree.path / ".git" / "index.lock").write_text("")
+    worktree.fill(worktree.repository.head)
+    assert listing(worktree.path) == before
+    assert (outside / "mine").read_text() == "mine"
+    assert (bed.repo / "train_mlx.py").read_text() == "my unsaved work\n"
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_lock_that_a_killed_git_left_on_the_nights_branch_is_removed(bed: Bed) -> None:
+    worktree = opened(bed)
+    lock = bed.repo / ".git/refs/heads/autoresearch/night.lock"
+    lock.write_text("")
+    (bed.repo / ".git/index.lock").write_text("")  # the user's: not ours to touch, and not needed
+    commit = commit_of(worktree)
+    assert worktree.move(commit) == ""
+    assert git(bed.repo, "rev-parse", "autoresearch/night") == commit
+    assert not lock.exists()
+    assert (bed.repo / ".git/index.lock").exists()
+
+
+def test_refs_that_somebody_deleted_come_back(bed: Bed) -> None:
+    worktree = opened(bed)
+    commits = {n: commit_of(worktree, f"idea {n}") for n in range(3)}
+    worktree.keep_refs(commits)
+    git(bed.repo, "update-ref", "-d", "refs/autoresearch/night/0001")
+    worktree.keep_refs(commits)
+    assert git(bed.repo, "rev-parse", "refs/autoresearch/night/0001") == commits[1]
+
+
+def test_two_nights_of_one_repository_do_not_see_each_other(bed: Bed) -> None:
+    first, second = opened(bed, "one"), opened(bed, "two")
+    before = remember(first.repository)
+    second.keep_refs({1: commit_of(second)})
+    second.move(commit_of(second))
+    assert remember(first.repository) == before
+    assert set(second.refs()) == {"refs/heads/autoresearch/two", "refs/autoresearch/two/0001"}
 
 
 def test_another_worktree_of_the_user_is_left_alone(bed: Bed, tmp_path: Path) -> None:
@@ -164,9 +185,11 @@ def test_another_worktree_of_the_user_is_left_alone(bed: Bed, tmp_path: Path) ->
 def test_paths_with_spaces_and_unicode(tmp_path: Path, name: str) -> None:
     bed = Bed(tmp_path / "bed", name=name)
     worktree = opened(bed)
-    edit(worktree)
-    commit = worktree.commit(1, worktree.repository.head, "train_mlx.py", "x")
-    worktree.reset(commit)
+    commit = commit_of(worktree)
+    worktree.lend(commit)
+    assert git(worktree.path, "status", "--porcelain") == ""
+    assert git(worktree.path, "log", "-1", "--format=%H") == commit
+    worktree.move(commit)
     opened(bed).close()
 
 
@@ -181,8 +204,7 @@ def test_a_detached_head_and_a_linked_worktree_are_fine(bed: Bed, tmp_path: Path
     (linked.root / "runs").mkdir()
     worktree = Worktree(linked, "night", linked.root / "runs" / "worktree")
     worktree.open(linked.head)
-    edit(worktree)
-    assert worktree.commit(1, linked.head, "train_mlx.py", "x")
+    assert commit_of(worktree)
     worktree.close()
 
 
@@ -191,10 +213,9 @@ def test_a_submodule_in_the_base_does_not_disturb(bed: Bed, tmp_path: Path) -> N
     git(bed.repo, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(other.repo), "lib")
     git(bed.repo, "commit", "-qm", "with a submodule")
     worktree = opened(bed)
-    edit(worktree)
-    commit = worktree.commit(1, worktree.repository.head, "train_mlx.py", "x")
+    commit = commit_of(worktree)
     assert git(bed.repo, "diff", "--name-only", "main", commit) == "train_mlx.py"
-    worktree.reset(commit)
+    worktree.lend(commit)
     worktree.close()
     assert Repository(bed.repo / "lib").root == bed.repo / "lib"
 

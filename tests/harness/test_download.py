@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
 
+from harness import HarnessError, download
 from harness.corpus import DATASETS
 
 
@@ -125,7 +126,7 @@ def test_the_list_is_asked_for_again(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "behaviour", "said"), [
-    (SECOND, "wrong", "expected SHA-256"),
+    pytest.param(SECOND, "wrong", "expected SHA-256", marks=pytest.mark.slow),
     pytest.param(SECOND, "503", "503", marks=pytest.mark.slow),
     pytest.param(SECOND, "truncate 5000", "Consistency check failed", marks=pytest.mark.slow),
     pytest.param("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched", marks=pytest.mark.slow),
@@ -138,6 +139,19 @@ def test_lasting_trouble_is_a_clear_error_and_later_it_goes_on(hub, tmp_path, na
     is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
     if name != "list":
         assert len(ranges(hub, FIRST)) == before == 1, "the first shard was kept"
+
+
+def test_lasting_trouble_is_named_after_so_many_tries(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    tried = []
+
+    def once():
+        tried.append(1)
+        raise OSError("expected SHA-256 1, got 2")
+    with pytest.raises(HarnessError, match=r"a file could not be fetched: OSError: expected SHA-256 1, got 2\. Run"):
+        download.patiently("a file", once)
+    assert len(tried) == download.TRIES
 
 
 def test_a_killed_download_goes_on_where_it_was(hub, tmp_path):
@@ -153,6 +167,17 @@ def test_a_killed_download_goes_on_where_it_was(hub, tmp_path):
     assert not (tmp_path / "train").exists()
     is_whole(tmp_path, fetch(hub, tmp_path))
     assert ranges(hub, FIRST) == [None, "bytes=131072-"]
+
+
+def test_two_presets_at_once_share_one_download(hub, tmp_path):
+    hub.misbehave(FIRST, "drop 70000")
+    argv = [sys.executable, ROOT / "prepare_mlx.py", "--dataset", "tinystories", "--preset"]
+    both = [subprocess.Popen([*argv, preset], env=environment(tmp_path, HF_ENDPOINT=hub.url), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for preset in ("tiny", "demo")]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert ranges(hub, FIRST) == [None, "bytes=65536-"]
+    assert len(list((tmp_path / "train").iterdir())) == 2
 
 
 def test_what_will_not_get_better_is_said_at_once(hub, tmp_path):

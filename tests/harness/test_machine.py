@@ -108,30 +108,40 @@ def progress(monkeypatch: pytest.MonkeyPatch) -> Progress:
     return progress
 
 
+@pytest.mark.parametrize("columns", [200, 80, 60, 30])
 @pytest.mark.parametrize("budget", ["8steps", "8ktokens", "2.4s"])
-def test_progress_is_logged_each_second_and_at_the_end(progress: Progress, budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_logged_each_second_and_at_the_end(
+    progress: Progress, budget: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As train() uses it: a step's loss is known when the next one has begun, and 300 ms pass for each."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     progress.run.budget, asked = Budget(budget), []
     for step in range(1, 9):
         progress.now[0] = 0.3 * step
         if step > 1:
             progress.take(5.0)
         progress.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
-    progress.now[0] = 2.6
+    progress.now[0] = 2.41
     progress.take(5.0)
     for _ in range(2):  # of the same step it tells once
         progress.tell(lambda: asked.append("lr") or 0.5, lambda: 3 * MB)
     assert [line["step"] for line in progress.run.lines][-1] == 8
     assert len(asked) == len(progress.run.lines) in (2, 3)
     first, last = progress.run.lines[0], progress.run.lines[-1]
-    assert first == pytest.approx({"step": 3, "tokens": 3000, "seconds": 1.2, "loss": 5.0, "lr": 0.5, "memory_mb": 3.0,
-                                   "tokens_per_second": 2500, "mfu_percent": 50})
-    assert (last["tokens"], last["seconds"]) == (8000, 2.6)
-    said = capsys.readouterr().out.split("\r")
-    share, left = (50, 1) if budget == "2.4s" else (38, 2)
-    assert said[1].startswith(f"step     3 ( {share} %)  loss 5.0000  lr x0.50  2,500 tok/s  mfu 50.0 %  3 MB  {left} s left, ")
-    assert said[-1].startswith("step     8 (100 %)")
-    assert " 0 s left, ends " in said[-1]
+    share = 1.2 / 2.4 if budget == "2.4s" else 3 / 8
+    assert first == pytest.approx({"step": 3, "tokens": 3000, "seconds": 1.2, "progress": share, "loss": 5.0, "lr": 0.5,
+                                   "memory_mb": 3.0, "tokens_per_second": 2500, "mfu_percent": 50})
+    assert (last["tokens"], last["seconds"], last["progress"]) == (8000, 2.41, 1)
+    assert max(line["tokens_per_second"] for line in progress.run.lines) < 5000, "no speed is told of a moment, such as 10 ms"
+    said = capsys.readouterr().out.split("\r")[1:]
+    assert all(len(line) < columns for line in said)
+    assert all(line.startswith("step ") for line in said)
+    if columns >= 60:
+        assert f"( {100 * share:.0f} %)  loss 5.0000  {2 if share < 0.5 else 1} s left, ends " in said[0]
+        assert "(100 %)" in said[-1]
+        assert " 0 s left, ends " in said[-1]
+    if columns == 200:
+        assert "2,500 tok/s  3 MB  mfu 50.0 %  lr x0.50" in said[0]
 
 
 def test_the_mean_loss_is_debiased(progress: Progress) -> None:

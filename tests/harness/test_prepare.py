@@ -50,3 +50,14 @@ def test_the_trainer_is_given_no_held_out_text(tiny):
     assert {p.name for p in tiny.train.iterdir()} == {"meta.json", "tokenizer.model", "train.bin"}
     assert str(tiny.held) not in (tiny.train / "meta.json").read_text()
     assert os.path.commonpath([tiny.train, tiny.held]) == str(tiny.home)
+
+
+def test_only_a_preparation_by_hand_becomes_the_current_one(tmp_path):
+    """A night prepares with --json: after `make demo` a real night must not silently be a demo night."""
+    (tmp_path / "a.txt").write_text("".join(f"Line {i} of some text, {i * i}.\n\n" for i in range(3000)))
+    options = ("--dataset", f"text:{tmp_path / 'a.txt'}", "--preset", "tiny")
+    assert prepare(*options, "--json", tmp_path / "entry.json", home=tmp_path / "home").returncode == 0
+    assert not (tmp_path / "home" / "current.json").exists()
+    assert prepare(*options, home=tmp_path / "home").returncode == 0
+    current = json.loads((tmp_path / "home" / "current.json").read_text())
+    assert current == json.loads((tmp_path / "entry.json").read_text())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,99 @@ def test_a_line_that_a_full_disk_cuts_off_does_not_spoil_the_next(tmp_path: Path
     assert "make room on the disk, then --resume" in done.stdout
     events, torn = read_events(tmp_path / "n" / "journal.jsonl")
     assert ([event["event"] for event in events], torn) == (["note", "night_end"], b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a small file system of its own")
+def test_the_end_of_a_night_is_written_on_a_full_disk(tmp_path: Path) -> None:
+    """On a real full file system, in a mount namespace: the journal gives up its reserve."""
+    code = """
+import os, sys
+from pathlib import Path
+from agent.journal.journal import Journal
+with Journal(Path(sys.argv[1]) / "n") as journal:
+    try:
+        with open(Path(sys.argv[1]) / "fill", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+    except OSError as error:
+        print(error.strerror)
+    journal.append("night_end", reason="error", text="x" * 5000)
+"""
+    script = (f"mount -t tmpfs -o size=512k none '{tmp_path}' && '{sys.executable}' -c \"$CODE\" '{tmp_path}' "
+              f"&& cat '{tmp_path}/n/journal.jsonl'")
+    inside = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    env = {**os.environ, "CODE": code, "PYTHONPATH": str(ROOT)}
+    if subprocess.run([*inside[:-1], f"mount -t tmpfs none '{tmp_path}'"], capture_output=True).returncode:
+        pytest.skip("no mount namespace here")
+    done = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    first, line = done.stdout.splitlines()
+    assert first == "No space left on device"
+    assert json.loads(line)["event"] == "night_end"
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def replaced(folder: Path) -> None:
+    (folder / "journal.jsonl").unlink()
+    (folder / "journal.jsonl").write_text("something else\n")
+
+
+def shortened(folder: Path) -> None:
+    os.replace(shutil.copy(folder / "journal.jsonl", folder / "copy"), folder / "journal.jsonl")
+    os.truncate(folder / "journal.jsonl", 20)
+
+
+def blocked(folder: Path) -> None:
+    (folder / "journal.jsonl").unlink()
+    os.mkfifo(folder / "journal.jsonl")
+
+
+def linked(folder: Path) -> None:
+    (folder / "journal.jsonl").rename(folder / "mine")
+    (folder / "journal.jsonl").symlink_to(folder / "mine")
+
+
+@pytest.mark.parametrize("harm", [gone, replaced, shortened, blocked, linked], ids=lambda harm: harm.__name__)
+def test_a_journal_that_went_from_its_place_is_there_again_with_every_event(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    folder = tmp_path / "runs" / "n"
+    with Journal(folder) as journal:
+        journal.append("note", text="before")
+        harm(folder)
+        journal.append("note", text="after")
+        assert journal.restored == 1
+        assert holder(folder) == os.getpid(), "the lock is in its place as well"
+        journal.append("note", text="later")
+        assert journal.restored == 1
+    events, torn = read_events(folder / "journal.jsonl")
+    assert ([event["text"] for event in events], torn) == (["before", "after", "later"], b"")
+    assert (folder / ".gitignore").read_text() == "*\n"
+
+
+def test_a_journal_that_was_moved_to_another_disk_is_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "n"
+    with Journal(folder) as journal:
+        journal.append("note", text="before")
+        shutil.copytree(tmp_path / "runs", tmp_path / "big")
+        shutil.rmtree(tmp_path / "runs")
+        (tmp_path / "runs").symlink_to(tmp_path / "big")
+        journal.append("note", text="after")
+        assert journal.restored == 0, "the copy is whole, so it is gone on with"
+    assert len(read_events(tmp_path / "big" / "n" / "journal.jsonl")[0]) == 2
+
+
+def test_a_driver_whose_place_another_one_has_taken_writes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "n"
+    with Journal(folder) as first:
+        first.append("note", text="of the first")
+        shutil.rmtree(folder)
+        with Journal(folder) as second:
+            second.append("note", text="of the second")
+            with pytest.raises(LockedError, match="already works on the night"):
+                first.append("note", text="lost")
+        assert [event["text"] for event in read_events(folder / "journal.jsonl")[0]] == ["of the second"]
 
 
 def test_decode_says_what_is_wrong() -> None:

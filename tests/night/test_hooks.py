@@ -233,7 +233,43 @@ def example(name: str, about: dict[str, Any], **environ: str) -> subprocess.Comp
 
 def test_the_examples_are_executable() -> None:
     assert all(os.access(path, os.X_OK) for path in EXAMPLES.glob("*.py"))
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"notify.py", "webhook.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"notify.py", "tensorboard_events.py", "track.py", "webhook.py"}
+
+
+def logged(name: str, folder: Path, **env: str) -> None:
+    """Two experiments, told to an example one after the other, as a night does."""
+    for n, score in ((1, 1.4), (2, None)):
+        one = {"n": n, "status": "keep" if score else "crash", "val_bpb": score, "description": "half the batch"}
+        told = {"folder": str(folder / "nov22"), "baseline_val_bpb": 1.5, "kept": 1, "cost_usd": 0.1 * n}
+        found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # where the package is
+        done = example(name, {"event": "after_experiment", "experiment": one, **told}, **found, **env)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_example_writes_event_files_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logged("tensorboard_events.py", tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    read = EventAccumulator(str(tmp_path / "tensorboard" / "nov22"))
+    read.Reload()
+    known = {tag: [(e.step, round(float(make_ndarray(e.tensor_proto)), 4)) for e in read.Tensors(tag)]
+             for tag in read.Tags()["tensors"]}  # fmt: skip
+    assert known["val_bpb"] == [(1, 1.4)]
+    assert known["best_val_bpb"] == [(0, 1.5), (1, 1.2), (2, 1.2)]
+    assert known["cost_usd"] == [(1, 0.1), (2, 0.2)]
+
+
+def test_the_example_logs_to_trackio(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    logged("track.py", tmp_path, TRACKIO_DIR=str(tmp_path / "store"), HF_HUB_OFFLINE="1")
+    read = "from trackio.sqlite_storage import SQLiteStorage; print([(r['step'], r.get('val_bpb'), r['best_val_bpb']) for r in " \
+           "SQLiteStorage.get_logs('autoresearch', 'nov22')])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", read], env={**os.environ, "TRACKIO_DIR": str(tmp_path / "store")},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "(1, 1.4, 1.2)" in done.stdout, done.stderr
+    assert "(2, None, 1.2)" in done.stdout
 
 
 def test_the_example_posts_to_a_chat() -> None:

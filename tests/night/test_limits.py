@@ -76,6 +76,34 @@ def test_a_free_agent_and_an_experiment_without_a_call_cost_nothing() -> None:
     assert (story.night.cost, story.night.unpriced, story.night.estimated) == (0.75, 0, 0)
 
 
+def test_a_call_that_was_cut_off_with_its_driver_is_paid_for() -> None:
+    story = told()  # whose dearest call cost 0.5
+    before = story.night.cost
+    story.add("experiment", n=3, parent="c2")
+    story.add("session", settings={}, pid=2)
+    assert (story.night.cost, story.night.estimated) == (before + story.night.dearest, 1)
+    story.add("agent_failed", n=3, kind="rate_limit", wait=1.0, message="", usage={"cost": 0.0}, seconds=0.0)
+    story.add("session", settings={}, pid=3)
+    assert story.night.estimated == 1, "it was waiting, nothing was asked"
+
+
+def test_the_word_that_is_asked_before_a_night_is_paid_for() -> None:
+    story = Story()
+    story.add("agent_check", kind="ok", message="ready", usage={"cost": 0.25, "tokens": 7}, seconds=2.0)
+    assert (story.night.cost, story.night.tokens, story.night.agent_seconds) == (0.25, 7, 2.0)
+
+
+def test_a_night_that_was_limited_all_the_time_has_proposed_nothing() -> None:
+    story = told()
+    assert story.night.unproposed() == "", "it has a candidate"
+    story = Story()
+    story.experiment(0, "keep", (1.5,))
+    assert story.night.unproposed() == "", "nothing was asked for"
+    story.add("experiment", n=1, parent="p")
+    story.add("agent_failed", n=1, kind="rate_limit", wait=1.0, message="", usage={}, seconds=0.0)
+    assert story.night.unproposed() == "the agent never changed the file: 1 rate_limit"
+
+
 def test_breaker_pauses_longer_and_longer_then_ends_the_night() -> None:
     story, pauses, ended = told(), [], None
     settings = Settings(breaker=3, backoff=10)

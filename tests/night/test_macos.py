@@ -139,6 +139,17 @@ def test_sleep_is_held_off_while_the_night_lasts(tmp_path: Path, tools: Path) ->
     assert not psutil.pid_exists(pid)
 
 
+def test_backups_pass_over_the_weights_and_take_the_journal(tmp_path: Path, tools: Path) -> None:
+    note = "import os, sys\nopen(os.environ['AUTORESEARCH_SEEN'] + '/tmutil', 'a').write(' '.join(sys.argv[1:]) + '\\n')"
+    program(tools, "tmutil", note)
+    bed = Bed(tmp_path, "worse")
+    driver = night(bed, "--experiments", "0", "--no-sandbox")
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    told = (tmp_path / "seen" / "tmutil").read_text().splitlines()
+    assert told == [f"addexclusion {bed.folder() / name}" for name in ("trials", "tmp")]
+
+
 def test_nothing_holds_off_sleep_once_the_driver_was_killed(tmp_path: Path, tools: Path) -> None:
     program(tools, "caffeinate", CAFFEINATE)
     driver = night(Bed(tmp_path, "hangs"), "--experiments", "1", "--no-sandbox")
@@ -311,8 +322,10 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     driver = night(bed, "--experiments", "1")
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, said
-    assert "sandbox of trainings: sandbox-exec: no network" in said
-    assert "The scorer, which is the harness's own code, runs with the user's rights and network" in said
+    assert "sandbox of trainings: sandbox-exec\n" in said
+    told = next(event["sandbox"] for event in read_events(bed.folder() / "journal.jsonl")[0] if event["event"] == "session")
+    assert told.startswith("sandbox-exec: no network")
+    assert "The scorer, which is the harness's own code, runs with the user's rights and network" in told
     folder, data = bed.folder().resolve(), (bed.home / "data").resolve()
     calls = [(profile, argv) for flag, profile, *argv in seen(tmp_path, "sandbox-exec") if flag == "-p"]
     trainings = [profile for profile, argv in calls if argv[-1:] == ["train_mlx.py"]]

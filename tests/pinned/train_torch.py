@@ -12,9 +12,9 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,11 +26,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from prepare_mlx import (
     HarnessError,
     Progress,
-    check_memory,
     check_weights,
     expected_epochs,
     extrapolate,
@@ -40,14 +40,29 @@ from prepare_mlx import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = "cpu" if os.environ.get("AUTORESEARCH_DEVICE") == "cpu" else DEVICE
 GPU = DEVICE != "cpu"
+if DEVICE == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # older: wrong rows of n-grams, no peak memory
+    sys.exit(f"error: expected torch 2.13 or later on MPS, got {torch.__version__}: pip install --upgrade torch, or set "
+             "AUTORESEARCH_DEVICE=cpu")
 # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
 TIER = find_tier(None if DEVICE == "mps" else DEVICE)
 
 
+COMPILE = DEVICE == "cuda"  # on a CPU it saves little and runs a C++ compiler for a minute, on MPS it is a prototype
+CHECKPOINT = False  # compute each block's activations a second time instead of keeping them; `fitting_step` may turn it on
+
+
 def compiled(function):
-    """torch.compile on CUDA only: on a CPU it saves little and runs a C++ compiler for a minute, on MPS it is a prototype."""
-    return torch.compile(function, dynamic=False) if DEVICE == "cuda" else function
+    """torch.compile, if COMPILE is on. `fitting_step` turns it off, and says so, where the compiler does not work."""
+    return torch.compile(function, dynamic=False) if COMPILE else function
+
+
+def half_precision():
+    """The 16-bit dtype that the GPU computes in: bf16, but fp16 with loss scaling before Ampere (RTX 20xx, T4), which emulates
+    bf16."""
+    emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,10 +99,11 @@ FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
 ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = torch.bfloat16 if GPU else torch.float32  # of activations; weights and optimizer state are fp32. Most CPUs are slow in bf16
+DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
+LOSS_SCALE = "loss_scale"  # name among the moments: in fp16 the loss is multiplied by it, or small gradients would be 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -210,6 +226,16 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def recomputed(block, x, ve):
+    """block(x, ve), computed again in the backward pass instead of kept. The weights go in as arguments, because functional_call
+    has put the model's own back by then."""
+    names, weights = zip(*block.named_parameters(), strict=True)
+
+    def run(x, ve, *weights):
+        return functional_call(block, dict(zip(names, weights, strict=True)), (x, ve))
+    return checkpoint(run, x, ve, *weights, use_reentrant=False)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -253,7 +279,8 @@ class GPT(nn.Module):
         value_embeds = iter(self.value_embeds)
         for i, block in enumerate(self.blocks):
             ve = next(value_embeds)(tokens).to(x.dtype) if has_ve(i, len(self.blocks)) else None
-            x = block(resid[i] * x + skip[i] * x0, ve)
+            x = resid[i] * x + skip[i] * x0
+            x = recomputed(block, x, ve) if CHECKPOINT else block(x, ve)
         logits = self.lm_head(dropout(norm(x), dropout_rate)).float()           # [B, T, V]
         return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
@@ -293,9 +320,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 
 
 def orthogonalize(g):
-    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. Its norm is in fp32."""
-    x = g.to(DTYPE)
-    x = x / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6).to(DTYPE)
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. It is divided by its norm
+    in fp32, as fp16 would lose a small gradient."""
+    x = (g / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6)).to(DTYPE)
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT
@@ -376,6 +403,8 @@ def init_optimizer(params):
     for key, names in matrix_groups(params).items():
         n, (rows, cols), zeros = len(names), params[names[0]].shape, params[names[0]].new_zeros
         moments[key] = zeros(n, rows, cols), zeros(n, rows, 1) if rows >= cols else zeros(n, 1, cols)
+    if torch.float16 == DTYPE:
+        moments[LOSS_SCALE] = (torch.full((), 2.0**13, device=params["wte.weight"].device),)
     return moments
 
 
@@ -397,6 +426,19 @@ def update(params, grads, moments, rates, width, rows=None):
             rate, betas = adam_group(name, width)
             params[name], *moments[name] = adamw(params[name], g, *moments[name], lr * rate, betas, rates["step"])
     return params, {key: tuple(m) for key, m in moments.items()}
+
+
+def unless_overflow(grads, before, after):
+    """Loss scaling: (params, moments) `after` a step, or those `before` it if a gradient is not finite, as happens in fp16 when the
+    loss is scaled too much. Then the scale is halved; otherwise it doubles in 200 steps."""
+    finite = torch.stack([g.isfinite().all() for g in grads.values()]).all()
+
+    def chosen(new, old):  # a table is the same tensor in both: it changes in place, later
+        return new if new is old else torch.where(finite, new, old)
+    params = {n: chosen(p, before[0][n]) for n, p in after[0].items()}
+    moments = {key: tuple(map(chosen, m, before[1][key])) for key, m in after[1].items()}
+    scale, = before[1][LOSS_SCALE]
+    return params, moments | {LOSS_SCALE: (torch.where(finite, (scale * 2 ** (1 / 200)).clamp(max=2.0**24), scale / 2),)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +493,9 @@ def make_gradients(model):
             # From the second epoch on, the row that this position trained knows the next token by heart: leave it out, train it
             # no more. The gradient of a whole table would be as large as the table, so take that of the rows' sum
             inputs[NGRAMS] = ngrams = (rates["first_epoch"] * own + other).requires_grad_()
-        loss = loss_fn(dense, ngrams, rates, x, y)
-        grads = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True), strict=True))
+        loss, scale = loss_fn(dense, ngrams, rates, x, y), rates.get(LOSS_SCALE, 1)
+        grads = torch.autograd.grad(scale * loss, list(inputs.values()), materialize_grads=True)
+        grads = dict(zip(inputs, grads if LOSS_SCALE not in rates else [g / scale for g in grads], strict=True))
         if NGRAMS in grads:
             grads[NGRAMS] = rates["first_epoch"] * grads[NGRAMS]
         return loss.detach(), grads, rows
@@ -467,13 +510,16 @@ def make_step(model, accumulation_steps):
     @compiled
     def apply(params, moments, rates, loss, grads):
         grads = {n: g / accumulation_steps for n, g in grads.items()}
-        return *update(params, grads, moments, rates, model.config.n_embd), loss / accumulation_steps
+        after = update(params, grads, moments, rates, model.config.n_embd)
+        after = unless_overflow(grads, (params, moments), after) if LOSS_SCALE in moments else after
+        return *after, loss / accumulation_steps
 
     def step(params, moments, rates, batches):
         total, ngrams = None, []
         rates = dict(zip(rates, to_device(torch.stack(list(rates.values()))), strict=True))  # one copy for all
+        rates |= {LOSS_SCALE: moments[LOSS_SCALE][0]} if LOSS_SCALE in moments else {}
         for _ in range(accumulation_steps):
-            x, y = (to_device(torch.from_numpy(tokens)).long() for tokens in next(batches))
+            x, y = to_device(torch.from_numpy(np.stack(next(batches)))).long()  # one copy for both
             loss, grads, rows = gradients(params, rates, x, y)
             if rows is not None:
                 ngrams.append((rows, grads.pop(NGRAMS)))
@@ -481,7 +527,7 @@ def make_step(model, accumulation_steps):
         params, moments, loss = apply(params, moments, rates, *total)
         if ngrams:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
             rows = torch.cat([rows for rows, _ in ngrams], dim=1)               # [n, accumulation_steps * B, T]
-            grads = {NGRAMS: torch.cat([g for _, g in ngrams]) / accumulation_steps}
+            grads = {NGRAMS: torch.cat([g for _, g in ngrams]).nan_to_num(0, 0, 0) / accumulation_steps}  # not finite: overflow
             params, moments = update(params, grads, moments, rates, model.config.n_embd, rows)
         return params, moments, loss
 
@@ -499,30 +545,34 @@ def synchronize():
         getattr(torch, DEVICE).synchronize()
 
 
-def later(loss):
-    """A function that waits for this loss only and returns it. `loss.item()` also waits for every step begun since then; MPS has
-    nothing better."""
-    if DEVICE != "cuda":
-        return loss.item
-    host, done = torch.empty((), pin_memory=True), torch.cuda.Event()
-    host.copy_(loss, non_blocking=True)
-    done.record()
-    return lambda: (done.synchronize(), host.item())[1]
+def marker():
+    """A function that waits until the device has done what was begun so far, and no longer."""
+    if not GPU:
+        return lambda: None
+    event = getattr(torch, DEVICE).Event()
+    event.record()
+    return event.synchronize
 
 
 def reset_peak_memory():
-    """Let `peak_memory` start anew where that is possible. On MPS, give freed buffers back to the system."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif DEVICE == "mps":
-        torch.mps.empty_cache()
+    """Let `peak_memory` start anew where that is possible, and give freed buffers back."""
+    if GPU:
+        memory = torch.cuda if DEVICE == "cuda" else torch.accelerator
+        memory.empty_cache()
+        memory.reset_peak_memory_stats()
 
 
 def peak_memory():
-    """Peak bytes: of tensors on CUDA, of this process on the CPU. MPS only tells what its driver holds now, freed buffers too."""
-    if DEVICE == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else torch.mps.driver_allocated_memory()
+    """Peak bytes: of tensors on a GPU, of this process on the CPU."""
+    if GPU:
+        return (torch.cuda if DEVICE == "cuda" else torch.accelerator).max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+        used = psutil.Process().memory_info()
+        return getattr(used, "peak_wset", used.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
 def matmul_probe():
@@ -533,10 +583,14 @@ def matmul_probe():
 
 
 def memory_limit():
-    """Bytes that tensors may take on this device. On CUDA: those that other programs have not taken."""
+    """Bytes that tensors may take on this device. On CUDA: those that other programs have not taken. MPS takes buffers from heaps
+    of 1 GiB, so that the last one may stay half empty."""
     if DEVICE == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return torch.mps.recommended_max_memory() if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if DEVICE == "mps":
+        return torch.mps.recommended_max_memory() - 2**30
+    import psutil
+    return psutil.virtual_memory().total
 
 
 def device_name():
@@ -574,21 +628,12 @@ def dummy_step(params, moments, step, rows, seq_len):
     return time.perf_counter() - start, peak_memory() - held
 
 
-def expected_memory(model, params, moments, step, accumulation_steps, micro_rows, seq_len):
-    """Peak bytes of a step, as a function of the micro-batches that it is cut into; None on the CPU, whose peak can't be reset.
-
-    MPS: measured on small micro-batches, so that it holds for whatever was edited. CUDA: measured on a step as it will be, and
-    the same for any number of micro-batches, because each number of rows takes half a minute to compile.
-    """
+def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
+    """Peak bytes of a step of `rows` rows, as a function of the micro-batches that it is cut into. Measured on small ones without
+    compiling, so that it holds for whatever was edited. None on the CPU, whose peak can't be reset, or if even those don't fit."""
     if DEVICE == "cpu":
         return None
-    if DEVICE == "cuda":
-        try:
-            _, whole = dummy_step(params, moments, step, micro_rows, seq_len)
-        except torch.OutOfMemoryError as error:
-            raise HarnessError("oom", f"{error}; try MICRO_TOKENS = {max(1, micro_rows // 2) * seq_len}") from error
-        return lambda passes: whole
-    gradients, rates = make_gradients(model), schedule(0, 0)
+    gradients, rates = make_gradients(model), {n: t.to(DEVICE) for n, t in schedule(0, 0).items()}
 
     def peak_of_pass(n):
         x = torch.zeros(n, seq_len, dtype=torch.int64, device=DEVICE)
@@ -597,12 +642,54 @@ def expected_memory(model, params, moments, step, accumulation_steps, micro_rows
         synchronize()
         return peak_memory()
 
-    rows = accumulation_steps * micro_rows
-    _, update = dummy_step(params, moments, step, 1, seq_len)
     kept = sum(p.nbytes for n, p in params.items() if n != NGRAMS)              # sums of gradients
     kept += 4 * rows * seq_len * model.config.n_embd                            # n-gram gradients of all passes
-    one_pass = extrapolate(peak_of_pass, micro_rows)
+    try:
+        with torch.compiler.set_stance("force_eager") if COMPILE else nullcontext():
+            _, update = dummy_step(params, moments, step, 1, seq_len)
+            one_pass = extrapolate(peak_of_pass, micro_rows)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
     return lambda passes: max(update, one_pass(rows // passes) + kept * (passes > 1))
+
+
+def out_of_memory(error):
+    """Whether PyTorch, cuBLAS, cuDNN or Metal says that the device has no memory left."""
+    words = "out of memory", "not enough memory", "STATUS_ALLOC_FAILED", "Invalid buffer size"
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit):
+    """A training step that works on this device, tried on dummy data. Returns its gradient accumulation steps, itself, its seconds.
+
+    It trains the same `rows` rows, in the fewest passes, at least `passes`, that are expected to take at most `limit` bytes. If a
+    step runs out of memory nevertheless, passes become smaller; where even one row is too much, activations are recomputed.
+    Where torch.compile does not work, the step is not compiled. Each of these is printed. Errors: HarnessError("oom").
+    """
+    global COMPILE, CHECKPOINT
+    allowed = [n for n in range(passes, rows + 1) if rows % n == 0]
+    left = [n for n in allowed if not expected or expected(n) <= limit] or allowed[-1:]
+    while True:
+        step = make_step(model, left[0])
+        try:
+            seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(3))  # the first may compile
+            return left[0], step, seconds
+        except RuntimeError as error:
+            if COMPILE and not isinstance(error, torch.OutOfMemoryError) and "torch._" in type(error).__module__:
+                COMPILE = False
+                note = f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): training without it, slower"
+            elif not out_of_memory(error):
+                raise
+            elif len(left) > 1:
+                left, note = left[1:], f"{rows // left[0] * seq_len:,} tokens in a pass do not fit: {rows // left[1] * seq_len:,}"
+            elif not CHECKPOINT:
+                CHECKPOINT, left, note = True, allowed, "not even a row fits: activations are computed twice, a third more time"
+            else:
+                raise HarnessError("oom", f"{error}; even passes of one row with recomputed activations do not fit: lower DEPTH, "
+                                   "WIDTH or NGRAM_BUCKETS, or free the device's memory") from error
+        print(f"note: {note}", flush=True)
 
 
 def train(run):
@@ -620,9 +707,10 @@ def train(run):
 
     # Warm up on dummy data: how much memory does a step take, how long is it, and how many epochs is the budget
     model, params, moments, step_fn = build(run, accumulation_steps)
-    expected = expected_memory(model, params, moments, step_fn, accumulation_steps, micro_rows, seq_len)
-    check_memory(expected, accumulation_steps, micro_rows, seq_len, limit, held, DEPTH)
-    seconds = min(dummy_step(params, moments, step_fn, micro_rows, seq_len)[0] for _ in range(3))  # the first may compile
+    expected = expected_memory(model, params, moments, step_fn, batch_rows, micro_rows, seq_len)
+    accumulation_steps, step_fn, seconds = fitting_step(
+        model, params, moments, expected, accumulation_steps, batch_rows, seq_len, limit)
+    micro_rows = batch_rows // accumulation_steps
     epochs = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     config, num_params = model.config, sum(p.numel() for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected and expected(accumulation_steps) / 2**20
@@ -635,20 +723,30 @@ def train(run):
 
     run.budget.start(probe)  # the probe is timed again at the end: did the machine slow down?
     batches = run.batches(micro_rows, seq_len)
-    step, pending = 0, None
+    step, losses, previous, read = 0, [], None, 0.0
     progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
+
+    def take():
+        for loss in torch.stack(losses).tolist():                               # one copy for all, which waits for the device
+            progress.take(loss)
+        losses.clear()
+        progress.tell(rates["lr"].item, peak_memory)
+
     while (used := run.budget.progress(step, step * batch_tokens)) < 1 or step == 0:
         rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
-        loss = later(loss)
-        if pending is not None:  # the loss of the step before: waiting for this one's would idle the device
-            progress.take(pending())
-        pending, step = loss, step + 1
-        progress.tell(rates["lr"].item, peak_memory)
+        losses.append(loss)
+        done, step = marker(), step + 1
+        if previous:  # wait for the step before: waiting for this one would idle the device
+            previous()
+        previous = done
+        if run.budget.seconds - read >= 1:
+            read = run.budget.seconds
+            take()
     synchronize()
     training_seconds = run.budget.seconds
-    progress.take(pending())
-    progress.tell(rates["lr"].item, peak_memory)
+    if losses:
+        take()
     print()
     saved = {n: p.cpu().bfloat16() if n == NGRAMS else p.cpu() for n, p in params.items()}  # the tables are most of the file
     torch.save(saved, run.dir / "weights.pt")

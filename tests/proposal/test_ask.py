@@ -32,6 +32,7 @@ class Place:
         self.base = repository.head
         self.folder = folder / "night"
         self.worktree = Worktree(repository, "t", self.folder / "worktree")
+        self.folder.mkdir()
         self.worktree.open(self.base)
         self.script = folder / "agent.py"
 
@@ -40,14 +41,15 @@ class Place:
         return self.worktree.path / "train_mlx.py"
 
     def ask(
-        self, body: str, reader: Reader = shapes.plain, idle: float | None = None, leaves: tuple[str, ...] = (),
+        self, body: str, reader: Reader = shapes.plain, idle: float | None = None, 
         ends: bool = False, **settings: object,
     ) -> Proposal:  # fmt: skip
         self.script.write_text(f"import json, os, pathlib, sys, time\nprompt = sys.stdin.read()\n{body}\n")
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(self.script))}"
-        coder = replace(table.template(command), reader=reader, idle_seconds=idle, leaves=leaves, tells_its_end=ends)
+        coder = replace(table.template(command), reader=reader, idle_seconds=idle, tells_its_end=ends)
         given = {"max_agent_minutes": 0.5, **settings}
-        desk = Desk(self.folder, self.worktree.path, "train_mlx.py", coder, Settings(**given), lambda: False)  # type: ignore[arg-type]
+        self.worktree.lend(self.base)
+        desk = Desk(self.folder, self.worktree, "train_mlx.py", coder, Settings(**given), lambda: False)  # type: ignore[arg-type]
         return ask(desk, "PROMPT", self.base, 1, 1, None)
 
 
@@ -129,14 +131,38 @@ def test_arguments_of_the_users_reach_the_agent(desk: Place) -> None:
         table.arguments("it's")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_an_agent_leaves_in_the_users_git_folder_is_removed_unless_it_was_there(desk: Place, there: bool) -> None:
-    file = desk.worktree.repository.root / ".git" / "its-number"
-    if there:
-        file.write_text("the user's")
-    got = desk.ask(f"{EDIT}\nopen({str(file)!r}, 'a').write('!')\nprint('DESCRIPTION: d')", leaves=("its-number",))
+def test_what_an_agents_git_does_stays_in_a_repository_of_its_own(desk: Place) -> None:
+    """opencode writes a number there, others a stash or a config; the user's folder stays as it is."""
+    users = desk.worktree.repository.root / ".git"
+    before = {path: path.read_bytes() for path in users.rglob("*") if path.is_file() and "objects" not in path.parts}
+    git = "import subprocess; run = lambda *w: subprocess.run(['git', *w], check=True)"
+    got = desk.ask(f"{git}\nopen('.git/its-number', 'w').write('1')\n{EDIT}\nrun('stash')\nrun('stash', 'pop')\n"
+                   "run('config', 'core.hooksPath', '/tmp/x')\nrun('checkout', '-q', '-b', 'side')\nrun('log', '-1')\n"
+                   "print('DESCRIPTION: d')")
     assert got.kind == "changed", got
-    assert file.exists() == there
+    assert {path: path.read_bytes() for path in users.rglob("*") if path.is_file() and "objects" not in path.parts} == before
+
+
+def test_an_agent_that_fills_the_disk_is_ended_and_its_files_are_removed(desk: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.proposal.ask.AGENT_BYTES", 50 << 20)
+    got = desk.ask("open('big', 'wb').write(b'x' * (80 << 20)); time.sleep(30)")
+    assert (got.kind, "the disk is full" in got.message) == ("agent_error", True), got
+    desk.worktree.fill(desk.base)
+    assert not (desk.worktree.path / "big").exists()
+
+
+def test_files_beside_an_honest_edit_are_told_and_cost_nothing(desk: Place) -> None:
+    got = desk.ask(f"{EDIT}\nos.mkdir('.ruff_cache'); open('.ruff_cache/x', 'w').close(); open('.DS_Store', 'w').close()\n"
+                   "open('notes.md', 'w').close()")
+    assert got.kind == "changed", got
+    assert set(got.droppings) == {".ruff_cache/", ".DS_Store", "notes.md"}
+
+
+def test_a_train_file_that_is_a_sparse_giant_is_not_read(desk: Place) -> None:
+    begun = time.monotonic()
+    got = desk.ask("os.truncate('train_mlx.py', 60 << 30); os.truncate('prepare_mlx.py', 60 << 30)")
+    assert (got.kind, "at most" in got.message) == ("violation", True), got
+    assert time.monotonic() - begun < 20
 
 
 def test_what_an_agent_says_of_its_edit_is_believed_and_kept_apart(desk: Place) -> None:

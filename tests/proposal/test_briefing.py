@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from agent.journal.state import Night, fold
+from agent.judgement.decision import noise
 from agent.proposal import briefing, digest
 
 PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
@@ -82,7 +83,8 @@ def test_the_numbers_of_the_machine_and_the_night_are_the_journals() -> None:
     facts = sections(briefing.compose(story.night(), PROGRAM))["This experiment"]
     for fact in (
         "device mac, macOS-26.1-arm64, 10 CPU cores, 24 GB of memory", "Budget 300s", "vocabulary 4096", "sequence length 512",
-        "Best val_bpb 1.4000 (experiment 1), baseline 1.5000 (mean of 3 trainings)", "standard deviation of 0.0020 bpb",
+        "Best val_bpb 1.4000 (experiment 1), baseline 1.5000 (mean of 3 trainings)",
+        f"standard deviation of {noise(story.night()).sigma:.4f} bpb",
         "The baseline trains 1200 steps, 9.6 M tokens (32,000 tokens/s), with 3.6 M parameters, depth 2, 2048 MB, MFU 21.5 %",
         "The best trains 2400 steps, 9.6 M tokens (30,000 tokens/s)", "data tinystories-4096", "train_mlx.py",
     ):  # fmt: skip

@@ -117,6 +117,13 @@ def test_every_built_in_agent_is_asked(tmp_path: Path, monkeypatch: pytest.Monke
     assert (absent.kind, "nobody/nothing is not on this machine" in absent.words) == ("missing", True)
 
 
+def test_what_it_leaves_is_neither_read_blindly_nor_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = ("os.remove('train_mlx.py'); os.mkfifo('train_mlx.py'); os.makedirs('a/' * 500); os.chmod('.', 0o500)\n"
+            f"print({json.dumps(RESULT)!r})")  # fmt: skip
+    assert asked(tmp_path, claude(tmp_path, monkeypatch, body)).kind == "ok"
+    assert not list(tmp_path.glob("agent-*"))
+
+
 # --- whole nights ------------------------------------------------------------------------------------------------------
 
 FAST = ("--baseline-seeds", "3", "--disk-gb", "0", "--no-picture", "--no-sandbox", "--tag", "night")

@@ -553,9 +553,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     """A folder to train in, prepared data, and the data's seq_len."""
     folder = tmp_path_factory.mktemp("bench")
     env = {**os.environ, "AUTORESEARCH_HOME": str(folder / "home")}
-    subprocess.run([sys.executable, ROOT / "prepare_mlx.py", "--preset", "tiny", "--dataset", "stories", "--json", "entry.json"],
+    subprocess.run([sys.executable, ROOT / "prepare_mlx.py", "--preset", "tiny", "--dataset", "stories"],
                    cwd=folder, env=env, capture_output=True, check=True, timeout=120)  # fmt: skip
-    return folder, folder / "home", json.loads((folder / "entry.json").read_text())["seq_len"]
+    return folder, folder / "home", json.loads((folder / "home" / "current.json").read_text())["seq_len"]
 
 
 def check_training(bench: tuple[Path, Path, int], picked: list[Change]) -> None:

@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900),
 def test_the_shipped_model_trains_in_the_memory_that_was_expected(tmp_path: Path) -> None:
     """At this machine's preset and tier, on the embedded stories."""
     assert prepare("--dataset", "stories", "--json", tmp_path / "entry.json", home=tmp_path).returncode == 0
-    done = program(ROOT / "train_mlx.py", home=tmp_path, seconds=600, AUTORESEARCH_RUN_DIR=str(tmp_path / "run"),
-                   AUTORESEARCH_BUDGET="50steps", MLX_DISABLE_COMPILE="")
+    data = json.loads((tmp_path / "entry.json").read_text())["train_dir"]
+    done = program(ROOT / "train_mlx.py", home=tmp_path, seconds=600, AUTORESEARCH_DATA=data,
+                   AUTORESEARCH_RUN_DIR=str(tmp_path / "run"), AUTORESEARCH_BUDGET="50steps", MLX_DISABLE_COMPILE="")
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "run" / "train.json").read_text())
     assert facts["peak_vram_mb"] == pytest.approx(facts["expected_vram_mb"], rel=0.25)

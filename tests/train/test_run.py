@@ -56,8 +56,8 @@ def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, tiny: Dataset) -> No
     assert facts["total_tokens"] == 30 * train_mlx.BATCH_TOKENS
     assert facts["expected_vram_mb"] == pytest.approx(facts["peak_vram_mb"], rel=0.15)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(set(line) == {"step", "tokens", "seconds", "loss", "lr", "tokens_per_second", "mfu_percent", "memory_mb"}
-               for line in lines)
+    assert all(set(line) == {"step", "tokens", "seconds", "progress", "loss", "lr", "tokens_per_second", "mfu_percent",
+                             "memory_mb"} for line in lines)
     assert (lines[-1]["step"], lines[-1]["tokens"]) == (30, facts["total_tokens"])
     assert lines[-1]["loss"] < np.log(320) - 0.5
     start, progress = process.stdout.split("expected:")[0], process.stdout.rsplit("step", 1)[1]

@@ -14,12 +14,14 @@ from night_kit import TRAINER, Bed
 from trial_kit import lab
 
 from agent.errors import DataError, Stopped
+from agent.files import remove
 from agent.git.worktree import Repository
 from agent.process.environment import clean_env
 from agent.trial import sandbox
 from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
 from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen
+from agent.views.terminal import Console
 
 
 def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
@@ -118,6 +120,44 @@ def test_held_out_data_that_is_gone_is_no_candidates_fault(tmp_path: Path) -> No
         run_trial(place, tmp_path / "trials" / "0001-7", 7, None)
     with pytest.raises(DataError, match="the search for held-out text failed"):
         screen(place, b"")
+
+
+HOSTILE = {
+    "a pipe for error.json": ('os.mkfifo(run / "error.json"); sys.exit(3)', "nan"),
+    "a device for error.json": ('(run / "error.json").symlink_to("/dev/zero"); sys.exit(4)', "oom"),
+    "a giant error.json": ('(run / "error.json").touch(); os.truncate(run / "error.json", 60 << 30); sys.exit(3)', "nan"),
+    "a pipe for metrics": ('os.mkfifo(run / "metrics.jsonl"); sys.exit(3)', "nan"),
+    "a device for metrics": ('(run / "metrics.jsonl").symlink_to("/dev/zero"); sys.exit(3)', "nan"),
+    "a pipe for train.json": ('os.mkfifo(run / "train.json"); sys.exit(0)', "crash"),
+    "folders without end": (
+        'os.chdir(run); [(os.mkdir("d"), os.chdir("d")) for _ in range(1900)]; time.sleep(60)', "violation",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_no_file_of_a_candidate_holds_the_driver_up(tmp_path: Path, what: str) -> None:
+    body, status = HOSTILE[what]
+    begun = time.monotonic()
+    try:
+        result = trial(tmp_path, TRAINER.replace("    with open(run", f"    {body}\n    with open(run"))
+        assert (result.status, time.monotonic() - begun < 15) == (status, True), result.error
+        assert trial(tmp_path).status == "ok", "what was left there does not disturb the next attempt"
+    finally:
+        remove(tmp_path / "trials")  # deeper than pytest can remove
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 9000, "1e400", "NaN", "[" * 9000 + "]" * 9000])
+def test_numbers_that_no_computer_can_hold_are_not_shown_and_stop_nothing(tmp_path: Path, number: str) -> None:
+    rows = "".join(f'{{"{name}": {number}, "loss": 1.0}}\n' for name in ("step", "tokens", "tokens_per_second", "seconds"))
+    body = f'(run / "metrics.jsonl").write_text({rows!r}); time.sleep(0.5)'
+    source = TRAINER.replace("    with open(run", f"    {body}\n    with open(run", 1)
+    seen: list[dict[str, Any]] = []
+    result = trial(tmp_path, source, show=lambda row: (seen.append(row), Console().metrics(row)))
+    assert result.status == "ok", result.error
+    assert all(abs(value) < 1e18 for row in seen for value in row.values())
+    lost = trial(tmp_path, source.replace('"loss": 1.0', f'"loss": {number}'))
+    assert lost.status == ("ok" if number.startswith("[") or number.startswith("-") else "nan")
 
 
 def test_stop_leaves_a_trial_without_a_result(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_page_the_night_and_an_experiment(tmp_path: Path) -> None:
         assert [(e["n"], e["status"], e["trials"]) for e in shown["experiments"]] == [
             (0, "keep", 2), (1, "discard", 2), (2, "crash", 2), (3, "keep", 2)]
         assert shown["experiments"][1]["score"] == pytest.approx(1.491)
-        assert shown["experiments"][1]["error"] == pytest.approx(0.001)
+        assert shown["experiments"][1]["error"] == pytest.approx(shown["sigma"] / 2**0.5)
         assert (shown["best"], shown["running"], shown["wanted"]) == (3, True, 8)
         one = json.loads(get(address + "experiment/3")[1])
         assert f"+# {MARKUP} 3" in one["diff"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from night_kit import ROOT
+from night_kit import ROOT, Bed
 from story_kit import Story, long_night, told
 
 from agent.journal.journal import Journal
@@ -59,6 +59,74 @@ def test_picture_shows_what_was_won_and_most_of_what_was_tried(
     assert baseline + 0.001 < high
     assert sum(score < high for score in discards) == shown
     assert not 0 < baseline - best < 0.1 * (high - low)
+
+
+MARKUP = "<img src=x onerror=alert(1)> <script>alert(1)</script> | [a](http://x) @someone `b`"
+
+
+def full(folder: Path) -> Path:
+    """A night with keeps, a near miss, failures, tests and stories, and markup in every field of an agent or a model."""
+    story = told()
+    story.experiment(3, "discard", (1.345,), cost=0.5)
+    story.experiment(4, "crash")
+    for n, val in ((0, 1.6), (2, 1.35)):
+        story.add("test_score", n=n, split="test", val_bpb=val, test_bpb=val + 0.02 * (n + 1), summary={}, error=None)
+        texts = [{"prompt": "", "text": f"A dog {n}. {MARKUP}"}, {"prompt": MARKUP, "text": f"A cat {n}."}]
+        story.add("stories", n=n, texts=texts)
+    story.add("note", text=MARKUP)
+    for event in story.events:
+        for name in ("description", "hypothesis", "reason"):
+            if event["event"] in ("candidate", "verdict") and (name in event or name == "hypothesis"):
+                event[name] = f"{name} {event['n']} {MARKUP}"
+        if event["event"] == "candidate":
+            event["family"] = MARKUP
+    return written(folder, story)
+
+
+def test_the_report_stands_alone_and_holds_no_markup_of_an_agent(tmp_path: Path) -> None:
+    folder = full(tmp_path / "night")
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/report.py"), str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    html = (folder / "report.html").read_text()
+    assert re.findall(r"<(?:script|iframe|link|form)", html) == []
+    assert set(re.findall(r"<img[^>]* src=\"([^,\"]*)", html)) == {"data:image/png;base64"}
+    assert re.findall(r"(?:href|src)=(?!\"data:)[^x]", html) == [], "nothing is loaded from elsewhere"
+    assert "default-src 'none'" in html
+    for words in ("best 1.3500 from baseline 1.6000: -15.6 % in 4 experiments, 1 kept", "hypothesis 2", "+0.2500", "1.4100",
+                  "+0.0600", "A dog 0.", "A dog 2.", "A cat 2.", "description 3", "description 4", "within the noise (±",
+                  "beats experiment 2 (1.3500) by 0.0050"):  # fmt: skip
+        assert words in html, words
+    brief = (folder / "report.md").read_text()
+    assert "| 2 | description 2" in brief
+    assert "+0.2500 |" in brief
+    assert "<img" not in brief.replace("\\<img", "")
+    assert not re.search(r"(?<!\\)[`@\[]", brief.replace("`autoresearch/t`", ""))
+    table = [line for line in brief.splitlines() if line.startswith("| 2 ")]
+    assert re.sub(r"\\\|", "", table[0]).count("|") == 5, "a bar in a description is no column"
+
+
+def test_the_report_shows_the_commits_difference(tmp_path: Path) -> None:
+    """In a real night: its commits are in the checkout."""
+    bed = Bed(tmp_path, "better")
+    done = bed.run("--experiments", "1", "--no-sandbox")
+    assert done.returncode == 0, done.stdout
+    command = [sys.executable, str(ROOT / "scripts/report.py")]
+    done = subprocess.run(command, cwd=bed.repo, env=bed.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    html = (bed.folder() / "report.html").read_text()
+    assert html.count('<span class="plus">+GAIN = 0.05</span>') == 2, "of the keep, and of the whole night"
+
+
+def test_near_misses_are_those_ahead_of_the_best_of_their_time_or_within_the_noise() -> None:
+    story = told()  # baseline 1.6, then 1.8 discarded, then 1.35 kept
+    story.experiment(3, "discard", (1.34,))
+    story.experiment(4, "discard", (1.36,))
+    story.experiment(5, "discard", (1.5,))
+    story.experiment(6, "discard", (1.3, 1.34))
+    found = report.near_misses(story.night, 0.02)
+    assert [(e.n, round(gain, 4)) for e, gain, _ in found] == [(6, 0.03), (3, 0.01), (4, -0.01)]
+    assert found[0][2].endswith("after 2 trainings")
+    assert [e.n for e, _, _ in report.near_misses(story.night, 0.002)] == [6, 3], "with less noise 4 is plainly worse"
 
 
 def test_names_of_keeps_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

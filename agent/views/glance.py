@@ -1,0 +1,204 @@
+"""A night as plain data: the same numbers for the terminal, `--status --json`, the page and the report.
+
+Drawn from the journal, and from the run folder of the training that runs now. A candidate's file may hold anything, so only
+a bounded part of it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from agent.files import read_part
+from agent.journal.state import Experiment, Night, Trial
+from agent.text import one_line, safe_tail
+
+CURVE_POINTS = 300  # of a loss curve, evenly chosen
+CURVE_BYTES = 8 << 20  # of metrics.jsonl that are read
+ROW_BYTES = 4096  # from the end of metrics.jsonl: its newest line
+LOG_CHARACTERS = 4000
+DIFF_CHARACTERS = 40_000
+RECENT = 20  # experiments whose pace tells how long the next ones take
+BEYOND_NOISE = 2.0  # standard deviations; for words only, decision.py decides
+
+
+def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None = None) -> dict[str, Any]:
+    """The whole night in numbers. sigma: standard deviation of one training, bpb. folder: runs/<tag>, to look at the training
+    that runs now."""
+    best = night.leader if night.best is not None else None
+    now = night.open
+    return {
+        "tag": night.tag, "running": running, "ended": night.ended, "started": night.started, "last": night.last, "sigma": sigma,
+        "train_file": night.train_file, "data": night.dataset.get("id"), "budget": night.dataset.get("budget"),
+        "wanted": night.settings.get("experiments"), "hours": night.settings.get("hours"),
+        "sandbox": night.sandbox.partition(":")[0],
+        "best": best.n if best else None, "baseline": night.baseline.mean if night.baseline else None, "kept": night.kept,
+        "cost": night.cost, "unpriced": night.unpriced, "tokens": night.tokens, "agent_seconds": night.agent_seconds,
+        "experiments": [_row(e, sigma) for e in night.experiments if e.status is not None],
+        "open": {**_row(now, sigma), "phase": phase(night), "training": _training(night, folder)} if now else None,
+        "doing": phase(night) if now else "between two experiments" if running else "",
+        "left": left(night, time.time()) if running else None, "notes": [one_line(note, 300) for note in night.notes[-5:]],
+    }  # fmt: skip
+
+
+def phase(night: Night) -> str:
+    """What is going on in the experiment without a verdict."""
+    experiment = night.experiments[-1]
+    if experiment.n and experiment.commit is None:
+        return "the agent is at work"
+    subject, trial = _running(night)
+    if subject is None or trial is None:
+        return "deciding"
+    if subject is not experiment:
+        return f"training the best again, seed {trial.seed}"
+    seeds = None if experiment.n else night.settings.get("baseline_seeds")
+    return f"training {trial.k + 1}{f' of {seeds}' if seeds else ''}, seed {trial.seed}"
+
+
+def _running(night: Night) -> tuple[Experiment, Trial] | tuple[None, None]:
+    """The training that runs now, and whose it is: the open experiment's, or the best's."""
+    subjects = [night.experiments[-1], *([night.leader] if night.best is not None else [])]
+    return next(((e, e.trials[-1]) for e in subjects if e.trials and e.trials[-1].status == "running"), (None, None))
+
+
+def error_of(experiment: Experiment, sigma: float) -> float | None:
+    """Standard error of an experiment's mean (bpb), by the noise of the night: sigma over the root of its trainings."""
+    return sigma / len(experiment.scores) ** 0.5 if experiment.scores and sigma else None
+
+
+def score(experiment: Experiment, sigma: float) -> str:
+    """The one number of an experiment with its spread, `1.2345 ±0.0021`; "" without a score."""
+    if experiment.mean is None:
+        return ""
+    error = error_of(experiment, sigma)
+    return f"{experiment.mean:.4f}" + (f" ±{error:.4f}" if error else "")
+
+
+def compared(experiment: Experiment, other: Experiment, sigma: float) -> str:
+    """In words, how an experiment's score stands to another's: by how much it is better, and whether that is noise."""
+    errors = error_of(experiment, sigma), error_of(other, sigma)
+    if experiment.mean is None or other.mean is None or errors[0] is None or errors[1] is None:
+        return ""
+    gain, noise = other.mean - experiment.mean, BEYOND_NOISE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    way = "beats" if gain > 0 else "is behind"
+    how = "within the noise" if abs(gain) < noise else "more than the noise"
+    return f"{experiment.mean:.4f} {way} {other.name} ({other.mean:.4f}) by {abs(gain):.4f}, {how} (±{noise:.4f})"
+
+
+def left(night: Night, now: float) -> dict[str, Any]:
+    """How much of the night is left: `seconds` to its end and `experiments` by then, each None where nobody can know.
+
+    now: Unix time. Guessed by the pace and the price of the last experiments, within the night's limits."""
+    done, settings = night.done, night.settings
+    recent = [e for e in done[-RECENT:] if e.ended > e.started]
+    pace = fmean(e.ended - e.started for e in recent) if recent else None
+    asked, hours, money = settings.get("experiments"), settings.get("hours"), settings.get("max_cost")
+    seconds = max(0.0, night.session + hours * 3600 - now) if hours is not None and night.session else None
+    counts = [asked - len(done)] if asked is not None else []
+    if seconds is not None and pace:
+        counts.append(int(seconds / pace) + 1)  # the last one begins before the end
+    if money is not None and done and night.cost > 0:
+        counts.append(int((money - night.cost) / (night.cost / len(done))))
+    experiments = max(0, min(counts)) if counts else None
+    if pace and experiments is not None:
+        begun = now - night.open.started if night.open and night.open.n else 0.0
+        needed = max(0.0, experiments * pace - begun)
+        seconds = needed if seconds is None else min(seconds, needed)
+    return {"seconds": seconds, "experiments": experiments, "pace": pace}
+
+
+def _row(experiment: Experiment, sigma: float) -> dict[str, Any]:
+    return {
+        "n": experiment.n, "status": experiment.status, "score": experiment.mean, "trials": len(experiment.scores),
+        "error": error_of(experiment, sigma), "description": one_line(experiment.description, 200),
+        "reason": one_line(experiment.reason, 300), "started": experiment.started, "ended": experiment.ended,
+        "cost": experiment.cost,
+    }  # fmt: skip
+
+
+def _training(night: Night, folder: Path | None) -> dict[str, Any] | None:
+    """The training that runs now: its newest metrics (`progress`: the used share of the budget), and whether it is being scored."""
+    trial = _running(night)[1]
+    if folder is None or trial is None:
+        return None
+    run = folder / "trials" / trial.folder
+    return {**newest(run / "metrics.jsonl"), "seed": trial.seed, "scoring": (run / "train.json").is_file()}
+
+
+def newest(path: Path) -> dict[str, float]:
+    """The finite numbers in the newest whole line of metrics.jsonl; {} without one."""
+    try:
+        lines = read_part(path, -ROW_BYTES, ROW_BYTES).split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+            return {str(key): float(value) for key, value in row.items() if _usual(value)}
+        except (ValueError, AttributeError, RecursionError):
+            continue
+    return {}
+
+
+def _usual(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e18  # false for NaN, too
+
+
+def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> dict[str, Any]:
+    """One experiment: why it was tried, what changed, how it ended, its loss curve beside the best's. folder: runs/<tag>."""
+    experiment = night.experiments[n]
+    error, curves = experiment.error or {}, {}
+    for name, other in (("this", experiment), ("best", night.experiments[night.best or 0])):
+        if points := loss_curve(other, folder):
+            curves[name] = points
+    logs = sorted((folder / "logs").glob(f"{n:04d}*.log"), key=lambda path: path.name)
+    return {
+        **_row(experiment, sigma), "hypothesis": one_line(experiment.hypothesis, 500), "reason": one_line(experiment.reason, 500),
+        "commit": experiment.commit, "lines": experiment.lines, "tokens": experiment.tokens,
+        "failure": f"{error.get('message') or ''}\n{error.get('tail') or ''}".strip()[:LOG_CHARACTERS],
+        "results": [{"seed": t.seed, "score": t.val_bpb, "seconds": t.seconds, "status": t.status} for t in experiment.trials],
+        "diff": diff[:DIFF_CHARACTERS], "curves": curves, "log": safe_tail(logs[-1], LOG_CHARACTERS) if logs else "",
+    }  # fmt: skip
+
+
+def loss_curve(experiment: Experiment, folder: Path) -> list[list[float]]:
+    """[seconds, loss] of the newest training whose run folder is still there; [] without one."""
+    for trial in reversed(experiment.trials):
+        if points := read_curve(folder / "trials" / trial.folder / "metrics.jsonl"):
+            return points
+    return []
+
+
+def read_curve(path: Path) -> list[list[float]]:
+    """[seconds, loss] from metrics.jsonl, at most CURVE_POINTS. The file is the candidate's: anything may be in it."""
+    try:
+        lines = read_part(path, 0, CURVE_BYTES).splitlines()
+    except OSError:
+        return []
+    points = []
+    for line in lines[:: max(1, len(lines) // CURVE_POINTS)]:
+        try:
+            row = json.loads(line)
+            seconds, loss = float(row["seconds"]), float(row["loss"])
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            continue
+        if abs(seconds) < 1e9 and abs(loss) < 1e6:  # false for NaN, too
+            points.append([seconds, loss])
+    return points
+
+
+def families(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """Kinds of idea, the most successful first: how many were tried, kept and failed."""
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault(experiment.family or "other", []).append(experiment)
+    table = [
+        {"family": one_line(name, 40), "tried": len(group), "kept": sum(e.status == "keep" for e in group),
+         "failed": sum(e.status not in ("keep", "discard") for e in group)}
+        for name, group in groups.items()
+    ]  # fmt: skip
+    return sorted(table, key=lambda row: (-row["kept"] / row["tried"], -row["tried"], row["family"]))
