@@ -105,6 +105,8 @@ class Run:
         return dict(json.loads(self.facts_file.read_text()))
 
     def alive(self) -> list[int]:
+        if not self.facts_file.exists():
+            return []  # it was ended before its first line
         return [pid for pid in self.facts["pids"] if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
     @property

@@ -154,10 +154,10 @@ def check(ask: Ask, prompt: str, path: Path, start_seconds: float = 0.0) -> Repl
 
     A second question, to count, shows how fast the model writes. `start_seconds` is what each proposal takes before it asks."""
     source = _read(path)
-    filler = _without(prompt, source)
+    filler = prompt
     while len(filler) < LARGEST_PROMPT and source.strip():
         filler += "\n" + source[: LARGEST_PROMPT - len(filler)]
-    talk = _conversation(ask, f"# What an experiment will be told, in length\n{filler}\n", path, source)
+    talk = Conversation(ask, f"# As long as what an experiment will be told\n{filler}\n", _shown(path, source))
     talk.question = "This only tests the connection. Change nothing, write no blocks; answer with the one word: ready"
     counting = [{"role": "user", "content": "Count from 1 to 60 in digits, separated by blanks. Write nothing else."}]
     try:
@@ -198,7 +198,11 @@ def _read(path: Path) -> str:
 
 
 def _conversation(ask: Ask, prompt: str, path: Path, source: str) -> Conversation:
-    return Conversation(ask, _without(prompt, source), f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n")
+    return Conversation(ask, _without(prompt, source), _shown(path, source))
+
+
+def _shown(path: Path, source: str) -> str:
+    return f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n"
 
 
 def _without(prompt: str, source: str) -> str:

@@ -45,7 +45,7 @@ _CONTEXT = re.compile(
 _NUMBER = r"(\d{1,3}(?:,\d{3})+|\d{3,8})\b"
 _CONTEXT_SIZE = re.compile(
     r"(?:n_ctx|num_ctx|max_model_len|context (?:size|length|window)|maximum (?:context |model |input |prompt )?(?:length|tokens))"
-    rf"\D{{0,30}}?{_NUMBER}|{_NUMBER} maximum|limit (?:is |of )?{_NUMBER}",
+    rf"\D{{0,30}}?{_NUMBER}|{_NUMBER} maximum|limit:? (?:is |of )?{_NUMBER}",
     re.I,
 )
 _NOT_FOR_CHAT = re.compile(r"embed|rerank|whisper|\btts\b|bge-|e5-|clip|moderation|dall-e|stable-diffusion", re.I)
@@ -97,7 +97,7 @@ class Endpoint:
         self.base_url = mended_url(self.base_url)
         self.key = sound_key(self.key)
         self._until = math.inf
-        self._client = self._new_client()
+        self._new_client().close()  # what can't work is told before anything is asked
 
     def ask(self, model: str, messages: list[dict[str, str]]) -> Answer:
         """The answer to `messages`. Raises ChatError."""
@@ -162,7 +162,6 @@ class Endpoint:
                 raise
             first, base = error, self.base_url
         self.base_url = base + "/v1"
-        self._client = self._new_client()
         try:
             return self._once(path, body)
         except ChatError as error:
@@ -179,10 +178,11 @@ class Endpoint:
         self._until = time.monotonic() + self.timeout
         headers: dict[str, Any] = {} if self.key else {"Authorization": openai.Omit()}
         try:
-            if body is None:
-                response = self._client.models.with_raw_response.list(extra_headers=headers).http_response
-            else:
-                response = self._client.chat.completions.with_raw_response.create(**body, extra_headers=headers).http_response
+            with self._new_client() as client:
+                if body is None:
+                    response = client.models.with_raw_response.list(extra_headers=headers).http_response
+                else:
+                    response = client.chat.completions.with_raw_response.create(**body, extra_headers=headers).http_response
         except openai.APITimeoutError as error:
             if "Connect" in type(error.__cause__).__name__:
                 raise ChatError("agent_error", f"can't reach {url} within {CONNECT_SECONDS:g} s; is the server running?") from None
@@ -502,12 +502,11 @@ def _refused(status: int | None, body: Any, headers: Any, url: str) -> ChatError
 
     if meant and 300 <= meant < 400:
         return failed("agent_error", f"; it redirects to {headers.get('Location')}: give that as --base-url if you trust it")
-    limited = RATE.search(f"{kind} {said}") is not None
+    limited = meant == 429 or RATE.search(f"{kind} {said}") is not None
     size, sent = _sizes(said, found)
     too_much = size is not None and sent is not None and sent > size  # a limit of tokens a minute that no wait will lift
     context = _CONTEXT.search(f"{kind.replace('_', ' ')} {said}") is not None
-    if meant not in (401, 402, 403) and ((context and (not limited or too_much) and meant != 429) or meant == 413
-                                         or (limited and too_much)):  # fmt: skip
+    if meant not in (401, 402, 403) and ((context and not limited) or meant == 413 or (limited and too_much)):
         return failed("agent_error", too_small=True, context=size, sent=sent)
     if meant == 503 or _LOADING.search(said):
         wait = _wait(found, headers, said)
