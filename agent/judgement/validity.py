@@ -31,7 +31,7 @@ def validated(night: Night, experiment: Experiment, result: TrialResult, budget_
     disturbed = result.status == "ok" and decisive(budget_seconds) and disturbance(result)
     if not disturbed or experiment.repeats.get("disturbed", 0) >= MOST_REPEATS or night.disturbed >= few + night.trials // one_in:
         return result
-    message = f"the machine's speed changed, {disturbed}"
+    message = f"the machine {disturbed}"
     return replace(result, status="disturbed", error=failure_record("disturbed", message))
 
 
@@ -53,5 +53,6 @@ def _against_the_night(night: Night, result: TrialResult) -> TrialResult:
     if not isinstance(rate, float) or disturbance(result) or len(before) < TRIALS_BEFORE:
         return result
     change = rate / max(median(before), 1e-9) - 1
-    warning = {"speed_warning": f"{change:+.0%} against the night's median: heat, or another program"} if change < -SLOWER else {}
+    words = f"was {-change:.0%} slower than in the night's median training (heat or another program?)"
+    warning = {"speed_warning": words} if change < -SLOWER else {}
     return replace(result, summary={**result.summary, **warning})

@@ -45,6 +45,7 @@ from agent.views import results
 from agent.views.glance import at_a_glance, score
 from agent.views.terminal import Console
 
+MOST_REMOVALS = 2  # of a training's folders, after which the training is repeated
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
 
 
@@ -284,7 +285,7 @@ class Engine:
             self.lay(experiment)
             self.console.stage(f"{name}, trial {k + 1}" + f": {experiment.description}" * (experiment.n > 0))
             self.record("trial_start", n=experiment.n, k=k, seed=seed, dir=run_dir.name)
-            result = self._trained(run_dir, seed, baseline)
+            result = self._trained(experiment, run_dir, seed, baseline)
             result = validity.validated(self.night, experiment, result, self.lab.budget_seconds)
             self.record(
                 "trial_end", n=experiment.n, k=k, seed=seed, dir=run_dir.name, status=result.status, val_bpb=result.val_bpb,
@@ -314,8 +315,10 @@ class Engine:
         self.console.say(f"{experiment.name}: {status}{shown} ({reason}); best {score(self.night.leader, sigma)}")
         self.hooks.after_experiment(self.night, experiment)
 
-    def _trained(self, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
-        """The result of one training; `interrupted` where somebody removed or moved the night's folder while it ran."""
+    def _trained(self, experiment: Experiment, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
+        """The result of one training; `interrupted` where somebody removed or moved a folder that it needs while it ran.
+
+        A candidate may do that itself: the third time it is a crash."""
         began, trouble, result = time.monotonic(), None, None
         try:
             result = run_trial(self.lab, run_dir, seed, reference)
@@ -324,9 +327,10 @@ class Engine:
         moved = self.journal.follow()
         if moved:
             self.restored()
-        if moved or not run_dir.is_dir():
-            error = failure_record("interrupted", "the folder of the training was removed or moved meanwhile")
-            return TrialResult("interrupted", time.monotonic() - began, error=error)
+        if moved or not run_dir.is_dir() or not self.worktree.path.is_dir():
+            kind = "interrupted" if experiment.repeats.get("interrupted", 0) < MOST_REMOVALS else "crash"
+            error = failure_record(kind, "a folder that the training needs was removed or moved meanwhile")
+            return TrialResult(kind, time.monotonic() - began, error=error)
         if trouble is not None or result is None:
             raise trouble or AssertionError
         return result

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agent.files import read_plain
 from agent.journal.state import Experiment, Night
 from agent.process import child
 from agent.process.environment import clean_env
@@ -80,7 +81,10 @@ class Hooks:
             last = one_line(outcome.tail(300), 300) or "it said nothing on standard error"
             return self._trouble(name, f"{endings.get(outcome.reason) or f'failed with {code}'}: {last}")
         self._said.pop(name, None)
-        return _shortened(safe_text(out.read_bytes()).strip())
+        try:
+            return _shortened(safe_text(read_plain(out, 2 * OUTPUT_BYTES)).strip())
+        except OSError:  # the hook itself has removed the night's folder
+            return ""
 
     def _trouble(self, name: str, text: str) -> str:
         if self._said.get(name) != text:

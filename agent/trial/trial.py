@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import DataError
-from agent.files import remove
+from agent.files import read_plain, remove
 from agent.process import child
 from agent.text import failure_record
 from agent.trial import rights, sandbox
-from agent.trial.failures import REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
+from agent.trial.failures import LOG_BYTES, REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
 from agent.trial.lab import SCORER_SECONDS, TRAINER_SECONDS, Lab, run_child
 from agent.trial.metrics import SummaryError, Watch, differences, read_summary
 from agent.trial.order import TrialResult
@@ -130,7 +130,7 @@ def score_run(
     if outcome.exit_code != 0:
         return _refused(outcome, "scoring failed")
     try:
-        summary = read_summary(out.read_text(encoding="utf-8", errors="replace"), split)
+        summary = read_summary(read_plain(out, LOG_BYTES).decode("utf-8", "replace"), split)
     except SummaryError as error:
         return failed("crash", str(error), outcome)
     return TrialResult("ok", outcome.seconds, summary[f"{split}_bpb"], {**summary, SCORER_SECONDS: round(outcome.seconds, 2)})

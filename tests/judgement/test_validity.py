@@ -17,7 +17,7 @@ from agent.judgement import validity
 from agent.trial.order import TrialResult
 from agent.views import results
 
-WARNING = "-31% over the training: heat, or another program"
+WARNING = "slowed down by 31% during this training (heat or another program?)"
 
 
 def drifting(bed: Bed) -> None:
@@ -48,8 +48,8 @@ def test_a_disturbed_training_is_repeated_twice_then_taken(tmp_path: Path) -> No
     night = fold(events)
     assert [trial.seed for trial in night.experiments[0].trials] == [1, 2, 3]
     assert (night.trials, night.disturbed) == (3, 3)
-    assert f"trial 2 is repeated: the machine's speed changed, {WARNING}" in done.stdout
-    assert f"the machine's speed: {WARNING})" in done.stdout, "what is taken all the same is said"
+    assert f"trial 2 is repeated: the machine {WARNING}" in done.stdout
+    assert f"the machine {WARNING})" in done.stdout, "what is taken all the same is said"
     assert "3 of 6 trainings repeated" in bed.loop("--status").stdout
     assert all(e["val_bpb"] for e in events if e["event"] == "trial_end"), "what was not counted is on record"
 
@@ -91,13 +91,13 @@ def night_of(*rates: float | None) -> Story:
 @pytest.mark.parametrize(
     ("earlier", "rate", "budget", "said"),
     [
-        ((100.0, 90.0, 110.0), 89.0, "300s", "-11% against the night's median: heat, or another program"),
+        ((100.0, 90.0, 110.0), 89.0, "300s", "was 11% slower than in the night's median training (heat or another program?)"),
         ((100.0, 90.0, 110.0), 91.0, "300s", ""),
         ((100.0, 90.0, 110.0), 400.0, "300s", ""),  # a quieter machine than before is no harm
         ((100.0, 100.0), 50.0, "300s", ""),  # too few to know what is usual
         ((100.0, 100.0, None), 50.0, "300s", ""),
         ((100.0, 100.0, 100.0), None, "300s", ""),  # a harness that does not tell
-        ((100.0, 100.0, 100.0), 50.0, "12s", "-50% against the night's median: heat, or another program"),
+        ((100.0, 100.0, 100.0), 50.0, "12s", "was 50% slower than in the night's median training (heat or another program?)"),
     ],
 )
 def test_a_machine_that_is_slow_from_beginning_to_end_is_noticed_by_the_night(
@@ -110,7 +110,7 @@ def test_a_machine_that_is_slow_from_beginning_to_end_is_noticed_by_the_night(
     assert result.summary.get("speed_warning", "") == validity.disturbance(result) == said
     assert result.status == ("disturbed" if said and budget == "300s" else "ok")
     if result.status == "disturbed":
-        assert (result.error or {})["message"] == f"the machine's speed changed, {said}"
+        assert (result.error or {})["message"] == f"the machine {said}"
 
 
 def test_a_machine_that_stays_slow_becomes_what_is_usual() -> None:

@@ -15,6 +15,7 @@ from conftest import PLANTED, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.files import remove
 from agent.process import supervise
 from agent.process.child import Bounds, Outcome, run
 from agent.process.environment import clean_env
@@ -253,6 +254,30 @@ def test_a_full_directory_ends_a_child(child, tmp_path):
         bounds={"directories": (tmp_path / "absent", tmp_path), "directory_bytes": 4 << 20},
     )
     assert outcome.reason == "disk"
+
+
+def test_folders_too_deep_to_measure_end_a_child(child, tmp_path):
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    try:
+        outcome = child("import os, time; os.chdir('deep')\nfor _ in range(1900): os.mkdir('d'); os.chdir('d')\ntime.sleep(60)",
+                        bounds={"directories": (folder,), "directory_bytes": 1 << 40})
+        assert outcome.reason == "disk"
+    finally:
+        remove(folder)
+
+
+def test_pipes_where_the_driver_writes_and_reads_hold_it_up_for_no_time(child, tmp_path):
+    for name in ("child.log", "out", ".child.pid.new", "child.pid", "other.pid"):
+        os.mkfifo(tmp_path / name)
+    outcome = child("print('said')", stdout_to=tmp_path / "out", pidfile=tmp_path / "child.pid")
+    assert outcome.ok
+    assert (tmp_path / "out").read_text() == "said\n"
+    (tmp_path / "huge.pid").write_text('{"marker": "m", "processes": [{"pid": 1' + "0" * 400 + ', "start": 1e400}]}')
+    (tmp_path / "deep.pid").write_text("[" * 50000)
+    (tmp_path / "folder.pid").mkdir()
+    assert end_leftovers(tmp_path) == []
+    assert list(tmp_path.glob("*.pid")) == []
 
 
 def test_stop_and_watch_end_a_child_with_their_reason(child, tmp_path):
