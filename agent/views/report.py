@@ -24,6 +24,13 @@ BASELINE, KEEP, DISCARD, FAILED = "#24292f", "#1a7f37", "#9aa4ad", "#cf222e"
 # a staircase that falls there is nothing.
 PLACES = [(-side, "right", down) for down in range(7, 70, 11) for side in (3, 20)]
 PLACES += [(side, "left", down) for down in (*range(7, 70, 11), -9, -20, -31) for side in (3, 20)]
+ENDS = {  # why a night ended, in words
+    "experiments": "all experiments asked for are done", "hours": "its hours are over", "stopped": "stopped by request",
+    "error": "an error, see the last note or logs/driver.log", "max_cost": "its money is spent", "target": "the target is reached",
+    "patience": "nothing was kept for as long as --patience allows", "disk": "the disk is full",
+    "failures": "too many failures in a row", "login": "the agent's login expired", "rate_limit": "the agent's rate limit",
+    "missing": "the agent is missing",
+}  # fmt: skip
 Point = tuple[float, float]
 
 
@@ -47,7 +54,8 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
     axes.set_xlim(-0.02 * max(last, 4), 1.02 * max(last, 4))
     beyond: list[Experiment] = []
     if kept:
-        low, high = limits(kept[0].mean or 0.0, min(e.mean or 0.0 for e in kept), kept[0].scores, [e.mean or 0.0 for e in losses])
+        lowest = min((e.mean or 0.0) - BEYOND_NOISE * (error_of(e, sigma) or 0.0) for e in kept)
+        low, high = limits(kept[0].mean or 0.0, lowest, kept[0].scores, [e.mean or 0.0 for e in losses])
         axes.set_ylim(low, high)
         beyond = [e for e in losses if (e.mean or 0.0) > high]
     edge = axes.get_xaxis_transform()  # x in experiments, y in heights of the picture
@@ -82,10 +90,10 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
     below = [e for e in seen if any(k.n < e.n for k in kept) and (e.mean or 0.0) < min(k.mean or 0.0 for k in kept if k.n < e.n)]
     if handles:
         figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=min(len(handles), 7))
-    figure.tight_layout(rect=(0, 0.065 if below else 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.075 if below else 0.04, 1, 1))
     if below:
         text = f"{len(below)} discarded below the best so far: too few trainings, or too small a lead, to tell them from luck"
-        figure.text(0.5, 0.045, text, fontsize=8, ha="center", color="#57606a")
+        figure.text(0.5, 0.053, text, fontsize=8, ha="center", color="#57606a")
     if kept:
         describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
     _save(figure, path)
@@ -261,7 +269,8 @@ def _next(night: Night, missed: list[tuple[Experiment, float, str]]) -> list[str
     """What the numbers suggest."""
     lines = []
     if hopeful := [f"{e.n} ({one_line(e.description, 80)})" for e, gain, _ in missed if gain > 0][:4]:
-        lines.append(f"together, what was each too small to tell from luck: {', '.join(hopeful)}")
+        together = "together" if len(hopeful) > 1 else "again, or with something else"
+        lines.append(f"{together}, what led by too little to tell it from luck: {', '.join(hopeful)}")
     table = families(night.done)
     if good := [f["family"] for f in table if f["kept"]][:3]:
         lines.append(f"more of what was kept most often: {', '.join(good)}")
@@ -276,7 +285,7 @@ def _next(night: Night, missed: list[tuple[Experiment, float, str]]) -> list[str
 def _about(night: Night) -> str:
     done, counts = night.done, {s: sum(e.status == s for e in night.done) for s in STATUSES}
     verdicts = ", ".join(f"{count} {s}" for s, count in counts.items() if count)
-    ended = f" It ended by: {night.ended}." if night.ended else ""
+    ended = f" The night ended: {ENDS.get(night.ended, night.ended)}." if night.ended else ""
     data, budget = night.dataset.get("id") or "its data", night.dataset.get("budget") or "one budget"
     return f"{night.train_file} on {data}, {budget} a training. {len(done)} experiments: {verdicts or 'none'}.{ended}"
 
@@ -301,7 +310,7 @@ def _tests(night: Night) -> list[dict[str, str]]:
 
 def _stories(night: Night) -> list[dict[str, Any]]:
     """What baseline and best write from the same prompts, side by side."""
-    sides = [(night.experiments[n].name, texts) for n, texts in sorted(night.stories.items())]
+    sides = [(night.experiments[n].name, texts) for n, texts in sorted(night.stories.items()) if n in (0, night.best)]
     prompts = [text["prompt"] for text in sides[0][1]] if sides else []
     return [
         {"prompt": prompt, "sides": [{"name": name, "text": next((t["text"] for t in texts if t["prompt"] == prompt), "")}

@@ -135,7 +135,9 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
     assert scorer[str(files["held"])] == "text of held"
     assert (scorer["network"] != "connected") == sandbox.nests()
     assert (bed.home / "escaped.scorer").exists() != sandbox.nests()
-    assert described() in (folder / "journal.jsonl").read_text().replace('\\"', '"')
+    assert f"sandbox of trainings: {described().partition(':')[0]}\n" in done.stdout
+    events = read_events(folder / "journal.jsonl")[0]
+    assert [event["sandbox"] for event in events if event["event"] == "session"] == [described()], "all of it is on record"
     assert "AUTORESEARCH_DATA" in asked["environment"]
     assert not {"AUTORESEARCH_HOME"} & {*asked["environment"], *scorer["environment"]}, "where held-out data lies"
     # a TMPDIR for each trial, with nothing in it

@@ -182,3 +182,10 @@ def test_report_without_a_night_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "there is no night in" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_end_of_a_night_has_words() -> None:
+    """Names that limits.py and session.py give."""
+    source = "".join((ROOT / "agent" / "night" / name).read_text() for name in ("limits.py", "session.py", "engine.py"))
+    names = set(re.findall(r'return "(\w+)", f?"', source)) | set(re.findall(r'reason="(\w+)"', source))
+    assert {"hours", "experiments", "stopped"} <= names <= set(report.ENDS)
