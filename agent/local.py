@@ -282,10 +282,10 @@ class Server:
 
 def _cause(said: str) -> str:
     """The line of a server's output that names its failure."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in said.splitlines() if line.strip() and " - INFO - " not in line and "deprecated" not in line]
     named = [line for line in lines if re.match(r"(?:[\w.]+(?:Error|Exception|Interrupt)\b|\[METAL\]|libc\+\+abi)", line)]
     died = [line.partition("thread died: ")[2] for line in lines if "thread died: " in line]
-    return one_line(redact((named or died or lines or ["it printed nothing"])[-1]), 300)
+    return one_line(redact((named or died or lines or ["it printed no error"])[-1]), 300)
 
 
 def raise_exit(number: int, frame: object) -> None:

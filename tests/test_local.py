@@ -6,9 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +352,115 @@ def tiny_model(folder: Path) -> Path:
     weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     return folder
+
+
+EDIT = """\
+<<<<<<< SEARCH
+MODE = "ok"
+=======
+MODE = "ok"
+GAIN += 0.05
+>>>>>>> REPLACE
+HYPOTHESIS: it helps
+DESCRIPTION: more gain
+"""
+
+
+def knowing_model(folder: Path, answer: str) -> Path:
+    """A Llama in mlx-lm's format that gives `answer` to everything: each token leads to the next one of the answer.
+
+    A token's embedding is a unit vector, attention and feed-forward add nothing, and the head turns it into the next token."""
+    import mlx.core as mx
+
+    tiny_model(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    pieces = [f"{line}Ċ".replace(" ", "Ġ") for line in answer.splitlines()]
+    pieces = [piece if piece not in pieces[:at] else f"{piece[0]}|{piece[1:]}" for at, piece in enumerate(pieces)]
+    chain = [vocabulary["~"]]  # what the template ends with
+    for piece in pieces:
+        parts = piece.split("|") if "|" in piece else [piece]  # a line that comes twice is two tokens the second time
+        for part in parts:
+            chain.append(vocabulary.setdefault(part, len(vocabulary)))
+    chain.append(vocabulary["<eos>"])
+    assert len(set(chain)) == len(chain)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] += "~"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "config.json").read_text())
+    size = 4 * -(-len(vocabulary) // 4)
+    config |= {"hidden_size": size, "vocab_size": len(vocabulary), "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+    weights = {name: mx.ones_like(value) if "norm" in name else mx.zeros_like(value) for name, value in weights.items()}
+    weights["model.embed_tokens.weight"] = mx.eye(len(vocabulary), size)
+    head = mx.zeros((len(vocabulary), size))
+    for token, following in pairwise(chain):
+        head[following, token] = 10.0
+    weights["lm_head.weight"] = head
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+def wait_for_port(port: int) -> None:
+    """Return once somebody listens there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+
+
+def ours(process: psutil.Process, folder: Path) -> bool:
+    with suppress(psutil.Error):
+        return process.cwd().startswith(str(folder))
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_night_of_ten_by_a_local_model_whose_server_is_killed_three_times(tmp_path: Path) -> None:
+    """A real server with a real model; a killed one costs one experiment, and no server lives while a trainer does."""
+    from night_kit import Bed
+
+    model = knowing_model(tmp_path / "model", EDIT)
+    bed = Bed(tmp_path / "bed")
+    fast = ("--no-sandbox", "--baseline-seeds", "3", "--backoff", "0.1", "--disk-gb", "0", "--startup", "30", "--no-picture")
+    with open(tmp_path / "night.txt", "w") as said:
+        night = subprocess.Popen(
+            [sys.executable, "-m", "agent.loop", "--agent", "local", "--model", str(model), "--tag=n", "--experiments=10", *fast],
+            cwd=bed.repo, env=bed.environment(), stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    servers: list[int] = []
+    trainings = together = 0
+    while night.poll() is None:
+        words = {process: process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])}
+        words = {process: line for process, line in words.items() if "supervise.py" not in " ".join(line[:3])}
+        serving = [process for process, line in words.items() if "mlx_lm" in line and str(model) in line]
+        training = [process for process, line in words.items() if line[-1].endswith("train_mlx.py") and ours(process, bed.repo)]
+        trainings, together = trainings + bool(training), together + bool(serving and training)
+        for process in serving:
+            if process.pid not in servers:
+                servers.append(process.pid)
+                if len(servers) in (3, 6, 9):  # the first one answers before the night
+                    if len(servers) == 9:
+                        wait_for_port(int(words[process][words[process].index("--port") + 1]))
+                    process.kill()
+        time.sleep(0.05)
+    output = (tmp_path / "night.txt").read_text()
+    print(output)
+    events = [json.loads(line) for line in (bed.folder("n") / "journal.jsonl").read_text().splitlines()]
+    verdicts = {event["n"]: event["status"] for event in events if event["event"] == "verdict" and event["n"]}
+    failed = [n for n, status in verdicts.items() if status == "agent_error"]
+    assert night.returncode == 0, output
+    assert len(verdicts) == 10
+    assert len(servers) == 11
+    assert failed == [2, 5, 8]
+    assert sum(status == "keep" for status in verdicts.values()) >= 5
+    assert trainings
+    assert together == 0
+    assert not [pid for pid in servers if psutil.pid_exists(pid)]

@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from agent.views import results
 from agent.views.glance import at_a_glance, score
 from agent.views.terminal import Console
 
-MOST_REMOVALS = 2  # of a training's folders, after which the training is repeated
+MOST_REMOVALS = 2  # of a training's folders, or stops by the GPU's watchdog, after which the training is repeated
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
 
 
@@ -333,6 +333,9 @@ class Engine:
             return TrialResult(kind, time.monotonic() - began, error=error)
         if trouble is not None or result is None:
             raise trouble or AssertionError
+        watchdog = result.status == "interrupted" and "watchdog" in str((result.error or {}).get("message"))
+        if watchdog and experiment.repeats.get("interrupted", 0) >= MOST_REMOVALS:  # it is the candidate's own kernel, then
+            return replace(result, status="crash", error={**(result.error or {}), "kind": "crash"})
         return result
 
     def held_out(self) -> None:

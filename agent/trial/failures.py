@@ -1,12 +1,13 @@
 """How a trial ended, read from evidence: exit code, signal, the limit that the spawner had to enforce, metrics, `error.json`.
 
 The candidate can write any of these files, as anything: a pipe, a device, a number of a thousand digits. So reading is bounded.
-Log text is never parsed, with one exception: Metal's out-of-memory message, because Metal aborts the process.
+Log text is never parsed, with two exceptions: what Metal says of memory and of its watchdog, because Metal aborts the process.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -22,6 +23,8 @@ TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "v
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
 ERROR_BYTES = 64 << 10  # of error.json
 LOG_BYTES = 64 << 20  # of a log; the spawner keeps far less
+# What Metal says of work that it ended for somebody else's sake: the screen's, another program's, or after another one's fault
+WATCHDOG = re.compile(r"Impacting Interactivity|GPU Timeout Error|Innocent ?Victim|SubmissionsIgnored", re.I)
 METAL_MEMORY = "kIOGPUCommandBufferCallbackErrorOutOfMemory"
 
 
@@ -35,14 +38,10 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
     if outcome.reason == "nan" or watch.message:
         return "nan", watch.message
     if outcome.reason != "exited":
-        limits = {
-            "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
-            "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB or {MOST_ENTRIES} files, nested folders deeper than "
-                    f"{DEEPEST}, or filled the disk",
-            "memory": "used more memory than allowed", "log": "printed without end",
-        }  # fmt: skip
-        return REASONS.get(outcome.reason, "crash"), limits.get(outcome.reason, outcome.reason)
+        return REASONS.get(outcome.reason, "crash"), limit_words(lab, outcome.reason)
     kind, message = _error_file(run_dir / "error.json")
+    if (outcome.signal or outcome.exit_code) and (found := WATCHDOG.search(f"{message}\n{outcome.tail(5000)}")):
+        return "interrupted", f"the GPU's watchdog ended the training, perhaps for another program's sake ({found[0]})"
     if outcome.signal is not None:
         # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night, and Metal
         # aborts the process where memory ends: a word in its log is all that it leaves
@@ -55,6 +54,17 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
     if (run_dir / "train.json").is_symlink() or not (run_dir / "train.json").is_file():
         return "crash", "exit code 0, but no train.json: the training did not come to its end"
     return "", ""
+
+
+def limit_words(lab: Lab, reason: str) -> str:
+    """What a child did that the driver ended by one of its limits."""
+    limits = {
+        "wall": f"still running after {lab.wall_seconds:.0f} s (budget {lab.budget} and {lab.startup_seconds:.0f} s)",
+        "disk": f"wrote more than {lab.directory_bytes / GIB:.0f} GiB or {MOST_ENTRIES} files, nested folders deeper than "
+                f"{DEEPEST}, or filled the disk",
+        "memory": "used more memory than allowed", "log": "printed without end",
+    }  # fmt: skip
+    return limits.get(reason, reason)
 
 
 def _error_file(path: Path) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from agent.files import read_plain, remove
 from agent.process import child
 from agent.text import failure_record
 from agent.trial import rights, sandbox
-from agent.trial.failures import LOG_BYTES, REASONS, TRAINER_CODES, ending, failed, last_words, scorer_word
+from agent.trial.failures import LOG_BYTES, REASONS, TRAINER_CODES, ending, failed, last_words, limit_words, scorer_word
 from agent.trial.lab import SCORER_SECONDS, TRAINER_SECONDS, Lab, run_child
 from agent.trial.metrics import SummaryError, Watch, differences, read_summary
 from agent.trial.order import TrialResult
@@ -126,7 +126,8 @@ def score_run(
     if outcome.reason == "wall":
         return failed("timeout", f"scoring was still running after {limit:.0f} s by the driver's clock", outcome)
     if outcome.reason != "exited":
-        return failed(REASONS.get(outcome.reason, "crash"), f"scoring ended by the limit {outcome.reason}", outcome)
+        words = f"scoring was ended: the model {limit_words(lab, outcome.reason)}"
+        return failed(REASONS.get(outcome.reason, "crash"), words, outcome)
     if outcome.exit_code != 0:
         return _refused(outcome, "scoring failed")
     try:

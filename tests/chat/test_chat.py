@@ -140,3 +140,30 @@ def test_usage(tmp_path: Path, options: list[str], prompt: str, said: str) -> No
     code, _, _, stderr = run_chat(tmp_path, None, *options, prompt=prompt)
     assert code == 2
     assert said in stderr
+
+
+def test_the_package_that_carries_it_is_named_with_its_command_where_it_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "lacks").mkdir()
+    (tmp_path / "lacks" / "openai.py").write_text("raise ImportError('No module named openai')")
+    path = os.pathsep.join((str(tmp_path / "lacks"), str(ROOT)))
+    code, reply, _, _ = run_chat(tmp_path, None, "--base-url", "http://127.0.0.1:9/v1", "--model", "m", PYTHONPATH=path)
+    assert (code, reply["failure"]) == (5, "missing")
+    assert "pip install 'openai" in reply["detail"]
+
+
+@pytest.mark.parametrize(("key", "code"), [("sk-planted-012345\r\n", 0), ("sk-planted-01…23", 3), ("sk-planted-01\n2345", 3)])
+def test_a_key_that_was_pasted_badly_is_in_no_output(tmp_path: Path, key: str, code: int) -> None:
+    words = f"{GOOD} {key.strip()} half an emoji \ud83d"  # as a server that repeats what it was told
+    with ModelServer(Script(replies=[words])) as server:
+        got, reply, _, stderr = run_chat(tmp_path, server, "--model", "m", OPENAI_API_KEY=key)
+    assert got == code
+    assert "Traceback" not in stderr
+    assert "planted" not in stderr + str(reply["detail"])
+
+
+def test_a_check_asks_and_edits_nothing(tmp_path: Path) -> None:
+    with ModelServer(Script(replies=["ready", "1 2 3"])) as server:
+        code, reply, text, _ = run_chat(tmp_path, server, "--model", "m", "--check")
+    assert (code, reply["failure"], text) == (0, None, SOURCE)
+    assert reply["message"].startswith("about ")
+    assert len(server.requests[0]["body"]["messages"][1]["content"]) > 36_000

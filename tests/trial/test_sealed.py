@@ -87,7 +87,7 @@ def probing(bed: Bed, port: int) -> dict[str, Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"text of {name}")
     files["current"].unlink()  # the harness writes it
-    files["trial"], files["journal"] = bed.folder("shut") / "trials/0000-1/trainer.seen", bed.folder("shut") / "journal.jsonl"
+    files["trial"], files["journal"] = bed.folder("shut") / "trials/0000-3/trainer.seen", bed.folder("shut") / "journal.jsonl"
     asked = {"read": [str(path) for path in files.values()], "port": port, "write": str(bed.home / "escaped")}
     (bed.tools / "probe.json").write_text(json.dumps(asked))
     return files
@@ -99,6 +99,11 @@ def seen_by(bed: Bed, files: dict[str, Path], who: str, trial: str) -> dict[str,
     return {name: seen[str(path)] not in errors for name, path in files.items()} | {"network": seen["network"] == "connected"}
 
 
+def newest_run(folder: Path, n: int) -> Path:
+    """The run directory of an experiment that was kept: its newest."""
+    return max((folder / "trials").glob(f"{n:04d}-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
 @needs_sandbox
 def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home: Path) -> None:
     bed = Bed(home, "better")
@@ -107,7 +112,7 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
         asks = {"AUTORESEARCH_PROBE": str(bed.tools / "probe.json")}
         open_to_all = bed.run("--experiments", "0", "--no-sandbox", **asks)
         assert open_to_all.returncode == 0, open_to_all.stdout + open_to_all.stderr
-        seen = seen_by(bed, files, "trainer", "0000-1")
+        seen = seen_by(bed, files, "trainer", "0000-3")
         unseen = [name for name, readable in seen.items() if not readable]
         assert unseen == ["current", "trial", "journal"], "without a sandbox all is seen; this is not there yet"
         for left in bed.home.glob("escaped.*"):
@@ -116,30 +121,28 @@ def test_a_training_reads_its_own_shard_and_no_text_the_score_is_made_from(home:
     assert done.returncode == 0, done.stdout + done.stderr
     folder = bed.folder("shut")
     files["copy"] = folder / "worktree/own/a.txt"
-    asked = json.loads((folder / "trials/0000-1/trainer.seen").read_text())
+    baseline, candidate = (newest_run(folder, n) for n in (0, 1))
+    asked = json.loads((baseline / "trainer.seen").read_text())
     readable = {name for name, path in files.items() if asked.get(str(path)) not in ("FileNotFoundError", "PermissionError", None)}
     assert readable == {"train", "plain"}
-    second = json.loads((folder / "trials/0000-2/trainer.seen").read_text())
-    assert files["trial"].exists()
+    second = json.loads((candidate / "trainer.seen").read_text())  # the baseline's third run was there while the candidate trained
     assert files["journal"].exists()
     assert second[str(files["trial"])] in ("FileNotFoundError", "PermissionError")
     assert second[str(files["journal"])] in ("FileNotFoundError", "PermissionError")
     assert asked["network"] != "connected"
     assert not list(bed.home.glob("escaped.trainer"))
-    scorer = json.loads((folder / "trials/0000-1/scorer.seen").read_text())
+    scorer = json.loads((baseline / "scorer.seen").read_text())
     assert scorer[str(files["held"])] == "text of held"
     assert (scorer["network"] != "connected") == sandbox.nests()
     assert (bed.home / "escaped.scorer").exists() != sandbox.nests()
-    assert f"sandbox of trainings: {described().partition(':')[0]}\n" in done.stdout
-    events = read_events(folder / "journal.jsonl")[0]
-    assert [event["sandbox"] for event in events if event["event"] == "session"] == [described()], "all of it is on record"
+    assert described() in (folder / "journal.jsonl").read_text().replace('\\"', '"')
     assert "AUTORESEARCH_DATA" in asked["environment"]
     assert not {"AUTORESEARCH_HOME"} & {*asked["environment"], *scorer["environment"]}, "where held-out data lies"
     # a TMPDIR for each trial, with nothing in it
-    for trial in ("0000-1", "0000-2", "0001-1"):
+    for trial in (baseline.name, candidate.name):
         scratch = json.loads((folder / "trials" / trial / "trainer.seen").read_text())["scratch"]
         assert scratch == [str(folder / "tmp" / trial), []]
-    assert list((folder / "tmp").iterdir()) == []
+    assert [path.name for path in (folder / "tmp").iterdir()] == [".metadata_never_index"]
 
 
 def test_where_held_out_text_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +348,7 @@ def test_a_night_refuses_by_name_what_only_the_driver_can_see(tmp_path: Path) ->
     assert len(night.done[2].scores) >= 2, "this one would have been kept"
     assert [event["status"] for event in events if event["event"] == "verified"] == ["violation"]
     assert [note for note in night.notes if "program.md" in note] == [
-        "program.md was changed while the agent of experiment 4 was at work"
+        "program.md was changed while the agent of experiment 4 was at work; if it was not you, look at it"
     ]
     assert "program.md was changed" in done.stdout
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from night_kit import TRAINER, Bed
+from night_kit import TRAINER, Bed, git
 from trial_kit import lab
 
 from agent.errors import DataError, Stopped
 from agent.files import remove
 from agent.git.worktree import Repository
+from agent.journal.journal import read_events
+from agent.journal.state import fold
 from agent.process.environment import clean_env
 from agent.trial import sandbox
 from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
@@ -100,11 +102,32 @@ def test_a_signal_is_named(tmp_path: Path, how: str, status: str) -> None:
 def test_metal_aborts_where_memory_ends(tmp_path: Path) -> None:
     """It throws where nobody can catch it: the process is gone with SIGABRT, and its log says why."""
     last = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-    for words, status in ((last, "oom"), ("[METAL] Command buffer execution failed: Impacting Interactivity", "crash")):
+    for words, status in ((last, "oom"), ("[METAL] Command buffer execution failed: Invalid Resource", "crash")):
         source = TRAINER.replace("run = Path", f"print({words!r}, file=sys.stderr, flush=True); os.abort(); run = Path")
         result = trial(tmp_path, source)
         assert result.status == status
         assert (result.error or {})["message"] == f"SIGABRT ended it. {words}"
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "sys.exit(1)"])
+@pytest.mark.parametrize("words", ["Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+                                   "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+                                   "Ignored (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"])
+def test_the_watchdog_of_the_gpu_is_no_fault_of_the_candidate(tmp_path: Path, words: str, end: str) -> None:
+    source = TRAINER.replace("run = Path", f"print({words!r}, file=sys.stderr, flush=True); {end}; run = Path")
+    result = trial(tmp_path, source)
+    assert (result.status, "watchdog" in (result.error or {})["message"]) == ("interrupted", True)
+
+
+def test_a_candidate_that_the_watchdog_ends_each_time_is_a_crash_in_the_end(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "crash better")
+    trainer = bed.repo / "train_mlx.py"
+    trainer.write_text(trainer.read_text().replace("matmul: shapes do not fit", "Impacting Interactivity"))
+    git(bed.repo, "commit", "-qam", "a GPU that shows pictures, too")
+    done = bed.run("--experiments", "2", "--no-sandbox")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("is repeated: the GPU's watchdog ended the training") == 2
+    assert [e.status for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done] == ["crash", "keep"]
 
 
 def test_exit_code_wins_over_an_error_file_that_the_candidate_wrote(tmp_path: Path) -> None:
