@@ -132,7 +132,7 @@ def best(now: dict[str, Any]) -> str:
     since = time.strftime("%H:%M", time.localtime(leader["ended"]))
     if not leader["n"]:
         return f"best {spread(leader)}: the baseline, since {since}"
-    return f"best {spread(leader)}: experiment {leader['n']}, since {since}; baseline {spread(rows[0])}; {len(now['kept'])} kept"
+    return f"best {spread(leader)} (experiment {leader['n']}, {since}), {len(now['kept'])} kept, baseline {spread(rows[0])}"
 
 
 def outlook(now: dict[str, Any]) -> str:
@@ -140,7 +140,7 @@ def outlook(now: dict[str, Any]) -> str:
     parts, left = [], now["left"]
     if left and left["seconds"] is not None:
         end = time.strftime("%H:%M", time.localtime(time.time() + left["seconds"]))
-        parts.append(f"{lasting(left['seconds'])} left, ends about {end}")
+        parts.append(f"{lasting(left['seconds'])} left (to {end})")
     if left and left["experiments"] is not None:
         count = left["experiments"]
         parts.append(f"{'about ' * (now['wanted'] is None)}{count} experiment{'s' * (count != 1)} to go")
