@@ -34,6 +34,7 @@ from prepare_mlx import (
     check_weights,
     expected_epochs,
     extrapolate,
+    find_dtype,
     find_tier,
     peak_flops,
     start_run,
@@ -58,11 +59,16 @@ def compiled(function):
     return torch.compile(function, dynamic=False) if COMPILE else function
 
 
-def half_precision():
-    """The 16-bit dtype that the GPU computes in: bf16, but fp16 with loss scaling before Ampere (RTX 20xx, T4), which emulates
-    bf16."""
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
+
+
+def gpu_dtype():
+    """The dtype that the GPU computes in, if none was measured to be faster: bf16, but fp16 with loss scaling before Ampere (RTX
+    20xx, T4), which emulates bf16."""
     emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return getattr(torch, find_dtype(device_name(), "float16" if emulated else "bfloat16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
 ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
+DTYPE = gpu_dtype() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -591,11 +597,6 @@ def memory_limit():
         return torch.mps.recommended_max_memory() - 2**30
     import psutil
     return psutil.virtual_memory().total
-
-
-def device_name():
-    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
 
 
 def build(run, accumulation_steps):
