@@ -296,9 +296,7 @@ def test_no_tmpdir_stays_and_run_directories_are_pruned(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sandbox.nests(), reason="no sandbox works inside a sandbox here")
 def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "trials" / "0001-1"
-    run_dir.mkdir(parents=True)
-    for file in trained.iterdir():
-        (run_dir / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(trained, run_dir)
     lab = Lab(
         folder=tmp_path, worktree=ROOT, train_file="train_mlx.py", harness=ROOT / "prepare_mlx.py", train_dir=tiny.train,
         held_dir=tiny.held, budget="20steps", vocab_size=320,
