@@ -22,7 +22,7 @@ from typing import Any
 from agent.errors import BaselineError, NightError, Stopped
 from agent.files import read_plain
 from agent.git.command import DAMAGE
-from agent.git.guard import TRAIN_FILE_BYTES
+from agent.git.guard import TRAIN_FILE_BYTES, elsewhere
 from agent.git.worktree import Worktree
 from agent.journal.folder import prune, sweep
 from agent.journal.journal import Journal
@@ -69,6 +69,7 @@ class Engine:
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
         self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
         self._said = ""  # the last word about the branch: the same one after each experiment is said once
+        self._told = set[str]()  # names of files outside the worktree that changed during an agent's work: each is told once
 
     def record(self, event: str, **fields: Any) -> None:
         """Journal an event, without secrets and numbers that no journal can hold, and move the state on by it."""
@@ -214,12 +215,14 @@ class Engine:
         n, parent = experiment.n, experiment.parent
         self.console.stage(f"experiment {n} (best {self.night.leader.mean:.4f}): the agent is at work")
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        brief = briefing.program(self.program)
-        prompt = briefing.compose(self.night, brief, self.hooks.before_experiment(self.night, experiment))
+        brief, said = briefing.program(self.program), self.hooks.before_experiment(self.night, experiment)
+        before, prompt = elsewhere(self.worktree.repository), briefing.compose(self.night, brief, said)
         self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
-        if briefing.program(self.program) != brief:  # by the user, or by an agent who may write there
-            self.note(f"program.md was changed while the agent of experiment {n} was at work; if it was not you, look at it")
+        after = elsewhere(self.worktree.repository)
+        if new := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._told):
+            self._told.update(new)
+            self.note(f"changed while the agent of experiment {n} was at work: {_listed(new)}; if it was not you, look at it")
         if proposal.droppings:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
