@@ -104,27 +104,24 @@ class Engine:
                 self.repair("the baseline", damage)
                 self.baseline()
         while True:
-            experiment = self.night.open
-            if experiment is None:
+            if self.night.open is None:
                 if end := self.before_experiment():
                     return end
                 self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
-                experiment = self.night.experiments[-1]
+            experiment = self.night.experiments[-1]
             try:
                 if experiment.commit is None and (end := self.propose(experiment)):
                     return end
                 if experiment.commit is not None and experiment.status is None:
+                    verdict = self.early_verdict(experiment) or self.trained_verdict(experiment)
                     # this moves the branch to a keep, and leaves it for all others
-                    self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
+                    self.verdict(experiment, *self.verified(experiment, verdict))
             except DAMAGE as damage:
                 self.mend(experiment, damage)
 
-    def judgement(self, experiment: Experiment) -> Verdict:
+    def trained_verdict(self, experiment: Experiment) -> Verdict:
         """Train and score the candidate, and the best in turn with it where that decides, until there is a verdict."""
         best = self.night.leader
-        self.lay(experiment)
-        if not experiment.scores and (early := self.early_verdict(experiment)):
-            return early
         while True:
             subject = experiment
             if experiment.scores:
@@ -250,6 +247,9 @@ class Engine:
 
     def early_verdict(self, experiment: Experiment) -> Verdict | None:
         """The verdict on a candidate that need not be trained: no change, trained before, no Python, or with data of its own."""
+        if experiment.scores:
+            return None
+        self.lay(experiment)
         file = self.lab.worktree / self.lab.train_file
         if found := novelty.early_verdict(self.night, experiment) or novelty.broken(file):
             return found
