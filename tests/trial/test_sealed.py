@@ -348,9 +348,9 @@ def test_a_night_refuses_by_name_what_only_the_driver_can_see(tmp_path: Path) ->
     assert len(night.done[2].scores) >= 2, "this one would have been kept"
     assert [event["status"] for event in events if event["event"] == "verified"] == ["violation"]
     assert [note for note in night.notes if "program.md" in note] == [
-        "program.md was changed while the agent of experiment 4 was at work; if it was not you, look at it"
+        "changed while the agent of experiment 4 was at work: program.md; if it was not you, look at it"
     ]
-    assert "program.md was changed" in done.stdout
+    assert "at work: program.md" in done.stdout
 
 
 def test_a_keep_was_verified_and_a_refused_test_is_no_success(tmp_path: Path) -> None:
