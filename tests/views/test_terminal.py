@@ -18,6 +18,8 @@ from night_kit import Bed
 from rich.console import Console as Rich
 from story_kit import Story, told
 
+from agent.journal.journal import read_events
+from agent.journal.state import fold
 from agent.views import glance, results
 from agent.views.terminal import panel
 
@@ -125,28 +127,37 @@ class Terminal:
     """A program on a terminal of this width, and what it has written."""
 
     def __init__(self, argv: list[str], bed: Bed, columns: int, **env: str) -> None:
+        def own() -> None:  # as in a window: the kernel tells us when it is closed
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = bed.environment(TERM="xterm-256color", **env)
         known = {key: value for key, value in env.items() if key not in ("COLUMNS", "NO_COLOR")}
-        self.child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave)
+        self.child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave,
+                                      preexec_fn=own)
         os.close(slave)
         self.text = ""
 
     def until(self, words: str | None) -> str:
         """Read until these words were written; None: to the program's end."""
         while words is None or words not in self.text:
-            try:
-                part = os.read(self.master, 65536)
-            except OSError:  # the other side is closed
-                part = b""
-            if not part:
+            if not self.read():
                 assert words is None, f"{words!r} never came: {self.text}"
                 os.close(self.master)
                 self.child.wait(30)
                 break
-            self.text += part.decode(errors="replace")
         return self.text
+
+    def read(self) -> bool:
+        """Take what was written meanwhile; False once the program has ended."""
+        try:
+            part = os.read(self.master, 65536)
+        except OSError:  # the other side is closed
+            part = b""
+        self.text += part.decode(errors="replace")
+        return bool(part)
 
 
 def stop(bed: Bed) -> None:
@@ -169,6 +180,27 @@ def test_a_real_night_on_a_terminal_draws_a_panel_and_in_plain_none(tmp_path: Pa
     assert all(len(line) <= 60 for line in lines)
     words = {word.rstrip(";") for line in lines for word in line.split()}
     assert {"experiments,", "autoresearch/night"} <= words, f"wrapped between words: {text}"
+
+
+@pytest.mark.parametrize("words", [(), ("--plain",)])
+def test_a_closed_terminal_is_survived_and_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """The window is closed in the middle of a training. The night ends as planned, and says where its words went."""
+    bed = Bed(tmp_path, "slow worse better")
+    window = Terminal(bed.command("--experiments", "3", "--no-sandbox", *words), bed, 80, AUTORESEARCH_SLOW="1")
+    journal = bed.folder() / "journal.jsonl"
+    while not journal.exists() or b'"trial_start","n":1' not in journal.read_bytes():
+        window.read()
+    os.close(window.master)
+    assert window.child.wait(60) == 0
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
+    assert (len(night.done), night.ended) == (3, "experiments")
+    assert [note for note in night.notes if "the terminal was closed; the night went on" in note]
+    said = (bed.folder() / "logs" / "terminal.log").read_text()
+    assert "experiment 3: keep" in said
+    assert "1 kept; branch autoresearch/night" in said.splitlines()[-1]
+    assert "\x1b" not in said, "no panel is drawn into a file"
+    assert "Traceback" not in said
+    assert "note: the terminal was closed" in bed.loop("--status").stdout
 
 
 def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
