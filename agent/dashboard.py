@@ -12,7 +12,7 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ def _stamp(path: Path) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
-    """The web application. hosts: names it may be asked under. token: "" where none is wanted."""
+def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callable[[], bool]) -> Any:
+    """The web application. hosts: names it may be asked under. token: "" where none is wanted. over: whether it is to end."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
@@ -119,7 +119,7 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
     async def follow() -> AsyncIterator[str]:
         moment, curve = None, None
         yield "retry: 1000\n\n"  # milliseconds after which a browser asks again
-        while True:
+        while not over():
             try:
                 if (now := reader.moment()) != moment:
                     moment = now
@@ -196,8 +196,9 @@ def main(tag: str | None, host: str, port: int | None) -> None:
         _qr_code(address)
     click.echo(f"night {tag}: {address}")
     hosts = (*LOOPBACK, *(name.lower() for name in (shown, socket.gethostname(), f"{socket.gethostname()}.local")))
-    config = uvicorn.Config(application(reader, hosts, token), log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(uvicorn.Config("", log_level="warning", timeout_graceful_shutdown=2))
+    server.config.app = application(reader, hosts, token, lambda: server.should_exit)
+    server.run(sockets=[listening])
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

@@ -62,6 +62,12 @@ def finish(journal: Journal, bed: Bed, n: int, base: str) -> None:
                    description="", error=failed, usage={}, seconds=0.0)
 
 
+def finish_open(journal: Journal, n: int) -> None:
+    """The verdict on an experiment whose agent brought nothing."""
+    journal.append("verdict", n=n, status="agent_error", reason=MARKUP, val_bpb=None, description="", error=None, usage={},
+                   seconds=0.0)
+
+
 @contextmanager
 def served(bed: Bed, *options: str) -> Iterator[str]:
     """The program at work; gives the address that it prints."""
@@ -225,12 +231,13 @@ def test_in_a_browser_it_loads_follows_opens_and_stays_clean(tmp_path: Path, bro
         browser.get(address)
         rows = lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rows tr"))  # noqa: E731
         until(lambda: rows() == 4)
-        assert len(browser.find_elements(By.CSS_SELECTOR, "#chart circle")) == 4
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#chart circle")) == 3
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#chart path.fail")) == 1
         finish(journal, bed, 4, git(bed.repo, "rev-parse", "HEAD"))
         assert until(lambda: rows() == 5) < 2, "an append is seen within two seconds"
         journal.append("experiment", n=5, parent=git(bed.repo, "rev-parse", "HEAD"), step="free")
         until(lambda: "the agent is at work" in browser.find_element(By.ID, "phase").text)
-        button = browser.find_element(By.CSS_SELECTOR, "#rows button")
+        button = browser.find_element(By.CSS_SELECTOR, "#rows tr:nth-child(2) button")
         assert MARKUP in button.text, "shown as text"
         button.send_keys("\n")  # by keyboard
         until(lambda: browser.find_elements(By.CSS_SELECTOR, "dialog[open] .added"))
@@ -238,6 +245,9 @@ def test_in_a_browser_it_loads_follows_opens_and_stays_clean(tmp_path: Path, bro
         if pictures := os.environ.get("PICTURES"):
             browser.save_screenshot(f"{pictures}/detail.png")
         browser.find_element(By.CSS_SELECTOR, "dialog header button").click()
+        finish_open(journal, 5)
+        until(lambda: browser.find_element(By.CSS_SELECTOR, "#rows td:nth-child(2)").text == "agent_error")
+        assert browser.switch_to.active_element == button, "who reads with the keyboard stays where they are"
         for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
