@@ -25,7 +25,7 @@ from agent.journal.journal import holder, read_events
 from agent.journal.state import Night, fold
 from agent.judgement.decision import noise
 from agent.text import redact
-from agent.views.glance import at_a_glance, in_detail, read_curve, running_trial, training
+from agent.views.glance import at_a_glance, in_detail, loss_curve, read_curve, running_trial, training
 
 PAGE = Path(__file__).with_name("views") / "page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,6 +44,7 @@ class Reader:
         self.worktree = Worktree(repository, tag, self.folder / "worktree")
         self._night: tuple[Stamp, Night] = None, Night()
         self._curve: tuple[Path, Stamp, Curve] = Path(), None, []
+        self._best: tuple[tuple[int, int], Curve] = (-1, -1), []
 
     def moment(self) -> tuple[Stamp, int | None]:
         """Changes when the journal does, and when a driver comes or goes."""
@@ -74,11 +75,13 @@ class Reader:
         night = self.night()
         trial = running_trial(night)[1]
         if trial is None:
-            return {"numbers": None, "points": []}
+            return {"numbers": None, "points": [], "best": []}
+        if night.best is not None and (held := (night.best, len(night.leader.trials))) != self._best[0]:
+            self._best = held, loss_curve(night.leader, self.folder)
         path = self.folder / "trials" / trial.folder / "metrics.jsonl"
         if (path, stamp := _stamp(path)) != self._curve[:2]:
             self._curve = path, stamp, read_curve(path)
-        return {"numbers": training(night, self.folder), "points": self._curve[2]}
+        return {"numbers": training(night, self.folder), "points": self._curve[2], "best": self._best[1]}
 
 
 def _stamp(path: Path) -> Stamp:

@@ -122,10 +122,11 @@ def panel(now: Glance | None, width: int, stage: str = "", words: str = "", sinc
     if now is None or doing is None:
         rows.append(_line(f"{stage}{clock}", room, "bold"))
     else:
-        phase = "scoring" if (training or {}).get("scoring") else doing["phase"]
-        phase = stage if phase == "deciding" and stage else phase
+        phase = stage if doing["phase"] == "deciding" and stage else doing["phase"]
+        if (training or {}).get("scoring"):
+            phase, clock, words = "scoring", "", ""  # the last words and the clock are the training's
         rows.append(_line(f"{results.place(now)}: {phase}{clock}", room, "bold"))
-        if doing["description"]:
+        if doing["description"] and doing["n"]:
             rows.append(_line(f"  {doing['description']}", room))
     if training and not training["scoring"]:
         rows.append(_bar(training, room))

@@ -13,8 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from night_kit import Bed, git
@@ -143,6 +145,40 @@ def test_in_the_local_network_nobody_is_answered_without_the_token(tmp_path: Pat
         assert "httponly" in cookie.lower()
         assert "samesite=strict" in cookie.lower()
         assert get(address + "night", Cookie=cookie.split(";")[0])[0] == 200
+
+
+def heard(address: str, event: str) -> Any:
+    """The data of the next event of this kind, by a reader of its own."""
+    with urllib.request.urlopen(address + "events", timeout=20) as stream:
+        for line in stream:
+            if line == f"event: {event}\n".encode():
+                return json.loads(stream.readline().removeprefix(b"data: "))
+    raise AssertionError("the stream has ended")
+
+
+def test_files_that_are_half_written_huge_or_no_files_and_two_readers(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    with night(bed) as journal, served(bed) as address:
+        journal.append("experiment", n=4, parent="x", step="free")
+        journal.append("trial_start", n=4, k=0, seed=1, dir="0004-1")
+        run = bed.folder() / "trials" / "0004-1"
+        run.mkdir()
+        metrics = run / "metrics.jsonl"
+        os.mkfifo(metrics)
+        assert heard(address, "curve")["points"] == [], "a pipe is never opened"
+        metrics.unlink()
+        metrics.write_text('{"seconds": 1, "loss": 3}\n' * 2 + '{"seconds": 2, "lo')
+        os.truncate(metrics, 500 << 20)
+        assert heard(address, "curve")["points"] == [[1, 3]] * 2
+        with open(journal.path, "ab") as file:
+            file.write(b'{"v":1,"seq":99,"t":1.0,"eve')  # a line that is being written
+        with ThreadPoolExecutor() as readers:
+            both = list(readers.map(heard, [address] * 2, ["night"] * 2))
+        assert [shown["open"]["n"] for shown in both] == [4, 4]
+        journal.path.write_bytes(journal.path.read_bytes().replace(b'"n":1', b'"n":7', 1))
+        assert "is damaged" in heard(address, "trouble")
+        status, said, _ = get(address + "night")
+        assert (status, "is damaged" in said, "Traceback" in said) == (500, True, False)
 
 
 def test_the_loop_shows_the_page_while_the_night_runs(tmp_path: Path) -> None:

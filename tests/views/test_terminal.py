@@ -64,7 +64,7 @@ def test_the_panel_fits_its_terminal_and_says_what_goes_on(tmp_path: Path, width
 
 
 def test_the_panel_says_that_it_scores_and_does_not_freeze_a_speed(tmp_path: Path) -> None:
-    text = "\n".join(shown(in_training(tmp_path, scoring=True), tmp_path))
+    text = "\n".join(shown(in_training(tmp_path, scoring=True), tmp_path, words="loss 3.25, 48,100 tok/s"))
     assert "experiment 3 of 7: scoring" in text
     assert "tok/s" not in text
 
@@ -91,6 +91,11 @@ def test_a_metrics_file_may_hold_anything(tmp_path: Path, content: str) -> None:
     assert glance.newest(tmp_path / "metrics.jsonl") == {}
     os.mkfifo(tmp_path / "pipe")
     assert glance.newest(tmp_path / "pipe") == {}, "never opened: it would block"
+
+
+def test_nothing_is_hidden_in_a_diff() -> None:
+    """Marks that turn the direction of text can make code read as other code."""
+    assert glance.visible("+ a\u202eb\x1b[0m\tü 日本 😀\r\x00\n") == "+ a<U+202E>b<U+001B>[0m\tü 日本 😀<U+000D><U+0000>\n"
 
 
 def test_time_left_counts_hours_experiments_and_money() -> None:
