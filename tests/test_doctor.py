@@ -204,6 +204,8 @@ def test_a_launch_agent_starts_a_night_where_the_users_programs_are_found(checko
     assert made["WorkingDirectory"] == str(checkout)
     assert made["EnvironmentVariables"]["PATH"] == os.environ["PATH"]
     assert made["ProgramArguments"][1:3] == ["-m", "agent.loop"]
+    assert made["ProcessType"] == "Interactive"
+    assert Path(made["StandardOutPath"]).parent.is_dir(), "launchd makes no folder"
     assert "expected a time of day" in call(checkout, {}, "--launchd", "late").stderr
 
 

@@ -43,7 +43,7 @@ from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
 from agent.views.glance import at_a_glance, score
-from agent.views.terminal import Console
+from agent.views.terminal import TERMINAL_LOG, Console
 
 MOST_REMOVALS = 2  # of a training's folders, or stops by the GPU's watchdog, after which the training is repeated
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
@@ -68,6 +68,7 @@ class Engine:
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
         self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
+        self._alone = False  # whether it is journalled that the terminal was closed
         self._said = ""  # the last word about the branch: the same one after each experiment is said once
         self._told = set[str]()  # names of files outside the worktree that changed during an agent's work: each is told once
 
@@ -174,6 +175,9 @@ class Engine:
             return "stopped", "stopped by request"
         if self.journal.follow():
             self.restored()
+        if self.stopper.alone and not self._alone:
+            self._alone = True
+            self.note(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
         free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
         if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
             return end

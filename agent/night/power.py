@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,22 +21,12 @@ def stay_awake() -> Iterator[None]:
     if sys.platform != "darwin" or shutil.which("caffeinate") is None:
         yield
         return
-    over = threading.Event()
-    with tempfile.TemporaryDirectory() as scratch:
-        command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
-        bounds = child.Bounds(wall_seconds=14 * 86400.0)
-        keeper = threading.Thread(
-            target=lambda: child.run(
-                command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stop=over.is_set
-            ),
-            daemon=True,
-        )
-        keeper.start()
-        try:
-            yield
-        finally:
-            over.set()
-            keeper.join(10)
+    command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        child.beside(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log"),
+    ):
+        yield
 
 
 def battery() -> str:

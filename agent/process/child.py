@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
 SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
 GRACE_SECONDS = 1.0  # between TERM and KILL
 _CHUNK = 256 * 1024
+_BESIDE_SECONDS = 30 * 86400.0  # longest life of a command that runs beside a block
+_JOIN_SECONDS = 15.0
 FLOOD = 100  # a child that prints more than this many times `log_bytes` is ended
 
 
@@ -93,6 +96,34 @@ def run(
     `watch` raise (the child is ended first).
     """
     return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
+
+
+@contextlib.contextmanager
+def beside(
+    argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], log: Path, watch: Callable[[], str | None] = lambda: None,
+    ended: Callable[[Outcome], None] = lambda outcome: None, pidfile: Path | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Run a command while the block runs, and end it with the block.
+
+    A command that cannot be started, or ends earlier, never disturbs the block: `ended` is told, in another thread. `watch` is
+    asked several times a second, in that thread, too.
+    """
+    over = threading.Event()
+
+    def follow() -> None:
+        bounds = Bounds(wall_seconds=_BESIDE_SECONDS)
+        with contextlib.suppress(OSError):  # its log cannot be written
+            outcome = run(argv, cwd=cwd, env=env, log=log, bounds=bounds, stop=over.is_set, watch=watch, pidfile=pidfile)
+            if not over.is_set():
+                ended(outcome)
+
+    keeper = threading.Thread(target=follow, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join(_JOIN_SECONDS)
 
 
 class _Child:
