@@ -23,7 +23,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import reference as ref  # noqa: E402
 import test_parity as parity  # noqa: E402
-from conftest import PINNED, ROOT, WINDOWS, program, summary_of  # noqa: E402
+from conftest import PINNED, ROOT, on_windows, program, summary_of  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from pinned import train_mlx, train_torch  # noqa: E402
 from pinned.train_torch import GPT, NGRAMS, GPTConfig, init_optimizer, make_gradients, make_step, schedule  # noqa: E402
@@ -704,13 +704,11 @@ def test_a_run_trains_and_is_scored(tmp_path: Path, tiny) -> None:
 
 
 def test_a_run_on_windows(tmp_path: Path, tiny) -> None:
-    """With all that Windows lacks hidden: it trains; scoring and the driver need WSL 2."""
-    code = f"import runpy, torch._dynamo{WINDOWS}\nrunpy.run_path('train_torch.py', run_name='__main__')"
-    (tmp_path / "train_torch.py").write_text((PINNED / "train_torch.py").read_text())
-    done = program("-c", code, home=tiny.home, cwd=tmp_path, AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_BUDGET="2steps",
-                   AUTORESEARCH_RUN_DIR=str(tmp_path / "run"), AUTORESEARCH_SCORE="0", OMP_NUM_THREADS="1")
+    """It trains and is scored; the driver needs WSL 2."""
+    done, out = run(tmp_path, tiny, AUTORESEARCH_BUDGET="2steps", AUTORESEARCH_SCORE="1", **on_windows("torch._dynamo"))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "train.json").read_text())["peak_vram_mb"] > 0
+    assert 0 < float(summary_of(done.stdout)["val_bpb"]) < 9
+    assert json.loads((out / "train.json").read_text())["peak_vram_mb"] > 0
 
 
 def test_metrics_have_the_keys_of_mlx_and_the_loss_falls(tmp_path: Path, tiny) -> None:
