@@ -270,13 +270,19 @@ def allowed(profile: str, operation: str, path: Path | str = "") -> bool:
         filters = [word for word in words if isinstance(word, list)]
         assert names, words
         hit = any(name == "default" or name == operation or (name[-1] == "*" and operation.startswith(name[:-1])) for name in names)
-        if hit and (not filters or any(matches(*one, str(path)) for one in filters)):
+        if hit and (not filters or any(matches(*one, path=str(path)) for one in filters)):
             verdict = action == "allow"
     return verdict
 
 
-def matches(kind: str, value: tuple[str, str], path: str) -> bool:
+def matches(kind: str, value: Any, *more: Any, path: str) -> bool:
+    """Whether a filter fits a path; that of a folder ends in a slash."""
+    if kind == "require-all":
+        return all(matches(*one, path=path) for one in (value, *more))
+    if kind == "vnode-type":
+        return value == "DIRECTORY" and path.endswith("/")
     assert kind in ("subpath", "literal", "regex")
+    path = path.rstrip("/")
     assert value[0] == ("regex" if kind == "regex" else "string")
     if kind == "regex":
         return re.search(value[1], path) is not None
@@ -306,6 +312,36 @@ def test_the_profile_of_odd_paths_says_what_is_meant() -> None:
     for operation in ("network-outbound", "network-bind", "network-inbound", "lsopen", "job-creation", "appleevent-send"):
         assert not allowed(profile, operation), operation
     assert allowed(seatbelt_profile({}, network=True), "network-outbound")
+
+
+HELD, RUN = "/Users/u/.cache/autoresearch-mlx/held", "/Users/u/ar/runs/x/trials/1"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_no_second_name_leads_to_a_file(strict: bool) -> None:
+    """A link or a clone in the run directory would make held-out text readable; a link, the user's own files writable."""
+    given = {HELD: HIDDEN, "/Users/u/ar/runs": HIDDEN, "/Users/u/ar/runs/x/worktree": READ, RUN: WRITE}
+    profile = seatbelt_profile(given, False, strict)
+    for operation in ("file-link", "file-clone", "file-read-data", "file-test-existence", "file-map-executable"):
+        assert not allowed(profile, operation, f"{HELD}/id/val.bin"), operation
+    for place in ("/Users/u/.zshrc", "/Users/u/ar/train_mlx.py", "/Users/u/ar/runs/x/worktree/train_mlx.py"):
+        assert not (strict and allowed(profile, "file-link", place))
+        assert not allowed(profile, "file-write-data", place)
+    for operation in ("file-link", "file-clone", "file-map-executable", "file-write-create"):  # a kernel that was compiled in there
+        assert allowed(profile, operation, f"{RUN}/kernel.so"), operation
+
+
+def test_metal_may_keep_its_kernels_and_nothing_else_in_the_cache() -> None:
+    """A program's first kernels go to C/PROGRAM/com.apple.metal, whose folder does not exist before."""
+    profile, cache = seatbelt_profile({}, False), "/private/var/folders/a1/b2/C"
+    for folder in ("org.python.python/", "python3.12/", "com.apple.metal/", "org.python.python/com.apple.metal/32024/"):
+        assert allowed(profile, "file-write-create", f"{cache}/{folder}"), folder
+    for file in ("com.apple.metalfe/x", "com.apple.gpuarchiver/x.gpuarchive", "org.python.python/com.apple.metal/functions.data"):
+        assert allowed(profile, "file-write-data", f"{cache}/{file}"), file
+    for file in ("note", "org.python.python/note", "com.apple.metalx/note"):
+        assert not allowed(profile, "file-write-create", f"{cache}/{file}"), file
+    assert not allowed(profile, "file-write-unlink", f"{cache}/org.python.python/")
+    assert not allowed(profile, "file-write-create", "/private/var/folders/a1/b2/T/folder/")
 
 
 @pytest.mark.parametrize("broken", ["(version 1", "(version 1))", '(version 1)(allow file-read* (subpath "/a))'])
