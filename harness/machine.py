@@ -93,7 +93,7 @@ def peak_flops(device: str, product: Callable[[], object], flops: float) -> tupl
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b(?! (?:Pro|Max|Ultra)\b)", device)]  # "M5 Ultra" is no "M5"
     measured = flops / min(times)
     return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
 

@@ -189,7 +189,8 @@ def seatbelt_profile(rules: Rules, network: bool, strict: bool = True) -> str:
         lines += [f"(deny {operation})" for operation in _LAUNCHING]
         lines.append("(deny file-link)")  # a hard link in a writable folder would make any file of the user's writable
     # Metal keeps compiled kernels in the user's cache; without it every trial compiles them again
-    lines += ["(deny file-write*)", f"(allow file-write* {_DEVICES} {_METAL_CACHE})", f"(allow file-write-create {_PROGRAMS_CACHE})"]
+    lines += ["(deny file-write*)", f"(allow file-write* {_DEVICES} {_METAL_CACHE})"]
+    lines.append(f"(allow file-write-create {_PROGRAMS_CACHE})")
     for path, right in sorted(rules.items(), key=_depth):
         here = f"(subpath {_quoted(path)})"
         if right == HIDDEN:

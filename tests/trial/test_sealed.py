@@ -263,6 +263,9 @@ def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) 
     stamp = (place / "harness" / "score.py").stat().st_mtime_ns
     assert laid() == whole
     assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    for name in (".DS_Store", "harness/.DS_Store", "._prepare_mlx.py", "harness/._score.py"):
+        (place / name).write_bytes(b"left by macOS")
+    assert not lab_module.restore(repository, repository.head, tmp_path / "night"), "or each training would be a violation"
     evil = tmp_path / "evil"
     evil.mkdir()
     for file in whole:

@@ -126,7 +126,7 @@ def test_a_candidate_that_the_watchdog_ends_each_time_is_a_crash_in_the_end(tmp_
     git(bed.repo, "commit", "-qam", "a GPU that shows pictures, too")
     done = bed.run("--experiments", "2", "--no-sandbox")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("is repeated: the GPU's watchdog ended the training") == 2
+    assert done.stdout.count("is repeated: the GPU's watchdog ended the model") == 2
     assert [e.status for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done] == ["crash", "keep"]
 
 
