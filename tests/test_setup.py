@@ -48,7 +48,20 @@ def test_a_folder_that_no_night_could_run_in_is_told_with_a_command_that_mends_i
     assert "need uv, or Python" in setup(folder).stderr, "past the check"
 
 
+def test_a_checkout_is_known_under_any_spelling_of_its_path(tmp_path: Path) -> None:
+    """On a Mac's disk /users/U/Code is /Users/u/code, and git prints another spelling than the shell."""
+    (project := tmp_path / "project").mkdir()
+    start_repository(project)
+    git = shutil.which("git")
+    (tmp_path / "Project").symlink_to(project)
+    answer = f'case "$*" in *show-toplevel*) echo {tmp_path}/Project;; *) exec {git} "$@";; esac'
+    assert "need uv, or Python" in setup(project, git=answer).stderr, "past the check"
+
+
 @pytest.mark.parametrize(("programs", "words"), [
+    ({"git": "echo 'xcode-select: note: no developer tools were found' >&2; exit 1"}, "git does not run; install it: xcode-select"),
+    ({"uname": "echo Darwin", "sysctl": "echo 1", "sw_vers": "echo 26.1", "uv": "exit 1",
+      "python3": '[ "$1" = -c ] && case "$2" in *machine*) echo x86_64;; esac'}, "set to Open using Rosetta"),
     ({"uname": "echo Linux", "getconf": "echo glibc 2.31"}, "this system has 2.31; use Ubuntu 22.04"),
     ({"uname": "echo Linux", "getconf": "exit 1"}, "this system has another C library"),
     ({"uname": "echo Darwin", "sysctl": "echo 1", "sw_vers": "echo 13.6"}, "MLX needs macOS 14 or later, this is 13.6"),

@@ -303,6 +303,7 @@ def memory_bytes(process: psutil.Process) -> int:
         return 0
     if sys.platform == "darwin":  # Metal's buffers are in the footprint, which Activity Monitor shows, and mostly not resident
         usage = (ctypes.c_uint64 * 64)()  # rusage_info_v0: a UUID of 16 bytes, then counters; the eighth is ri_phys_footprint
-        if ctypes.CDLL(None).proc_pid_rusage(process.pid, 0, usage) == 0:
+        ask = getattr(ctypes.CDLL(None), "proc_pid_rusage", None)
+        if ask is not None and ask(process.pid, 0, usage) == 0:
             return max(resident, int(usage[9]))
     return resident

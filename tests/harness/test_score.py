@@ -317,6 +317,13 @@ def test_the_log_of_a_failed_server_holds_its_prints_and_its_traceback(tiny, can
     assert log.endswith("ValueError: the cause\n")
 
 
+def test_a_server_that_metals_watchdog_ended_is_told_apart(tiny, candidate):
+    words = "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)"
+    run_dir = candidate(source=f"import os, sys\nprint({words!r}, file=sys.stderr, flush=True)\nos.abort()\n")
+    said = "the logits server died (exit code -6, GPU Timeout Error); see serve.log"
+    assert refusal(score(run_dir, tiny)) == (1, "crash", said)
+
+
 def test_a_failure_whose_traceback_cannot_be_written_keeps_its_name(tiny, candidate):
     hook = "import sys\nsys.excepthook = None\n"
     assert refusal(score(candidate(source=hook + "raise MemoryError('no')" + BIGRAM), tiny)) == (4, "oom", "MemoryError: no")
