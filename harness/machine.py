@@ -6,6 +6,7 @@ Python only. The train file brings what depends on its framework: a matrix produ
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import HarnessError
+from harness import HarnessError, home, sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,30 @@ def load_fast_blas(threads: int | None = None) -> str | None:
     print("hint: no fast BLAS found, so matrix products on this CPU run about 50 times slower than they could; install one: "
           "`pip install mkl` (x86-64) or `apt-get install libopenblas0-pthread`", file=sys.stderr)
     return None
+
+
+def recall(key: object) -> dict:
+    """What `remember` kept under this key on this machine; {} for nothing, which is also what a sandbox shows of it."""
+    try:
+        return dict(json.loads((home() / "remembered.json").read_text())[name_of(key)])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def remember(key: object, facts: dict) -> None:
+    """Keep facts that took time to find out, for the next training by hand; nothing where the file cannot be written."""
+    file = home() / "remembered.json"
+    try:
+        known = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    with contextlib.suppress(OSError):
+        write_atomically(file, json.dumps(known | {name_of(key): facts}, indent=1).encode())
+
+
+def name_of(key: object) -> str:
+    """A short name for anything that JSON can hold, or that prints itself."""
+    return sha256(json.dumps(key, default=str, sort_keys=True).encode())[:16]
 
 
 def find_tier(own: str | None) -> str:

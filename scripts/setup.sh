@@ -29,8 +29,10 @@ fi
 for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python3.14; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
 done
-command -v uv >/dev/null || [ "$(uname -s)" != Darwin ] || [ -z "${python:-}" ] || [ "$("$python" -c 'import platform; print(platform.machine())')" = arm64 ] || stop \
-    "$python runs as one for Intel, and MLX needs one for Apple Silicon; if your terminal is set to Open using Rosetta (Finder, Get Info), untick that; else install Python from python.org, or uv with: brew install uv"
+if [ "$(uname -s)" = Darwin ] && [ -n "${python:-}" ] && [ "$("$python" -c 'import platform; print(platform.machine())')" != arm64 ]; then
+    command -v uv >/dev/null || stop "$python runs as one for Intel, and MLX needs one for Apple Silicon. If your terminal is set to Open using Rosetta (Finder, Get Info), untick that; else install Python from python.org, or uv with: brew install uv"
+    python=  # uv finds another one, or fetches it
+fi
 
 echo "setting up .venv${1:+ for $1} (a minute or two, once) ..."
 if [ -z "${1:-}" ] || [ ! -x .venv/bin/python ]; then
