@@ -2,11 +2,13 @@
 
 import json
 import os
+import platform
 import plistlib
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import ROOT
 from agent import doctor
 from agent.doctor import Finding, check_agents, check_data, check_disk, check_framework, check_git
 from agent.night import power
+from agent.process.child import seconds_asleep
 from agent.trial import sandbox
 
 
@@ -115,6 +118,12 @@ def test_data(data):
     empty = check_data(data)
     assert empty.state == "bad"
     assert empty.text.endswith("train.bin is missing or empty; prepare it again: python prepare_mlx.py --dataset tinystories")
+    entry = json.loads((home / "current.json").read_text())
+    (home / "train" / "x" / "train.bin").write_bytes(b"12345678")
+    for preset, state in (("cpu", "ok"), ("mac", "note"), ("cuda", "note")):
+        (home / "current.json").write_text(json.dumps({**entry, "dataset": "stories", "preset": preset}))
+        assert check_data(data).state == state
+    assert check_data(data).text.endswith("--dataset tinystories")
     for broken in ("{", "[]", "{}", '{"train_dir": 1, "held_dir": 2}'):
         (home / "current.json").write_text(broken)
         assert check_data(data).state == "bad"
@@ -122,7 +131,7 @@ def test_data(data):
     (home / "current.json").unlink()
     absent = check_data(data)
     assert absent.state == "note"
-    assert "python prepare_mlx.py --dataset" in absent.text
+    assert "python prepare_mlx.py" in absent.text
 
 
 def test_agents_are_started_and_their_login_looked_for(tmp_path):
@@ -203,10 +212,38 @@ def test_a_launch_agent_starts_a_night_where_the_users_programs_are_found(checko
     assert made["StartCalendarInterval"] == {"Hour": 23, "Minute": 15}
     assert made["WorkingDirectory"] == str(checkout)
     assert made["EnvironmentVariables"]["PATH"] == os.environ["PATH"]
+    assert made["ProcessType"] == "Interactive", "launchd slows down any other kind"
+    assert Path(made["StandardOutPath"]).parent.is_dir(), "launchd makes no folder"
     assert made["ProgramArguments"][1:3] == ["-m", "agent.loop"]
     assert made["ProcessType"] == "Interactive"
     assert Path(made["StandardOutPath"]).parent.is_dir(), "launchd makes no folder"
     assert "expected a time of day" in call(checkout, {}, "--launchd", "late").stderr
+
+
+def test_windows_below_is_told(monkeypatch, tmp_path):
+    def at(release, folder=tmp_path):
+        monkeypatch.setattr(platform, "release", lambda: release)
+        found = [*doctor.check_wsl(), *doctor.check_place(folder, {"HOME": str(tmp_path)})]
+        return [(one.subject, one.state) for one in found], " ".join(one.text for one in found)
+
+    assert at("6.8.0-31-generic")[0] == []
+    assert at("4.4.0-19041-Microsoft")[0] == [("wsl", "bad")]
+    found, words = at("6.6.87.2-microsoft-standard-WSL2")
+    assert found == [("wsl", "ok"), ("sleep", "note")]
+    assert f"{psutil.virtual_memory().total / 2**30:.0f} GiB of Windows' memory" in words
+    assert "powercfg" in words
+    found, words = at("6.6.87.2-microsoft-standard-WSL2", Path("/mnt/c/Users/me/autoresearch"))
+    assert found[2:] == [("place", "note")]
+    assert "Windows' side" in words
+
+
+def test_in_wsl_a_sleeping_windows_is_noticed_by_the_wall_clock(monkeypatch):
+    """It stops the virtual machine as a whole: only the wall clock, which is set afterwards, has moved on."""
+    before = seconds_asleep()
+    monkeypatch.setattr(platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    before, now = seconds_asleep(), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    assert seconds_asleep() - before == pytest.approx(3600, abs=1)
 
 
 def test_power_never_stops_a_night():

@@ -272,7 +272,8 @@ class Engine:
             self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
             if status != "interrupted":
                 return novelty.refused(result) or verdict
-        return Verdict("discard", "it could not be probed before a keep: the machine slept each time", None)
+        why = (result.error or {}).get("message")
+        return Verdict("discard", f"it could not be probed before a keep, in {validity.MOST_INTERRUPTIONS} attempts: {why}", None)
 
     def lay(self, experiment: Experiment) -> None:
         """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""

@@ -45,8 +45,9 @@ def battery() -> str:
 
 
 def low_power_mode() -> bool:
-    """Whether macOS holds the chip back; owners report about 60 % of the speed."""
-    return sys.platform == "darwin" and re.search(r"^ *lowpowermode +1\b", _pmset("-g"), re.M) is not None
+    """Whether macOS holds the chip back; owners report about 60 % of the speed. Macs that also have a mode for high power print
+    `powermode`, and 1 is the low one, too."""
+    return sys.platform == "darwin" and re.search(r"^ *(low)?powermode +1\b", _pmset("-g"), re.M) is not None
 
 
 def _pmset(*words: str) -> str:

@@ -5,6 +5,7 @@ driver dies. What is bounded: wall clock, silence, output, memory, bytes in dire
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -24,6 +25,7 @@ import psutil
 
 from agent.files import directory_bytes
 from agent.process import supervise
+from agent.process.environment import wsl
 from agent.process.leftovers import Record, end_processes
 from agent.process.output import BoundedLog
 from agent.text import safe_tail, secrets_in
@@ -44,7 +46,7 @@ class Bounds:
     wall_seconds: float
     idle_seconds: float | None = None  # without a byte of output
     log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
-    memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
+    memory_bytes: int | None = None  # summed over the family; pages they share count for each
     directories: tuple[Path, ...] = ()
     directory_bytes: int | None = None  # in all of them together; one too deep or too full to be counted is over the limit
 
@@ -61,7 +63,7 @@ class Outcome:
     signal: int | None
     reason: str
     seconds: float  # awake, by the monotonic clock
-    peak_rss_mb: float  # resident memory of the family, sampled; on Apple GPUs this leaves out most of Metal's buffers
+    peak_rss_mb: float  # memory of the family, sampled: resident, on macOS with Metal's buffers
     log: Path
     suspended_seconds: float  # for which the machine slept meanwhile
 
@@ -265,7 +267,7 @@ class _Child:
 
     def _sample(self) -> str | None:
         bounds = self.bounds
-        resident = sum(resident_bytes(process) for process in descendants(self.family))
+        resident = sum(memory_bytes(process) for process in descendants(self.family))
         self.peak_mb = max(self.peak_mb, resident / 2**20)
         if bounds.memory_bytes is not None and resident > bounds.memory_bytes:
             return "memory"
@@ -309,10 +311,10 @@ class _Child:
 
 def seconds_asleep() -> float:
     """Seconds the machine has been suspended since it started: only the difference of two readings means something."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not wsl():  # Windows suspends the whole virtual machine, whose own clocks do not notice
         return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
     if sys.platform == "darwin":
-        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW) - time.clock_gettime(time.CLOCK_UPTIME_RAW)  # one counter: no drift
     return time.time() - time.monotonic()  # also moves when the clock is set
 
 
@@ -324,9 +326,15 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def resident_bytes(process: psutil.Process) -> int:
-    """Resident memory; zero if the process is gone."""
+def memory_bytes(process: psutil.Process) -> int:
+    """Resident memory, or on macOS the footprint if that is larger; zero if the process is gone."""
     try:
-        return int(process.memory_info().rss)
+        resident = int(process.memory_info().rss)
     except psutil.Error:
         return 0
+    if sys.platform == "darwin":  # Metal's buffers are in the footprint, which Activity Monitor shows, and mostly not resident
+        usage = (ctypes.c_uint64 * 64)()  # rusage_info_v0: a UUID of 16 bytes, then counters; the eighth is ri_phys_footprint
+        ask = getattr(ctypes.CDLL(None), "proc_pid_rusage", None)
+        if ask is not None and ask(process.pid, 0, usage) == 0:
+            return max(resident, int(usage[9]))
+    return resident

@@ -53,7 +53,8 @@ class Console:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # as in `say`
+                self._live.stop()
 
     def follow(self, look: Callable[[], Glance]) -> None:
         """Draw the panel from what `look` returns. A thread calls it, twice a second."""
@@ -174,7 +175,7 @@ def print_lines(lines: list[str]) -> None:
 
 def complain(text: str) -> None:
     """One line to standard error."""
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # a closed terminal: the exit code is what is left
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 

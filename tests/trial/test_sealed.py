@@ -19,7 +19,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night import setup
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness
+from agent.trial.lab import Lab, lay_harness, restore
 from agent.trial.rights import SOURCES, folders, hidden_places
 from agent.trial.sandbox import described
 from agent.trial.trial import score_run
@@ -263,6 +263,9 @@ def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) 
     stamp = (place / "harness" / "score.py").stat().st_mtime_ns
     assert laid() == whole
     assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    for name in (".DS_Store", "harness/.DS_Store", "._prepare_mlx.py", "harness/._score.py"):
+        (place / name).write_bytes(b"left by macOS")
+    assert not restore(repository, repository.head, tmp_path / "night"), "or each training would be a violation"
     evil = tmp_path / "evil"
     evil.mkdir()
     for file in whole:
