@@ -32,7 +32,7 @@ class Console:
 
     def __init__(self, plain: bool = False) -> None:
         self._rich = Rich(highlight=False, soft_wrap=False)
-        self._lively = self._rich.is_terminal and not self._rich.is_dumb_terminal and not plain
+        self._lively = sys.stdout.isatty() and not self._rich.is_dumb_terminal and not plain  # FORCE_COLOR makes no file a terminal
         self._live: Live | None = None
         self._look: Callable[[], Glance] | None = None
         self._last: Glance | None = None
@@ -56,7 +56,7 @@ class Console:
         """One line with the time."""
         clock = time.strftime("%H:%M:%S")
         with contextlib.suppress(OSError):  # whoever was listening is gone; the night goes on
-            if self._rich.is_terminal:
+            if sys.stdout.isatty():
                 self._rich.print(_wrapped(clock, text))
             else:
                 print(f"{clock} {text}", flush=True)
@@ -117,7 +117,7 @@ def watch(look: Callable[[], tuple[Glance, list[str]]], plain: bool = False) -> 
     console = Rich(highlight=False)
     now, lines = look()
     with contextlib.suppress(KeyboardInterrupt):
-        if console.is_terminal and not console.is_dumb_terminal and not plain:
+        if sys.stdout.isatty() and not console.is_dumb_terminal and not plain:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while now["running"]:
                     live.update(panel(now, console.width, now["doing"]), refresh=True)
@@ -138,7 +138,7 @@ def print_lines(lines: list[str]) -> None:
     """Print lines; on a terminal, wrapped between words, the rest of a line below its beginning."""
     console = Rich(highlight=False)
     for line in lines:
-        if console.is_terminal:
+        if sys.stdout.isatty():
             text = line.lstrip()
             console.print(_wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
         else:
