@@ -26,7 +26,7 @@ def beds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bed]:
     real = Bed(tmp_path_factory.mktemp("real"))
     shutil.copy(ROOT / "prepare_mlx.py", real.repo)
     shutil.copytree(ROOT / "harness", real.repo / "harness", ignore=shutil.ignore_patterns("__pycache__"))
-    (real.repo / "text.txt").write_text("\n\n".join(f"{n} small cats sleep near {n % 7} green rivers." for n in range(3000)))
+    (real.repo / "text.txt").write_text("\n\n".join(f"{n} small cats sleep near {n % 7} green rivers." for n in range(600)))
     return {"night": night, "real": real}
 
 
@@ -69,9 +69,12 @@ def _read(master: int) -> bytes:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(("terminal", "variables"), [(True, {"NO_COLOR": "1"}), (True, {"TERM": "dumb"}), (False, {}),
-                                                     (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"})],
-                         ids=["NO_COLOR", "dumb", "pipe", "NO_COLOR wins"])  # fmt: skip
+@pytest.mark.parametrize(("terminal", "variables"), [
+    pytest.param(True, {"NO_COLOR": "1"}, id="NO_COLOR"),
+    pytest.param(True, {"TERM": "dumb"}, id="dumb", marks=pytest.mark.slow),
+    pytest.param(False, {}, id="pipe", marks=pytest.mark.slow),
+    pytest.param(False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, id="NO_COLOR wins", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_where_nobody_wants_colours_there_are_none(
     program: str, terminal: bool, variables: dict[str, str], beds: dict[str, Bed], tmp_path: Path
 ) -> None:
@@ -81,7 +84,9 @@ def test_where_nobody_wants_colours_there_are_none(
         assert not MOVES.search(text), f"nothing is drawn over: {text!r}"
 
 
-@pytest.mark.parametrize(("terminal", "variables"), [(True, {}), (False, {"FORCE_COLOR": "1"})], ids=["terminal", "FORCE_COLOR"])
+@pytest.mark.parametrize(("terminal", "variables"), [
+    pytest.param(True, {}, id="terminal", marks=pytest.mark.slow), pytest.param(False, {"FORCE_COLOR": "1"}, id="FORCE_COLOR"),
+])  # fmt: skip
 def test_where_they_are_wanted_they_are_there_and_a_file_is_no_terminal(
     terminal: bool, variables: dict[str, str], beds: dict[str, Bed], tmp_path: Path
 ) -> None:
