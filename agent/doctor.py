@@ -20,6 +20,9 @@ from typing import Any
 
 import click
 import psutil
+from rich.console import Console as Rich
+from rich.table import Table
+from rich.text import Text
 
 from agent.coders import table
 from agent.errors import NightError
@@ -40,7 +43,8 @@ sys.path.insert(0, "")
 answer = {}
 try:
     import prepare_mlx
-    answer["blas"] = prepare_mlx.load_fast_blas()
+    from harness.machine import load_fast_blas
+    answer["blas"] = load_fast_blas()
 except Exception as error:
     answer["harness"] = f"{type(error).__name__}: {error}"
 if sys.argv[1] == "mlx":
@@ -65,9 +69,6 @@ class Finding:
     subject: str
     state: str
     text: str
-
-    def __str__(self) -> str:
-        return f"{self.state:<5}{self.subject:<10} {self.text}"
 
 
 def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool = False) -> Iterable[Finding]:
@@ -338,16 +339,25 @@ def deeply(folder: Path) -> bool:
     results = []
     for result in deep.examine(folder):
         results.append(result)
-        click.echo(_coloured(result.state, f"{result.check:<10} {result.text}"))
+        _print_row(result.state, result.check, result.text)
     path = folder / "runs" / "doctor.json"
     deep.write(results, path)
     click.echo(f"written to {path}; attach it to an issue, whatever it says")
     return not any(result.state == "bad" for result in results)
 
 
-def _coloured(state: str, text: str) -> str:
-    colours = {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}
-    return click.style(f"{state:<5}", fg=colours[state]) + text
+def _print_row(state: str, subject: str, text: str) -> None:
+    """One finding as one line; on a terminal a long text goes on below its beginning. rich heeds NO_COLOR, FORCE_COLOR and TERM."""
+    console, colour = Rich(highlight=False), {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}[state]
+    line = Text.assemble((f"{state:<5}", colour), f"{subject:<10} ")
+    if not sys.stdout.isatty():
+        console.print(line + Text(text), soft_wrap=True)
+        return
+    table = Table.grid()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(line, Text(text))
+    console.print(table)
 
 
 @click.command()
@@ -365,7 +375,7 @@ def main(train_file: str, launchd: str | None, deeper: bool, ask: bool) -> None:
         sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []
     for finding in examine(Path.cwd(), train_file, os.environ, ask):
-        click.echo(_coloured(finding.state, str(finding)[5:]))
+        _print_row(finding.state, finding.subject, finding.text)
         bad += [finding.subject] if finding.state == "bad" else []
     click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")
     sys.exit(1 if bad else 0)

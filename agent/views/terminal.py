@@ -39,7 +39,7 @@ class Console:
     def __init__(self, plain: bool = False, instead: Path = Path(os.devnull)) -> None:
         self._rich, self._instead = Rich(highlight=False, soft_wrap=False), instead
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        self._lively = self._rich.is_terminal and not self._rich.is_dumb_terminal and not plain
+        self._lively = sys.stdout.isatty() and not self._rich.is_dumb_terminal and not plain  # FORCE_COLOR makes no file a terminal
         self._live: Live | None = None
         self._look: Callable[[], Glance] | None = None
         self._last: Glance | None = None
@@ -71,7 +71,7 @@ class Console:
                 self._rich.file.flush()  # the line is still in the buffer
 
     def _print(self, clock: str, text: str) -> None:
-        if self._rich.is_terminal:
+        if self._rich.file.isatty():
             self._rich.print(_wrapped(clock, text))
         else:
             print(f"{clock} {text}", file=self._rich.file, flush=True)
@@ -145,7 +145,7 @@ def watch(look: Callable[[], tuple[Glance, list[str]]], plain: bool = False) -> 
     console = Rich(highlight=False)
     now, lines = look()
     with contextlib.suppress(KeyboardInterrupt):
-        if console.is_terminal and not console.is_dumb_terminal and not plain:
+        if sys.stdout.isatty() and not console.is_dumb_terminal and not plain:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while now["running"]:
                     live.update(panel(now, console.width, now["doing"]), refresh=True)
@@ -166,7 +166,7 @@ def print_lines(lines: list[str]) -> None:
     """Print lines; on a terminal, wrapped between words, the rest of a line below its beginning."""
     console = Rich(highlight=False)
     for line in lines:
-        if console.is_terminal:
+        if sys.stdout.isatty():
             text = line.lstrip()
             console.print(_wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
         else:
