@@ -1,11 +1,11 @@
 """
-A small GPT, trained on one device for a fixed budget, on PyTorch. This is the file that the agent edits.
+Train a small GPT on one device for a fixed budget, with PyTorch. This is the file that the agent edits.
 
     python prepare_mlx.py && python train_torch.py
 
 It translates train_mlx.py for CUDA, MPS and CPUs: the same names in the same order. Weights have the same names and shapes, too.
 The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings. Muon trains the matrices of the blocks,
-row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen and what it gives.
+row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says why, with figures.
 """
 
 import json
@@ -91,28 +91,28 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
                  "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
-NGRAM_CONTEXT = 7  # the last 7 tokens, hashed, choose which of an n-gram's two rows is trained; must exceed the longest n-gram
+NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows is trained; more than the longest n-gram
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
 # Optimization
-BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
-MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
+BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens per optimizer step
+MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens per pass; larger batches accumulate
 EMBEDDING_LR = 0.4  # AdamW, token and value embeddings, at width 768; scaled by (width / 768) ** -0.5
 UNEMBEDDING_LR = 0.004  # AdamW, lm_head, scaled in the same way
 NGRAM_LR = 1.5  # Adagrad, n-gram tables: the size of a row's first step
 MATRIX_LR = 0.02  # Muon, matrices of the blocks
-SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
-WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
-ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
+SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas use a hundredth of it
+WEIGHT_DECAY = 0.15  # Muon, cautious: only where it agrees with the update; falls to 0 over the run
+ADAM_BETAS = (0.8, 0.95)  # AdamW: decay rates of the mean and of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
-MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row, or of each column of a wide matrix
-NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
-WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
-WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
-FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
-ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
+MUON_BETA2 = 0.95  # NorMuon: decay rate of the mean square of each row, or of each column of a wide matrix
+NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update: 5 at most, and 4 score like 5
+WARMUP_RATIO = 0.0  # share of the budget over which the learning rate rises from 0
+WARMDOWN_RATIO = 0.7  # share of the budget over which it falls
+FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
+ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
 DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
@@ -173,8 +173,9 @@ def attention(q, k, v):
 def ngram_rows(tokens, buckets):
     """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int64 [B, T] -> int64 [2, n, B, T].
 
-    Each n-gram has two rows. NGRAM_CONTEXT tokens decide which one this position trains in the first epoch: it comes first.
-    The tables lie one below the other in one array.
+    Each n-gram has two rows, because a table memorises a text that it reads more than once: in epoch 1 a position trains one row,
+    in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row, which comes first.
+    The tables of all n are stacked in one array.
     """
     def mixed(code):
         code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2**32
@@ -184,11 +185,11 @@ def ngram_rows(tokens, buckets):
     codes = [previous]
     for _ in range(max(NGRAM_CONTEXT - 1, len(buckets))):
         previous = F.pad(previous[:, :-1], (1, 0))                              # one token further back, 0 before the row
-        codes.append((codes[-1] * 1_000_003 + previous + 1) & 0xFFFFFFFF)       # of one more token
-    own = mixed(codes[-1]) & 1                                                  # [B, T]
-    which, rows, offset = torch.stack([own, 1 - own]), [], 0                    # [2, B, T]
-    for size, code in zip(buckets, codes[1:], strict=False):
-        rows.append(offset + mixed(2 * code + which) % size)
+        codes.append((codes[-1] * 1_000_003 + previous + 1) & 0xFFFFFFFF)       # code of the n-gram that is one token longer
+    own = mixed(codes[-1]) & 1                                                  # [B, T]: is the trained row the first or second?
+    choice, rows, offset = torch.stack([own, 1 - own]), [], 0                   # [2, B, T]: the trained row, then the other
+    for size, code in zip(buckets, codes[1:], strict=False):                    # 2-grams, 3-grams, ...
+        rows.append(offset + mixed(2 * code + choice) % size)
         offset += size
     return torch.stack(rows, dim=1)
 
@@ -267,7 +268,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-grams 0."""
+        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-gram tables 0."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
         s = 3**0.5 * self.config.n_embd**-0.5
         for name, p in self.named_parameters():
@@ -283,8 +284,8 @@ class GPT(nn.Module):
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
     def forward(self, tokens, ngrams=None, dropout_rate=None):
-        """Logits: int64 [B, T] -> fp32 [B, T, V]. A training step passes the summed n-gram embeddings [B, T, C], whose gradient it
-        needs, and a dropout rate."""
+        """Logits: int64 [B, T] -> fp32 [B, T, V]. A training step passes a dropout rate and the summed n-gram embeddings
+        [B, T, C], because it needs the gradient of that sum."""
         if ngrams is None and self.config.ngram_buckets:
             ngrams = self.ngrams(ngram_rows(tokens, self.config.ngram_buckets)).sum(dim=(0, 1))
         x = self.wte(tokens)                                                    # [B, T, C]; embedding tables are fp32
@@ -300,9 +301,9 @@ class GPT(nn.Module):
         return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and token of the row in attention (upstream's
-        count)."""
-        weights = sum(p.numel() for name, p in self.named_parameters() if computes_in_dtype(name))
+        """FLOPs per token of a forward and backward pass, as upstream counts: 6 per weight of a matrix product, and for attention
+        12 per layer, channel and token of the row."""
+        weights = sum(p.numel() for name, p in self.named_parameters() if is_matmul_weight(name))
         return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
 
 
@@ -310,19 +311,19 @@ def is_matrix(name):
     return name.startswith("blocks.")
 
 
-def computes_in_dtype(name):
-    """Weights of matrix products are cast to DTYPE; embedding tables stay fp32 and are cast after the look-up."""
+def is_matmul_weight(name):
+    """Whether a weight is multiplied in a matrix product: it is cast to DTYPE. Embedding tables are cast after the look-up."""
     return is_matrix(name) or name == "lm_head.weight"
 
 
 def with_weights(model, params):
-    """The model as a function with the weights {name: tensor}, cast to the dtypes that it computes in."""
-    cast = {n: p.to(DTYPE) if computes_in_dtype(n) else p for n, p in params.items()}
+    """The model as a function with the weights {name: tensor}, those of matrix products cast to DTYPE."""
+    cast = {n: p.to(DTYPE) if is_matmul_weight(n) else p for n, p in params.items()}
     return lambda *inputs: functional_call(model, cast, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
+# Optimizer: Muon for the matrices of the blocks, row-wise Adagrad for the n-gram tables, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
@@ -335,9 +336,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 
 
 def orthogonalize(g):
-    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. It is divided by its norm
-    in fp32, as fp16 would lose a small gradient."""
-    x = (g / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6)).to(DTYPE)
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]."""
+    size = torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True))     # [n, 1, 1], Frobenius norm
+    x = (g / (size * 1.02 + 1e-6)).to(DTYPE)                                    # divided in fp32: fp16 would lose a small gradient
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT
@@ -378,7 +379,7 @@ def adagrad_rows(table, v, rows, g, lr):
     """One Adagrad step, in place, of the rows that a batch looked up; other rows are not touched, cost no time. Returns table, v.
 
     table [R, C]; v [R], per row the sum of mean squared gradients (Duchi et al., 2011; one number per row as in Gupta et al.,
-    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows, which is that of each row.
+    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows and so of each of them.
     """
     rows, g = rows.flatten(1), g.flatten(0, -2)                                 # [n, B * T], [B * T, C]
     mean_square = torch.mean(torch.square(g), dim=-1)                           # [B * T]
@@ -402,7 +403,7 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """The matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
+    """Group the matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
     groups = {}
     for name, p in params.items():
         if is_matrix(name):
@@ -426,7 +427,7 @@ def init_optimizer(params):
 def update(params, grads, moments, rates, width, rows=None):
     """One optimizer step over {name: tensor}; returns new params and moments. rates: see `schedule`.
 
-    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings, and rows [n, B, T] are the rows in each sum.
+    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings; rows [n, B, T] are the table rows to train.
     Tables and their moments change in place.
     """
     params, moments, lr = dict(params), dict(moments), rates["lr"]
@@ -462,9 +463,10 @@ def unless_overflow(grads, before, after):
 
 
 def schedule(progress, step, epoch=0):
-    """What changes from step to step. progress 0 to 1 is the used share of the budget; step and epoch count from 0.
+    """What changes from step to step, by name. progress: used share of the budget, 0 to 1. step, epoch: counted from 0.
 
-    The values are 0-d fp32 tensors, because torch.compile would trace every new Python number again.
+    "lr" is a factor on every learning rate, "first_epoch" is 1 in the first epoch and 0 after it. The values are 0-d fp32 tensors,
+    because torch.compile would trace again for each new Python number.
     """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -492,7 +494,10 @@ def to_device(t):
 
 
 def make_gradients(model):
-    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, n-gram rows, for int64 x and y [B, T]."""
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, table rows to train, for int64 x and y [B, T].
+
+    The gradient of a whole n-gram table would be as large as the table, so {NGRAMS: gradient} is that of the summed rows [B, T, C].
+    """
 
     @compiled
     def loss_fn(dense, ngrams, rates, x, y):
@@ -505,8 +510,7 @@ def make_gradients(model):
         if NGRAMS in params:
             rows, other_rows = ngram_rows(x, model.config.ngram_buckets)        # [n, B, T] each
             own, other = (params[NGRAMS][r].sum(dim=0) for r in (rows, other_rows))  # [B, T, C] each
-            # From the second epoch on, the row that this position trained knows the next token by heart: leave it out, train it
-            # no more. The gradient of a whole table would be as large as the table, so take that of the rows' sum
+            # After the first epoch a position's own row has memorised the next token: read the other row only, and train neither
             inputs[NGRAMS] = ngrams = (rates["first_epoch"] * own + other).requires_grad_()
         loss, scale = loss_fn(dense, ngrams, rates, x, y), rates.get(LOSS_SCALE, 1)
         grads = torch.autograd.grad(scale * loss, list(inputs.values()), materialize_grads=True)
@@ -530,19 +534,19 @@ def make_step(model, accumulation_steps):
         return *after, loss / accumulation_steps
 
     def step(params, moments, rates, batches):
-        total, ngrams = None, []
+        total, ngram_grads = None, []
         rates = dict(zip(rates, to_device(torch.stack(list(rates.values()))), strict=True))  # one copy for all
         rates |= {LOSS_SCALE: moments[LOSS_SCALE][0]} if LOSS_SCALE in moments else {}
         for _ in range(accumulation_steps):
             x, y = to_device(torch.from_numpy(np.stack(next(batches)))).long()  # one copy for both
             loss, grads, rows = gradients(params, rates, x, y)
             if rows is not None:
-                ngrams.append((rows, grads.pop(NGRAMS)))
+                ngram_grads.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else (total[0] + loss, {n: total[1][n] + g for n, g in grads.items()})
         params, moments, loss = apply(params, moments, rates, *total)
-        if ngrams:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
-            rows = torch.cat([rows for rows, _ in ngrams], dim=1)               # [n, accumulation_steps * B, T]
-            grads = {NGRAMS: torch.cat([g for _, g in ngrams]).nan_to_num(0, 0, 0) / accumulation_steps}  # not finite: overflow
+        if ngram_grads:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
+            rows = torch.cat([rows for rows, _ in ngram_grads], dim=1)          # [n, accumulation_steps * B, T]
+            grads = {NGRAMS: torch.cat([g for _, g in ngram_grads]).nan_to_num(0, 0, 0) / accumulation_steps}  # 0 on overflow
             params, moments = update(params, grads, moments, rates, model.config.n_embd, rows)
         return params, moments, loss
 
@@ -591,7 +595,8 @@ def peak_memory():
 
 
 def matmul_probe():
-    """A callable that does one large matrix product, and its FLOPs: MFU is a share of its speed where the peak is unknown."""
+    """A function that runs one large matrix product, and the FLOPs of that product. Its speed shows whether the machine slows down,
+    and is the reference for MFU on a device of unknown peak."""
     n = 4096 if GPU else 1024
     a = torch.randn(n, n, device=DEVICE).to(DTYPE)
     return lambda: (a @ a, synchronize()), 2 * n**3
@@ -623,10 +628,11 @@ def build(run, accumulation_steps):
 
 
 def weight_bytes(depth, vocab_size):
-    """Bytes of weights and moments of a model of another depth, as wide in proportion. Meta tensors have a shape only."""
-    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
+    """Bytes of weights and moments at another depth, with the width in proportion. Meta tensors have a shape only."""
+    width = WIDTH if depth == DEPTH else math.ceil(WIDTH * depth / (DEPTH * HEAD_DIM)) * HEAD_DIM
+    config = GPTConfig(vocab_size, n_layer=depth, n_head=max(1, width // HEAD_DIM), n_embd=width)
     with torch.device("meta"):
-        params = dict(GPT(GPTConfig(vocab_size, depth, width // HEAD_DIM or 1, width)).named_parameters())
+        params = dict(GPT(config).named_parameters())
     return sum(t.nbytes for tensors in (params.values(), *init_optimizer(params).values()) for t in tensors)
 
 
