@@ -318,12 +318,10 @@ def launch_agent(clock: str, folder: Path) -> str:
     content = {
         "Label": label, "WorkingDirectory": str(folder),
         "ProgramArguments": [sys.executable, "-m", "agent.loop", "--until", "07:00"],
-        "ProcessType": "Interactive",  # any other is slowed down
         "EnvironmentVariables": {"PATH": os.environ["PATH"]}, "StandardOutPath": logs, "StandardErrorPath": logs,
         "StartCalendarInterval": {"Hour": hour, "Minute": minute},
         "ProcessType": "Interactive",  # others are held back, and trainings would be slower
     }  # fmt: skip
-    (folder / "runs").mkdir(exist_ok=True)  # launchd makes no folder for its log
     place = f"~/Library/LaunchAgents/{label}.plist"
     return plistlib.dumps(content).decode() + (
         f"<!-- save it as {place}, then: launchctl bootstrap gui/$(id -u) {place}\n"

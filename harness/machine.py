@@ -36,8 +36,10 @@ PRESETS = {
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
     "cuda": Preset(vocab_size=8192, seq_len=2048, eval_bytes=8_000_000, budget="300s"),     # upstream's shape
+    "upstream": Preset(vocab_size=8192, seq_len=2048, eval_bytes=20_000_000, budget="300s"),  # and its data: see corpus.UPSTREAM
 }
 TIERS = ("cpu", "mac", "mac-max", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
 STEP_FACTOR = 6  # peak memory of an update, relative to weights and moments: 4.4 to 5.7 measured on a CPU, where nothing is fused
 PEAK_TFLOPS = {  # from vendors or core counts, bf16 on tensor units; of several names in a device's name the longest counts
     "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
@@ -105,6 +107,20 @@ def find_tier(own: str | None) -> str:
     if tier not in TIERS:
         raise SystemExit(f"error: AUTORESEARCH_TIER={tier}: expected one of {', '.join(TIERS)}")
     return tier
+
+
+def find_dtype(device: str, default: str = "bfloat16") -> str:
+    """Return the name of the dtype in which a train file computes on this device: what `scripts/benchmark.py dtype` found fastest
+    there and wrote to dtypes.json in the data home, or `default` while nobody has measured.
+
+    device: the train file's own name for it. $AUTORESEARCH_DTYPES holds the file as it was when a night began, because all
+    trainings of a night compute in the same dtype.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        text = os.environ.get("AUTORESEARCH_DTYPES")
+        known = json.loads((home() / "dtypes.json").read_text() if text is None else text).get(device)
+        return known if known in DTYPES else default
+    return default
 
 
 def peak_flops(device: str, product: Callable[[], object], flops: float) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def run_session(
         night = setup.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
     setup.refuse_older(journal, repository, night)
     setup.require_data(night.dataset)
-    setup.keep_tier(night)
+    setup.keep_choices(night)
     setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}

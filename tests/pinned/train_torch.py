@@ -34,6 +34,7 @@ from prepare_mlx import (
     check_weights,
     expected_epochs,
     extrapolate,
+    find_dtype,
     find_tier,
     peak_flops,
     recall,
@@ -73,11 +74,16 @@ def without_compiler(error):
           "without it, slower", flush=True)
 
 
-def half_precision():
-    """The 16-bit dtype that the GPU computes in: bf16, but fp16 with loss scaling before Ampere (RTX 20xx, T4), which emulates
-    bf16."""
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
+
+
+def gpu_dtype():
+    """The dtype that the GPU computes in, if none was measured to be faster: bf16, but fp16 with loss scaling before Ampere (RTX
+    20xx, T4), which emulates bf16."""
     emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return getattr(torch, find_dtype(device_name(), "float16" if emulated else "bfloat16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
 ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
+DTYPE = gpu_dtype() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -611,11 +617,6 @@ def memory_limit():
         return torch.mps.recommended_max_memory() - 2**30
     import psutil
     return psutil.virtual_memory().total
-
-
-def device_name():
-    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
 
 
 def build(run, accumulation_steps):

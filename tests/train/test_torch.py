@@ -34,7 +34,7 @@ CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # N-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2**32 at once
 SMALL = {"vocab_size": 5000, "n_layer": 3, "n_head": 2, "n_embd": 64, "ngram_buckets": (997, 1013)}
 # What PyTorch needs besides the names of train_mlx.py, which imports two of them
-OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "without_compiler", "half_precision", "LOSS_SCALE", "rope",
+OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "without_compiler", "gpu_dtype", "LOSS_SCALE", "rope",
        "attention", "recomputed", "unless_overflow", "to_device", "synchronize", "marker", "reset_peak_memory", "peak_memory",
        "out_of_memory", "fitting_step"}
 
@@ -648,11 +648,15 @@ def test_recomputed_activations_give_the_same_gradients(monkeypatch: pytest.Monk
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_cards_that_emulate_bf16_train_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_that_emulate_bf16_train_in_fp16_unless_another_dtype_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_torch, "DEVICE", "cuda")
+    monkeypatch.setattr(train_torch, "device_name", lambda: "A card cuda torch")
+    monkeypatch.setenv("AUTORESEARCH_DTYPES", "{}")
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, own=supported: own or including_emulation)
-        assert train_torch.half_precision() == dtype
+        assert train_torch.gpu_dtype() == dtype
+    monkeypatch.setenv("AUTORESEARCH_DTYPES", '{"A card cuda torch": "float32"}')
+    assert train_torch.gpu_dtype() == torch.float32
 
 
 def test_fp16_trains_as_fp32_does(monkeypatch: pytest.MonkeyPatch) -> None:
