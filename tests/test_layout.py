@@ -66,6 +66,12 @@ def test_the_harness_is_imported_on_windows() -> None:
     assert (done.returncode, done.stdout) == (0, "win32\n"), done.stderr
 
 
+def test_the_driver_sends_windows_to_wsl() -> None:
+    done = subprocess.run([sys.executable, "-m", "agent.loop"], cwd=ROOT, env=os.environ | on_windows(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "WSL 2" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and (ROOT / "docs" / "windows.md").is_file()
+
+
 def test_a_training_loads_its_own_part_of_the_harness() -> None:
     code = "import sys, prepare_mlx; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
