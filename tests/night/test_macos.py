@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import platform
-import pty
 import re
 import signal
 import subprocess
@@ -215,41 +214,6 @@ def test_what_metal_holds_counts_as_memory(tmp_path: Path, on_macos: None, monke
     outcome = run(argv, cwd=tmp_path, env=clean_env(), log=tmp_path / "log", bounds=Bounds(60, memory_bytes=2 << 30))
     assert outcome.reason == "memory"
     assert outcome.peak_rss_mb >= 3 << 10
-
-
-class Terminal:
-    """A terminal of which a program is the leader, as of the shell in a window; `close` closes the window."""
-
-    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str]) -> None:
-        self.pid, self.master = pty.fork()
-        if not self.pid:
-            os.chdir(cwd)
-            os.execve(argv[0], argv, env)
-
-    def close(self) -> int:
-        """Hang up; how the program ended."""
-        os.close(self.master)
-        deadline = time.monotonic() + 60
-        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline, "it goes on without a terminal"
-            time.sleep(0.05)
-        return os.waitstatus_to_exitcode(done[1])
-
-
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_night_whose_terminal_is_closed_ends_as_stopped(tmp_path: Path, plain: bool) -> None:
-    """Closing the window sends SIGHUP, and from then on every write to the terminal fails."""
-    bed = Bed(tmp_path, "hangs")
-    options = ("--experiments", "1", "--no-sandbox", *["--plain"] * plain)
-    terminal = Terminal(bed.command(*options), bed.repo, bed.environment(TERM="xterm-256color"))
-    journal = bed.folder() / "journal.jsonl"
-    wait_for(lambda: os.read(terminal.master, 1 << 16) and b'"event":"experiment","n":1' in journal.read_bytes())
-    assert terminal.close() == 130
-    events = read_events(journal)[0]
-    assert (events[-1]["event"], events[-1].get("reason")) == ("night_end", "stopped")
-    assert not [event for event in events if event["event"] == "verdict" and event["n"]]
-    bed.plan("worse")
-    assert bed.run("--resume").returncode == 0
 
 
 # ---- paths ----
