@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +125,7 @@ class Part:
         """Some documents, given their numbers."""
         ends = self.ends
         with open(self.text, "rb") as file:
-            return [os.pread(file.fileno(), int(self.sizes[n]), int(ends[n] - self.sizes[n])) for n in numbers]
+            return [file.read(int(self.sizes[n])) for n in numbers if file.seek(int(ends[n] - self.sizes[n])) >= 0]
 
 
 def grouped(blocks: list[Block]) -> list[list[Block]]:
@@ -364,11 +363,10 @@ def tokenize_part(part: Part, splits: bytes, spans: np.ndarray, model: bytes, ta
     return len(texts), len(data)
 
 
-def begin_worker(parent: int) -> None:
+def begin_worker() -> None:
     """Set up a worker process: ignore Ctrl-C, which the parent handles, and exit when the parent is gone."""
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
@@ -417,7 +415,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     made = dataset == "stories"  # its held-out text is made, not copied
     last = str(files[-1]) if made or held_file else ""
     workers = min(os.cpu_count() or 1, WORKERS)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
     try:
         # 1. files -> documents and their hashes
         few = 1 + len(files) // (8 * workers)

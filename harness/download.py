@@ -24,13 +24,14 @@ def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[...,
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
     columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ("{task.completed}/{task.total} " + unit,)
     began = printed = time.monotonic()
-    with Progress("{task.description}", BarColumn(), *columns, TimeRemainingColumn(), transient=True) as shown:
+    lively = sys.stdout.isatty()  # rich takes a file for one where FORCE_COLOR is set
+    with Progress("{task.description}", BarColumn(), *columns, TimeRemainingColumn(), transient=True, disable=not lively) as shown:
         task = shown.add_task(what, total=total)
 
         def advance(n: float = 1) -> None:
             nonlocal printed
             shown.advance(task, n)
-            if not shown.console.is_terminal and time.monotonic() - printed > 10:
+            if not lively and time.monotonic() - printed > 10:
                 printed, done = time.monotonic(), shown.tasks[task].completed
                 print(f"{what}: {done:,.0f} of {total:,.0f} {unit}, {done / (printed - began):,.1f} per second", file=sys.stderr)
         yield advance

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import HarnessError, home
+from harness import HarnessError, home, sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
-    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="60ktokens"),    # make demo: the clock decides nothing
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="30ktokens"),    # make demo: the clock decides nothing
     "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
@@ -76,6 +76,30 @@ def load_fast_blas(threads: int | None = None) -> str | None:
     return None
 
 
+def recall(key: object) -> dict:
+    """What `remember` kept under this key on this machine; {} for nothing, which is also what a sandbox shows of it."""
+    try:
+        return dict(json.loads((home() / "remembered.json").read_text())[name_of(key)])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def remember(key: object, facts: dict) -> None:
+    """Keep facts that took time to find out, for the next training by hand; nothing where the file cannot be written."""
+    file = home() / "remembered.json"
+    try:
+        known = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    with contextlib.suppress(OSError):
+        write_atomically(file, json.dumps(known | {name_of(key): facts}, indent=1).encode())
+
+
+def name_of(key: object) -> str:
+    """A short name for anything that JSON can hold, or that prints itself."""
+    return sha256(json.dumps(key, default=str, sort_keys=True).encode())[:16]
+
+
 def find_tier(own: str | None) -> str:
     """Return the tier whose constants a train file uses: $AUTORESEARCH_TIER if it is set, else `own`, else this machine's.
     SystemExit if unknown."""
@@ -110,7 +134,7 @@ def peak_flops(device: str, product: Callable[[], object], flops: float) -> tupl
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b(?! (?:Pro|Max|Ultra)\b)", device)]  # "M5 Ultra" is no "M5"
     measured = flops / min(times)
     return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
 

@@ -91,7 +91,8 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
     data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
     why = f", {data['chosen']}" if data.get("chosen") else ""
     lines = [
-        f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; stop with Ctrl-C, go on with --resume",
+        f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; Ctrl-C stops it, a closed window does not; "
+        "--resume goes on",
         f"data: {data.get('name') or data['id']}, preset {data.get('preset')}{why}; others: --dataset, --preset",
         agent,
     ]

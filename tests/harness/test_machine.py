@@ -32,7 +32,7 @@ def test_every_apple_chip_with_a_fan_has_a_peak_and_faster_ones_have_more() -> N
         assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("device", ["Apple M55 mlx", "AMD EPYC cpu", "Graviton M", "NVIDIA A1000 cuda"])
+@pytest.mark.parametrize("device", ["Apple M55 mlx", "Apple M5 Ultra mlx", "AMD EPYC cpu", "Graviton M", "NVIDIA A1000 cuda"])
 def test_an_unknown_device_has_the_peak_that_is_measured(device: str) -> None:
     peak, measured = peak_flops(device, work, 1e6)
     assert peak == measured
