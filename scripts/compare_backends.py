@@ -404,7 +404,8 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 def table_of(result: dict[str, Any]) -> Table:
     """The table for the terminal."""
     heading, *rows = rows_of(result)
-    table = Table(heading[0], show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for leg in heading[1:]:
         table.add_column(leg, justify="right")
     for row in rows:
