@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from conftest import PINNED, ROOT, Dataset, environment, prepare
@@ -385,22 +387,57 @@ def test_a_measured_dtype_is_what_trainings_find(tmp_path: Path, monkeypatch: py
     assert find_dtype("Apple M1 mlx") == "float32"
 
 
-def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(tiny: Dataset, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dtype_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """`benchmark.py dtype` on a machine with these backends, in a data home of its own: what it writes as JSON."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.delenv("AUTORESEARCH_DTYPES", raising=False)
+
+    def run(data: Path, *backends: str) -> dict:
+        monkeypatch.setattr(benchmark, "available", lambda: (list(backends), []))
+        arguments = ["dtype", "--rounds", "1", "--steps", "3", "--data", str(data), "--json", str(tmp_path / "out.json")]
+        done = CliRunner().invoke(benchmark.main, arguments)
+        assert done.exit_code == 0, done.output
+        told = json.loads((tmp_path / "out.json").read_text())
+        assert told["said"] in done.output
+        return told
+    return run
+
+
+def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(
+        tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype_command: Callable[..., dict]) -> None:
     source = compare_peers.with_constants(SOURCE, {"DEPTH": 1, "WIDTH": 64, "BATCH_TOKENS": 256, "NGRAM_BUCKETS": "()"})
     monkeypatch.setattr(benchmark, "TRAIN_FILE", tmp_path / "train_mlx.py")
     (tmp_path / "train_mlx.py").write_text(source)
-    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
-    monkeypatch.setattr(benchmark, "available", lambda: (["mlx-cpu"], []))
-    arguments = ["dtype", "--rounds", "1", "--steps", "4", "--data", str(tiny.train), "--json", str(tmp_path / "out.json")]
-    done = CliRunner().invoke(benchmark.main, arguments)
-    assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "out.json").read_text())
+    told = dtype_command(tiny.train, "mlx-cpu")
     assert all(len(rates) == 1 and rates[0] > 0 for rates in told["tokens_per_second"].values())
     assert told["tokens_per_second"].keys() == {"bfloat16", "float16", "float32"}
     assert told["device"].endswith(" mlx")
     assert "nothing is changed" in told["said"]
     assert not (tmp_path / "dtypes.json").exists()
+
+
+@pytest.mark.parametrize(("fp32", "dtype"), [(150.0, "float32"), (101.0, "bfloat16")])
+def test_a_gpu_that_is_faster_in_fp32_computes_in_it_from_then_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype_command: Callable[..., dict], fp32: float, dtype: str) -> None:
+    """fp16 is the fastest, but train_mlx.py cannot use it. The line of the train file that chooses the dtype is run as on a GPU."""
+    monkeypatch.setattr(benchmark, "TRAIN_FILE", PINNED / "train_mlx.py")
+    rates = {"mx.bfloat16": 100.0, "mx.float16": 200.0, "mx.float32": fp32}
+
+    def trained(source: str, *_: object) -> dict:
+        (found,) = [rate for name, rate in rates.items() if re.search(rf"^DTYPE = {name} ", source, re.M)]
+        return {"tokens_per_second": found, "framework_mb": 1.0, "process_mb": 1.0, "device": "Apple M1 mlx"}
+    monkeypatch.setattr(benchmark, "measure_ours", trained)
+
+    def chosen(device: str) -> object:
+        line = re.search(r"^DTYPE = (.*)$", SOURCE, re.M)[1]
+        return eval(line, {"mx": mx, "GPU": True, "find_dtype": find_dtype, "device_name": lambda: device})
+    assert chosen("Apple M1 mlx") == mx.bfloat16
+    told = dtype_command(tmp_path, "mlx", "mlx-cpu")
+    assert told["chosen"] == dtype
+    assert chosen("Apple M1 mlx") == getattr(mx, dtype)
+    assert chosen("Apple M3 mlx") == mx.bfloat16
+    assert ("computes in float32 on Apple M1 mlx from now on" in told["said"]) == (dtype == "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
