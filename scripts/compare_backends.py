@@ -141,14 +141,15 @@ class Comparison:
             return launch((TRAIN_FILE if framework == "mlx" else TORCH_FILE).name, source, Path(folder), settings, LIMIT, child=LEG,
                           **variables)
 
-    def attempt(self, what: Callable[..., dict[str, Any]], leg: str, *args: Any, **settings: Any) -> dict[str, Any] | None:
+    def attempt(self, what: Callable[..., dict[str, Any]], leg: str, *args: Any, during: str = "", **settings: Any,
+                ) -> dict[str, Any] | None:
         """The report of `what`, or None, and why in `failed`."""
         try:
             return what(leg, *args, **settings)
         except Failed as failure:
-            self.failed[leg] = str(failure)
-            hint = "; smaller passes for all: --constant MICRO_TOKENS=..." if "memory" in last_line(str(failure)).lower() else ""
-            self.tell(f"{leg} failed: {last_line(str(failure))}{hint}")
+            self.failed[leg + during] = said = last_line(str(failure))
+            hint = "; smaller passes for all: --constant MICRO_TOKENS=..." if "memory" in said.lower() else ""
+            self.tell(f"{leg}{during} failed: {said}{hint}")
             return None
 
     def new_weights(self, leg: str, constants: dict[str, str] | None = None) -> dict[str, Any]:
@@ -219,10 +220,11 @@ class Comparison:
                 constants = {k: str(v) for k, v in (fixed | {constant: size}).items()}
                 if what == "row length":  # whole rows
                     constants["BATCH_TOKENS"] = str(max(tokens, size))
-                if not self.attempt(self.new_weights, legs[0], constants):
+                during = f", {what} {size}"
+                if not self.attempt(self.new_weights, legs[0], constants, during=during):
                     continue
                 for leg in legs:
-                    if report := self.attempt(self.start, leg, "times", constants, windows=["step"], **self.pace):
+                    if report := self.attempt(self.start, leg, "times", constants, during=during, windows=["step"], **self.pace):
                         found[leg][size] = report["seconds"]["step"]
                         self.tell(f"{what} {size}, {leg}: {1000 * found[leg][size]:.1f} ms a step")
             results[what] = {leg: {"sizes": list(times), "seconds": list(times.values()),
@@ -255,7 +257,7 @@ class Comparison:
             for key, budget in budgets.items():
                 runs = more.setdefault(key, {"budget": budget, "legs": {}})["legs"]
                 for leg in best():
-                    if run := self.attempt(self.trained, leg, budget):
+                    if run := self.attempt(self.trained, leg, budget, during=f", {budget}"):
                         runs[leg] = run
                         self.tell(f"{leg}: val_bpb {run['val_bpb']:.4f} after {run['num_steps']} steps")
             if sweep:
@@ -335,20 +337,18 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one leg: median of each figure, spread of tokens/s, parts of a step, single operations."""
-    def median(values: Sequence[float | None]) -> float | None:
-        known = [v for v in values if v is not None]
-        return statistics.median(known) if known else None
+    def median(rows: list[dict[str, Any]], *names: str) -> dict[str, Any]:
+        known = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+        return {name: statistics.median(values) if values else None for name, values in known.items()}
 
-    figures = ("tokens_per_second", "mfu_percent", "product_tflops", "framework_mb", "process_mb", "import_seconds")
     rates = [r["tokens_per_second"] for r in reports]
-    parts = [split(r["seconds"]) for r in reports]
-    energy = [r["energy"].get("joules_per_1000_tokens") for r in reports]
-    return {key: median([r[key] for r in reports]) for key in figures} | {
-        "lowest": min(rates), "highest": max(rates), "rounds": len(reports), "joules_per_1000_tokens": median(energy),
-        "watts": median([r["energy"].get("watts") for r in reports]),
+    return {
+        **median(reports, "tokens_per_second", "mfu_percent", "product_tflops", "framework_mb", "process_mb", "import_seconds"),
+        **median([r["energy"] for r in reports], "joules_per_1000_tokens", "watts"),
+        "lowest": min(rates), "highest": max(rates), "rounds": len(reports),
         "step_ms": statistics.median(1000 * r["seconds"]["training"] for r in reports),
-        "parts_ms": {part: statistics.median(p[part] for p in parts) for part in PARTS},
-        "pieces_ms": {name: statistics.median(r["pieces_ms"][name] for r in reports) for name in reports[0]["pieces_ms"]},
+        "parts_ms": median([split(r["seconds"]) for r in reports], *PARTS),
+        "pieces_ms": median([r["pieces_ms"] for r in reports], *reports[0]["pieces_ms"]),
         "first_step_seconds": statistics.median(r["first_seconds"]["step"] for r in reports),
         "largest_drift": max(abs(r["drift"]) for r in reports)}
 
@@ -384,7 +384,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             ("ms a step", lambda m: f"{m['step_ms']:.1f}"),
             *((part, lambda m, part=part: f"{m['parts_ms'][part]:.1f}") for part in PARTS),
             *((f"{name} alone, ms", lambda m, name=name: number(".2f", m["pieces_ms"].get(name))) for name in pieces),
-            ("MFU of a product, %", lambda m: f"{m['mfu_percent']:.1f}"),
+            ("MFU, % of a product", lambda m: f"{m['mfu_percent']:.1f}"),
             ("product, TFLOP/s", lambda m: f"{m['product_tflops']:.2f}"),
             ("arrays at their peak, MB", lambda m: number(",.0f", m["framework_mb"])),
             ("process at its peak, MB", lambda m: f"{m['process_mb']:,.0f}"),
@@ -413,15 +413,20 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
+def others(result: dict[str, Any]) -> tuple[float, float]:
+    """Percent of the CPU that other programs used before a leg: median and most."""
+    percents = [r["others_percent"] for reports in result["reports"].values() for r in reports]
+    return statistics.median(percents), max(percents)
+
+
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the table doesn't show, one sentence a line."""
-    m, s, reports = result["machine"], result["settings"], [r for leg in result["reports"].values() for r in leg]
-    busy = statistics.median(r["others_percent"] for r in reports)
+    m, s, (busy, busiest) = result["machine"], result["settings"], others(result)
     loaded = " (a loaded machine: figures are low and spread)" if busy > BUSY_PERCENT else ""
     lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; CPU threads: {m['threads']}; "
              f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}.",
              f"Before each leg other programs used {busy:.0f} % of the CPU in the median, at most "
-             f"{max(r['others_percent'] for r in reports):.0f} %{loaded}. No leg counts in which the machine swapped.",
+             f"{busiest:.0f} %{loaded}. No leg counts in which the machine swapped.",
              *(f"About this machine: {line}." for line in m["conditions"]),
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
@@ -453,8 +458,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     drifted = [f"{leg} {m['largest_drift']:.0%}" for leg, m in result["legs"].items() if m["largest_drift"] > s["max_drift"] / 100]
     lines += [f"The speed of a matrix product drifted during a leg: {', '.join(drifted)}."] if drifted else []
     if any(ms < 0 for leg in result["legs"].values() for ms in leg["parts_ms"].values()):
-        lines.append("Parts of a step are differences of windows: a negative one is smaller than what the windows spread.")
-    lines += [f"{leg} failed: {last_line(said)}." for leg, said in result["failed"].items()]
+        lines.append("Parts of a step are differences of windows: a negative one is smaller than the spread of the windows.")
+    lines += [f"{leg} failed: {said}." for leg, said in result["failed"].items()]
     lines += [f"{words[0].upper()}{words[1:]}." for words in result["missing"]]
     backends = dict.fromkeys(LEGS[leg][0] for leg in result["legs"])
     return lines + [f"{backend}: {CANNOT[backend]}." for backend in backends if backend in CANNOT]
@@ -466,13 +471,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     legs, m, s = result["legs"], result["machine"], result["settings"]
-    busy = statistics.median(r["others_percent"] for leg in result["reports"].values() for r in leg)
     figure, axes = pyplot.subplots(figsize=(9, 1.7 + 0.62 * len(legs)), dpi=120)
     longest = max(leg["step_ms"] for leg in legs.values())
     for row, leg in enumerate(legs.values()):
-        left = 0.0
+        left = end = 0.0
         for part, colour in zip(PARTS, ("#4477aa", "#66ccee", "#ccbb44", "#bbbbbb"), strict=True):
-            width = max(0.0, leg["parts_ms"][part])
+            end += leg["parts_ms"][part]
+            width = max(0.0, min(end, leg["step_ms"]) - left)                   # a part may be negative, a bar may not
             axes.barh(row, width, left=left, color=colour, height=0.6, label=part if row == 0 else None)
             left += width
         axes.text(left + 0.01 * longest, row, f"{leg['tokens_per_second']:,.0f} tokens/s\n"
@@ -481,7 +486,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * longest)
     axes.set_xlabel("milliseconds a step (median)")
-    axes.set_title(f"{m['processor']}, {m['cores']} cores{', loaded' if busy > BUSY_PERCENT else ''}: "
+    axes.set_title(f"{m['processor']}, {m['cores']} cores{', loaded' if others(result)[0] > BUSY_PERCENT else ''}: "
                    f"{s['parameters'] / 1e6:.1f} M parameters, {s['batch_tokens']:,} tokens a step, rows of {s['seq_len']}, "
                    f"{s['dtype']}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -209,11 +209,10 @@ def named_path(context: click.Context, option: click.Parameter, values: tuple[st
 @click.option("--setup", "setups", multiple=True, type=click.Choice(list(SETUPS)), default=("cpu", "cpu-64"), show_default=True,
               help="Size of the peers: " + "; ".join(f"{k}: {what}" for k, (what, _, _) in SETUPS.items()))
 @click.option("--speedrun", "race", is_flag=True, help="Train ours at parts of the budget, too: when does it pass each peer?")
-@click.option("--ours/--no-ours", "with_ours", default=True, help="Train train_mlx.py as well.")
 @click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="runs/peers.json", show_default=True)
 def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...], race: bool,
-         with_ours: bool, peer_python: str, out: Path) -> None:
+         peer_python: str, out: Path) -> None:
     """Train PEERS and ours at the same budget and compare their val_bpb."""
     if not re.fullmatch(r"\d+(\.\d+)?s", budget) or seeds < 1:
         raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
@@ -222,10 +221,9 @@ def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Pat
     data = prepared()
     held = home() / "held" / data.name
     source, todo = TRAIN_FILE.read_text(), {}  # read once: it may be edited meanwhile
-    if with_ours:
-        for part in (1.0, *(SHARES if race else ())):
-            todo["ours" if part == 1 else f"ours in {part * seconds:.0f} s"] = \
-                lambda seed, part=part: train_ours(source, data, held, part * seconds, seed)
+    for part in (1.0, *(SHARES if race else ())):
+        todo["ours" if part == 1 else f"ours in {part * seconds:.0f} s"] = \
+            lambda seed, part=part: train_ours(source, data, held, part * seconds, seed)
     for dtype, group in ((" bf16", shipped), ("", peers)):
         for name, path in group.items():
             for setup in setups:
