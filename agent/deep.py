@@ -214,7 +214,7 @@ def dtypes(bench: Bench) -> Result:
     place = bench.place / "dtypes.json"
     data = json.loads((bench.home / "current.json").read_text())["train_dir"]
     outcome, _ = bench.run(
-        sys.executable, "scripts/benchmark.py", "dtype", "--rounds", "3", "--steps", str(STEPS), "--data", data,
+        sys.executable, "scripts/benchmark.py", "dtype", "--rounds", "2", "--steps", str(STEPS // 2), "--data", data,
         "--json", str(place), AUTORESEARCH_HOME=str(data_home()),
     )  # fmt: skip
     if not outcome.ok:

@@ -163,8 +163,8 @@ def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: 
 
 @main.command()
 @ROUNDS
-@STEPS
 @JSON
+@click.option("--steps", type=click.IntRange(3), default=12, show_default=True, help="Of each, warm-up included.")
 @click.option("--peer", "peers", multiple=True, callback=named_path, help="NAME=PATH of a checkout, in fp32; can be repeated.")
 @click.option("--peer-bf16", "shipped", multiple=True, callback=named_path, help="NAME=PATH, in the dtypes it was shipped with.")
 @click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
@@ -240,7 +240,7 @@ def measure_dtypes(framework: str, count: int, steps: int, data: Path | None, ou
     if not gpus & set(available()[0]):
         said = f"{chosen} is fastest; nothing is changed: {file.name} computes in float32 on every CPU"
     else:
-        place = remember(device, chosen)
+        place = str(remember(device, chosen)).replace(str(Path.home()), "~")    # it is told in public, too: doctor --deep
         said = f"{file.name} computes in {chosen} on {device} from now on; to forget it, delete {place}" if chosen != USUAL else \
             f"{file.name} stays with its usual dtype on {device}: no other that it can use is clearly faster"
     show(reports, dict.fromkeys(todo, USUAL), None, console)

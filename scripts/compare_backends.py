@@ -52,6 +52,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2}                         # relative, of each of ten losses
 GPU_FP32 = 1e-3                                                                 # a GPU adds in another order in each run
 BPB_TOLERANCE = 0.01                                                            # relative, of val_bpb after equal steps
+SWEEP = 1, 2, 4                                                                 # times depth, batch or row length
 LIMIT = 1800                                                                    # seconds that one leg may take
 SWAPPED_MB = 1.0                                                                # during a leg, from which on it doesn't count
 BUSY_PERCENT = 20                                                               # of the CPU, from which on a machine is loaded
@@ -207,7 +208,7 @@ class Comparison:
                 self.tell(f"{count - 1} more rounds: about {(count - 1) * (time.monotonic() - began) / 60:.0f} min")
 
     def sweep(self, legs: list[str], base: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Seconds a step as depth, batch and row length double twice, one at a time, and the exponents of their growth."""
+        """Seconds a step as depth, batch and row length grow, one at a time, and the exponents of the growth."""
         shapes = np.load(self.weights)
         depth = len({n.split(".")[1] for n in shapes.files if n.startswith("blocks.")})
         width, tokens, row = shapes["wte.weight"].shape[1], base["batch_tokens"], base["seq_len"]
@@ -216,7 +217,7 @@ class Comparison:
         results: dict[str, dict[str, Any]] = {}
         for what, (constant, first) in axes.items():
             found: dict[str, dict[int, float]] = {leg: {} for leg in legs}
-            for size in (first, 2 * first, 4 * first):
+            for size in (factor * first for factor in SWEEP):
                 constants = {k: str(v) for k, v in (fixed | {constant: size}).items()}
                 if what == "row length":  # whole rows
                     constants["BATCH_TOKENS"] = str(max(tokens, size))
