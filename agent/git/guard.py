@@ -105,22 +105,21 @@ def elsewhere(repository: Repository) -> dict[str, int]:
     """
     found: dict[str, int] = {}
 
-    def look(name: str, path: str | Path) -> None:
+    def look(name: str, path: str) -> None:
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            seen = hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
-            found[name] = found.get(name, 0) ^ seen
+            found[name] = found.get(name, 0) ^ hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
 
     with contextlib.suppress(GitFailed):  # a damaged index is the user's, and costs no experiment
         listing = run_git(repository.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         for path in listing.split("\0")[:-1]:
-            look(_shown(path), repository.root / path)
+            look(_shown(path), f"{repository.root}/{path}")
     for packages in {os.path.realpath(path) for path in sys.path if path.endswith("-packages")}:
         for folder, inner, files in os.walk(packages):
             inner[:] = [name for name in inner if name != "__pycache__"]  # Python itself writes there
+            package = folder[len(packages) + 1 :].partition(os.sep)[0]
             for file in files:
-                path = os.path.join(folder, file)
-                look("package " + os.path.relpath(path, packages).split(os.sep)[0], path)
+                look(f"package {package or file}", f"{folder}/{file}")
     return found
 
 
