@@ -1,10 +1,10 @@
 """
-A small GPT, trained on one device for a fixed budget, on MLX. This is the file that the agent edits.
+Train a small GPT on one device for a fixed budget, with MLX. This is the file that the agent edits.
 
     python prepare_mlx.py && python train_mlx.py
 
 The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings and attention gates. Muon trains the matrices
-of the blocks, row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen.
+of the blocks, row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says why, with figures.
 """
 
 import json
@@ -16,10 +16,20 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 
-# On a GPU `attention` is mx.fast.scaled_dot_product_attention, and `cross_entropy` is mx.fast.cross_entropy; on a CPU both compute
-# the same, but faster, and mx.compile is off. This import comes before MLX, because on Linux it loads a fast BLAS.
+# On a GPU `attention` is mx.fast.scaled_dot_product_attention, `cross_entropy` is mx.fast.cross_entropy. On a CPU both are faster
+# replacements, and mx.compile is off. Import this module before MLX: on Linux it loads a fast BLAS.
 from harness.mlx_cpu import GPU, attention, cross_entropy
-from prepare_mlx import Progress, check_memory, check_weights, expected_epochs, extrapolate, find_tier, peak_flops, start_run
+from prepare_mlx import (
+    Progress,
+    check_memory,
+    check_weights,
+    expected_epochs,
+    extrapolate,
+    find_dtype,
+    find_tier,
+    peak_flops,
+    start_run,
+)
 
 # isort: split
 import mlx.core as mx
@@ -28,6 +38,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 TIER = find_tier(None if GPU else "cpu")  # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
+
+
+def device_name():
+    return f"{mx.device_info().get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants: edit these first
@@ -40,30 +55,30 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
                  "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
-NGRAM_CONTEXT = 7  # the last 7 tokens, hashed, choose which of an n-gram's two rows is trained; must exceed the longest n-gram
+NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows is trained; more than the longest n-gram
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
 # Optimization
-BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
-MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
+BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens per optimizer step
+MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens per pass; larger batches accumulate
 EMBEDDING_LR = 0.4  # AdamW, token and value embeddings, at width 768; scaled by (width / 768) ** -0.5
 UNEMBEDDING_LR = 0.004  # AdamW, lm_head, scaled in the same way
 NGRAM_LR = 1.5  # Adagrad, n-gram tables: the size of a row's first step
 MATRIX_LR = 0.02  # Muon, matrices of the blocks
-SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
-WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
-ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
+SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas use a hundredth of it
+WEIGHT_DECAY = 0.15  # Muon, cautious: only where it agrees with the update; falls to 0 over the run
+ADAM_BETAS = (0.8, 0.95)  # AdamW: decay rates of the mean and of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
-MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row, or of each column of a wide matrix
-NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
-WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
-WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
-FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
-ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
+MUON_BETA2 = 0.95  # NorMuon: decay rate of the mean square of each row, or of each column of a wide matrix
+NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update: 5 at most, and 4 score like 5
+WARMUP_RATIO = 0.0  # share of the budget over which the learning rate rises from 0
+WARMDOWN_RATIO = 0.7  # share of the budget over which it falls
+FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
+ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; weights and optimizer state are fp32. The CPU backend is slow in bf16
+DTYPE = getattr(mx, find_dtype(device_name())) if GPU else mx.float32  # of activations: bf16, unless fp32 was measured to be faster
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as in PyTorch
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -102,8 +117,9 @@ def has_ve(layer, n_layer):
 def ngram_rows(tokens, buckets):
     """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int [B, T] -> uint32 [2, n, B, T].
 
-    Each n-gram has two rows. NGRAM_CONTEXT tokens decide which one this position trains in the first epoch: it comes first.
-    The tables lie one below the other in one array.
+    Each n-gram has two rows, because a table memorises a text that it reads more than once: in epoch 1 a position trains one row,
+    in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row, which comes first.
+    The tables of all n are stacked in one array.
     """
     def mixed(code):
         code = code * 1_640_531_527                                             # wraps around at 2**32
@@ -114,10 +130,10 @@ def ngram_rows(tokens, buckets):
     for _ in range(max(NGRAM_CONTEXT - 1, len(buckets))):
         previous = mx.pad(previous[:, :-1], [(0, 0), (1, 0)])                   # one token further back, 0 before the row
         codes.append(codes[-1] * 1_000_003 + previous + 1)                      # code of the n-gram that is one token longer
-    own = mixed(codes[-1]) & 1                                                  # [B, T]
-    which, rows, offset = mx.stack([own, 1 - own]), [], 0                       # [2, B, T]
-    for size, code in zip(buckets, codes[1:], strict=False):
-        rows.append(offset + mixed(2 * code + which) % size)
+    own = mixed(codes[-1]) & 1                                                  # [B, T]: is the trained row the first or second?
+    choice, rows, offset = mx.stack([own, 1 - own]), [], 0                      # [2, B, T]: the trained row, then the other
+    for size, code in zip(buckets, codes[1:], strict=False):                    # 2-grams, 3-grams, ...
+        rows.append(offset + mixed(2 * code + choice) % size)
         offset += size
     return mx.stack(rows, axis=1)
 
@@ -143,9 +159,9 @@ class CausalSelfAttention(nn.Module):
             gate = 2 * mx.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))         # [B, T, H]
             v = v + gate[..., None] * ve.reshape(B, T, H, D)
         q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))                  # [B, H, T, D]
-        # scale=-1 rotates by -position, as upstream does: weights of one fit the other
+        # scale=-1 rotates by -position, as upstream does, so that weights can be exchanged
         q, k = (norm(mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)) for t in (q, k))
-        y = attention(q, k, v, scale=D**-0.5, mask="causal")  # an array as mask would turn Metal's fused backward pass off
+        y = attention(q, k, v, scale=D**-0.5, mask="causal")  # a mask array would turn off Metal's fused backward pass
         gate = 2 * mx.sigmoid(self.out_gate(x[..., :GATE_CHANNELS]))            # [B, T, H]: a head can be silent
         return self.c_proj((y.transpose(0, 2, 1, 3) * gate[..., None]).reshape(B, T, C))
 
@@ -186,7 +202,7 @@ class GPT(nn.Module):
         self.x0_lambdas = mx.zeros(L)
 
     def init_weights(self, seed):
-        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-grams 0."""
+        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-gram tables 0."""
         key = mx.random.key(seed)
         s = 3**0.5 * self.config.n_embd**-0.5  # uniform(-s, s) has standard deviation 1 / sqrt(width)
         params = []
@@ -206,8 +222,8 @@ class GPT(nn.Module):
         self.update(tree_unflatten(params))
 
     def __call__(self, tokens, ngrams=None, dropout_rate=None):
-        """Logits: int [B, T] -> fp32 [B, T, V]. A training step passes the summed n-gram embeddings [B, T, C], whose gradient it
-        needs, and a dropout rate."""
+        """Logits: int [B, T] -> fp32 [B, T, V]. A training step passes a dropout rate and the summed n-gram embeddings
+        [B, T, C], because it needs the gradient of that sum."""
         if ngrams is None and self.config.ngram_buckets:
             rows = ngram_rows(tokens, self.config.ngram_buckets)                # [2, n, B, T]
             ngrams = self.ngrams(rows).astype(mx.float32).sum(axis=(0, 1))      # [B, T, C]; a saved table is bfloat16
@@ -223,9 +239,9 @@ class GPT(nn.Module):
         return self.config.softcap * mx.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and token of the row in attention (upstream's
-        count)."""
-        weights = sum(p.size for name, p in tree_flatten(self.parameters()) if computes_in_dtype(name))
+        """FLOPs per token of a forward and backward pass, as upstream counts: 6 per weight of a matrix product, and for attention
+        12 per layer, channel and token of the row."""
+        weights = sum(p.size for name, p in tree_flatten(self.parameters()) if is_matmul_weight(name))
         return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
 
 
@@ -233,19 +249,19 @@ def is_matrix(name):
     return name.startswith("blocks.")
 
 
-def computes_in_dtype(name):
-    """Weights of matrix products are cast to DTYPE; embedding tables stay fp32 and are cast after the look-up."""
+def is_matmul_weight(name):
+    """Whether a weight is multiplied in a matrix product: it is cast to DTYPE. Embedding tables are cast after the look-up."""
     return is_matrix(name) or name == "lm_head.weight"
 
 
 def with_weights(model, params):
-    """The model with the weights {name: array}, cast to the dtypes that it computes in."""
-    model.update(tree_unflatten([(n, p.astype(DTYPE) if computes_in_dtype(n) else p) for n, p in params.items()]))
+    """Put the weights {name: array} into the model, those of matrix products cast to DTYPE. Returns the model."""
+    model.update(tree_unflatten([(n, p.astype(DTYPE) if is_matmul_weight(n) else p) for n, p in params.items()]))
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
+# Optimizer: Muon for the matrices of the blocks, row-wise Adagrad for the n-gram tables, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
@@ -258,9 +274,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 
 
 def orthogonalize(g):
-    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. The norm is in fp32."""
-    x = g.astype(DTYPE)
-    x = x / (mx.sqrt(mx.sum(mx.square(g), axis=(1, 2), keepdims=True)) * 1.02 + 1e-6).astype(DTYPE)
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]."""
+    size = mx.sqrt(mx.sum(mx.square(g), axis=(1, 2), keepdims=True))            # [n, 1, 1], Frobenius norm in fp32
+    x = g.astype(DTYPE) / (size * 1.02 + 1e-6).astype(DTYPE)                    # 2 % smaller: a margin for rounding in bf16
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.transpose(0, 2, 1)
@@ -301,7 +317,7 @@ def adagrad_rows(table, v, rows, g, lr):
     """One Adagrad step of the rows that a batch looked up; other rows are not touched and cost no time. Returns table, v.
 
     table [R, C]; v [R], per row the sum of mean squared gradients (Duchi et al., 2011; one number per row as in Gupta et al.,
-    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows, which is that of each row.
+    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows and so of each of them.
     """
     v = v.at[rows].add(mx.mean(mx.square(g), axis=-1))
     scale = lr * mx.rsqrt(v[rows] + 1e-20)                                      # [n, B, T]
@@ -321,7 +337,7 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """The matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
+    """Group the matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
     groups = {}
     for name, p in params.items():
         if is_matrix(name):
@@ -343,7 +359,7 @@ def init_optimizer(params):
 def update(params, grads, moments, rates, width, rows=None):
     """One optimizer step over {name: array}; returns new params and moments. rates: see `schedule`.
 
-    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings, and rows [n, B, T] are the rows in each sum.
+    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings; rows [n, B, T] are the table rows to train.
     """
     params, moments, lr = dict(params), dict(moments), rates["lr"]
     for key, names in matrix_groups(params).items():
@@ -365,9 +381,10 @@ def update(params, grads, moments, rates, width, rows=None):
 
 
 def schedule(progress, step, epoch=0):
-    """What changes from step to step. progress 0 to 1 is the used share of the budget; step and epoch count from 0.
+    """What changes from step to step, by name. progress: used share of the budget, 0 to 1. step, epoch: counted from 0.
 
-    The values are 0-d fp32 arrays, because mx.compile would trace every new Python number again.
+    "lr" is a factor on every learning rate, "first_epoch" is 1 in the first epoch and 0 after it. The values are 0-d fp32 arrays,
+    because mx.compile would trace again for each new Python number.
     """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -390,23 +407,25 @@ def schedule(progress, step, epoch=0):
 
 
 def make_gradients(model):
-    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, n-gram rows, for int x and y [B, T]."""
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, table rows to train, for int x and y [B, T].
+
+    The gradient of a whole n-gram table would be as large as the table, so {NGRAMS: gradient} is that of the summed rows [B, T, C].
+    """
 
     def loss_fn(dense, ngrams, rates, x, y):
         return mx.mean(cross_entropy(with_weights(model, dense)(x, ngrams, rates["dropout"]), y))
 
-    @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
+    @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)  # else each call would drop out the same elements
     def gradients(params, rates, x, y):
         if NGRAMS not in params:
             return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None
         rows = ngram_rows(x, model.config.ngram_buckets)                        # [2, n, B, T]
         own, other = params[NGRAMS][rows].sum(axis=1)                           # [B, T, C] each
-        # From epoch 2 on, the row that this position trained has memorised the next token: use the other row only, stop training
+        # After the first epoch a position's own row has memorised the next token: read the other row only, and train neither
         ngrams = rates["first_epoch"] * own + other
         dense = {n: p for n, p in params.items() if n != NGRAMS}
-        # The gradient of a whole table would be as large as the table, so take that of the rows' sum
-        loss, (grads, of_sum) = mx.value_and_grad(loss_fn, (0, 1))(dense, ngrams, rates, x, y)
-        return loss, grads | {NGRAMS: rates["first_epoch"] * of_sum}, rows[0]
+        loss, (grads, ngram_grad) = mx.value_and_grad(loss_fn, (0, 1))(dense, ngrams, rates, x, y)
+        return loss, grads | {NGRAMS: rates["first_epoch"] * ngram_grad}, rows[0]
 
     return gradients
 
@@ -416,23 +435,23 @@ def make_step(model, accumulation_steps):
     gradients = make_gradients(model)
 
     @mx.compile
-    def apply(params, moments, rates, loss, grads, ngrams):
+    def apply(params, moments, rates, loss, grads, ngram_grads):
         grads = {n: g / accumulation_steps for n, g in grads.items()}
         rows = None
-        if ngrams:  # put the micro-batches side by side, as one large batch has them
-            rows = mx.concatenate([rows for rows, _ in ngrams], axis=1)         # [n, accumulation_steps * B, T]
-            grads[NGRAMS] = mx.concatenate([g for _, g in ngrams]) / accumulation_steps
+        if ngram_grads:  # put the micro-batches side by side, as one large batch has them
+            rows = mx.concatenate([rows for rows, _ in ngram_grads], axis=1)    # [n, accumulation_steps * B, T]
+            grads[NGRAMS] = mx.concatenate([g for _, g in ngram_grads]) / accumulation_steps
         return *update(params, grads, moments, rates, model.config.n_embd, rows), loss / accumulation_steps
 
     def step(params, moments, rates, batches):
-        total, ngrams = None, []
+        total, ngram_grads = None, []
         for _ in range(accumulation_steps):
             loss, grads, rows = gradients(params, rates, *map(mx.array, next(batches)))
             if rows is not None:
-                ngrams.append((rows, grads.pop(NGRAMS)))
+                ngram_grads.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else tree_map(mx.add, total, (loss, grads))
-            mx.async_eval(total, ngrams)  # start now, so that only one micro-batch has its activations in memory
-        return apply(params, moments, rates, *total, ngrams)
+            mx.async_eval(total, ngram_grads)  # start now, so that only one micro-batch has its activations in memory
+        return apply(params, moments, rates, *total, ngram_grads)
 
     return step
 
@@ -443,15 +462,19 @@ def make_step(model, accumulation_steps):
 
 
 def matmul_probe():
-    """A callable that does one large matrix product, and its FLOPs: MFU is a share of its speed where the peak is unknown."""
+    """A function that runs one large matrix product, and the FLOPs of that product. Its speed shows whether the machine slows down,
+    and is the reference for MFU on a device of unknown peak."""
     n = 4096 if GPU else 1024
     a = mx.random.normal((n, n)).astype(DTYPE)
     return lambda: mx.eval(a @ a), 2 * n**3
 
 
 def memory_limit():
-    """Bytes that arrays may take on this device, None if it does not say. On a Mac it also bounds what stays resident (all of it
-    would starve the rest of a 16 GB Mac) and what MLX keeps of freed buffers (which would push it into swap)."""
+    """Bytes that arrays may take on this device, None if unknown.
+
+    On a Mac this also sets two limits of MLX. Half of these bytes may be wired: all of them would starve other programs. A quarter
+    may be freed buffers that are kept for reuse: more would cause swapping.
+    """
     info = mx.device_info()
     limit = info.get("max_recommended_working_set_size") or info.get("total_memory") or (
         None if GPU else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -459,10 +482,6 @@ def memory_limit():
         mx.set_wired_limit(limit // 2)
         mx.set_cache_limit(limit // 4)
     return limit
-
-
-def device_name():
-    return f"{mx.device_info().get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
 
 
 def build(run, accumulation_steps):
@@ -479,29 +498,32 @@ def build(run, accumulation_steps):
 
 
 def weight_bytes(depth, vocab_size):
-    """Bytes of weights and moments of a model of another depth, as wide in proportion. Arrays are lazy: none is allocated."""
-    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
-    params = dict(tree_flatten(GPT(GPTConfig(vocab_size, depth, width // HEAD_DIM or 1, width)).parameters()))
+    """Bytes of weights and moments at another depth, with the width in proportion. Arrays are lazy: none is allocated."""
+    width = WIDTH if depth == DEPTH else math.ceil(WIDTH * depth / (DEPTH * HEAD_DIM)) * HEAD_DIM
+    config = GPTConfig(vocab_size, n_layer=depth, n_head=max(1, width // HEAD_DIM), n_embd=width)
+    params = dict(tree_flatten(GPT(config).parameters()))
     return sum(a.nbytes for _, a in tree_flatten((params, init_optimizer(params))))
 
 
 def dummy_step(params, moments, step, rows, seq_len):
-    """Seconds and peak bytes of a step on dummy data with micro-batches of this many rows. It works on copies, as a step may
-    overwrite what it gets; their bytes are not counted."""
+    """Run a step on dummy data, in micro-batches of `rows` rows. Returns its seconds and peak bytes.
+
+    The step gets copies of params and moments, because it may overwrite its inputs. The bytes of the copies are not counted.
+    """
     copies = tree_map(lambda a: a + 0, (params, moments))
     mx.eval(copies)
-    x, held = np.zeros((rows, seq_len), np.int32), sum(a.nbytes for _, a in tree_flatten(copies))
+    x, copied = np.zeros((rows, seq_len), np.int32), sum(a.nbytes for _, a in tree_flatten(copies))
     mx.reset_peak_memory()
     start = time.perf_counter()
     result = step(*copies, schedule(0, 0), repeat((x, x)))
     del copies  # so that the step may overwrite them, as in training
     mx.eval(result)
-    return time.perf_counter() - start, mx.get_peak_memory() - held
+    return time.perf_counter() - start, mx.get_peak_memory() - copied
 
 
 def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
-    """Peak bytes of a step of `rows` rows, as a function of the number of micro-batches. Measured on small ones, so that it holds
-    for whatever was edited."""
+    """Returns peak(passes): the expected peak bytes of a step of `rows` rows in that many micro-batches. It is extrapolated from
+    small ones that are run here, so that it holds whatever was edited."""
     gradients, rates = make_gradients(model), schedule(0, 0)
 
     def peak_of_pass(n):
@@ -511,14 +533,13 @@ def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
         mx.eval(gradients(params, rates, x, x))
         return mx.get_peak_memory()
 
+    _, update_peak = dummy_step(params, moments, step, 1, seq_len)              # with one row, the update takes the most
     table = params[NGRAMS].nbytes if NGRAMS in params else 0
-    _, step_peak = dummy_step(params, moments, step, 1, seq_len)
-    held = sum(a.nbytes for _, a in tree_flatten((params, moments)))
-    step_peak = max(step_peak, held + table // 2)                               # saving makes a bfloat16 copy of the tables
-    kept = sum(p.nbytes for p in params.values()) - table                       # the sum of the gradients, and of all passes
-    kept += 4 * rows * seq_len * model.config.n_embd * (table > 0)              # the gradients of n-grams
+    saving_peak = sum(a.nbytes for _, a in tree_flatten((params, moments))) + table // 2  # it makes a bfloat16 copy of the tables
+    # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
+    kept = sum(p.nbytes for p in params.values()) - table + 4 * rows * seq_len * model.config.n_embd * (table > 0)
     one_pass = extrapolate(peak_of_pass, micro_rows)
-    return lambda passes: max(step_peak, one_pass(rows // passes) + kept * (passes > 1))
+    return lambda passes: max(update_peak, saving_peak, one_pass(rows // passes) + kept * (passes > 1))
 
 
 def train(run):
@@ -526,7 +547,7 @@ def train(run):
     seq_len = min(SEQ_LEN, run.seq_len)
     batch_rows = max(1, BATCH_TOKENS // seq_len)
     batch_tokens = batch_rows * seq_len
-    fewest = math.ceil(batch_tokens / MICRO_TOKENS)  # then more, until the micro-batches are equal
+    fewest = math.ceil(batch_tokens / MICRO_TOKENS)  # passes; more where that many do not divide the batch into equal ones
     accumulation_steps = next((n for n in range(fewest, batch_rows) if batch_rows % n == 0), batch_rows)
     micro_rows = batch_rows // accumulation_steps
     probe, probe_flops = matmul_probe()
@@ -534,7 +555,7 @@ def train(run):
     limit, held = memory_limit(), partial(weight_bytes, vocab_size=run.vocab_size)
     check_weights(held, DEPTH, limit)
 
-    # Warm up on dummy data: how much memory does a step take, how long is it, and how many epochs is the budget
+    # Warm up on dummy data, which also measures the memory and the seconds of a step
     model, params, moments, step_fn = build(run, accumulation_steps)
     expected = expected_memory(model, params, moments, step_fn, batch_rows, micro_rows, seq_len)
     check_memory(expected, accumulation_steps, micro_rows, seq_len, limit, held, DEPTH)
@@ -557,10 +578,10 @@ def train(run):
         rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         mx.async_eval(params, moments, loss)
-        if pending is not None:  # the loss of the step before: waiting for this one's would idle the device
+        if pending is not None:  # read the loss of the step before: waiting for this step's would idle the device
             progress.take(pending.item())
         pending, step = loss, step + 1
-        progress.tell(rates["lr"].item, mx.get_peak_memory)  # both are called only when a line is due: reading waits for the device
+        progress.tell(rates["lr"].item, mx.get_peak_memory)  # functions: reading the values would wait for the device
     mx.eval(params, moments)
     training_seconds = run.budget.seconds
     progress.take(pending.item())

@@ -1,11 +1,11 @@
 """
-A small GPT, trained on one device for a fixed budget, on PyTorch. This is the file that the agent edits.
+Train a small GPT on one device for a fixed budget, with PyTorch. This is the file that the agent edits.
 
     python prepare_mlx.py && python train_torch.py
 
 It translates train_mlx.py for CUDA, MPS and CPUs: the same names in the same order. Weights have the same names and shapes, too.
 The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings. Muon trains the matrices of the blocks,
-row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says how each constant was chosen and what it gives.
+row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says why, with figures.
 """
 
 import json
@@ -34,8 +34,11 @@ from prepare_mlx import (
     check_weights,
     expected_epochs,
     extrapolate,
+    find_dtype,
     find_tier,
     peak_flops,
+    recall,
+    remember,
     start_run,
 )
 
@@ -54,15 +57,33 @@ CHECKPOINT = False  # compute each block's activations a second time instead of 
 
 
 def compiled(function):
-    """torch.compile, if COMPILE is on. `fitting_step` turns it off, and says so, where the compiler does not work."""
-    return torch.compile(function, dynamic=False) if COMPILE else function
+    """torch.compile, if COMPILE is on and this Python and system have it. It compiles later: `fitting_step` sees whether it can."""
+    if COMPILE:
+        try:
+            return torch.compile(function, dynamic=False)
+        except RuntimeError as error:
+            without_compiler(error)
+    return function
 
 
-def half_precision():
-    """The 16-bit dtype that the GPU computes in: bf16, but fp16 with loss scaling before Ampere (RTX 20xx, T4), which emulates
-    bf16."""
+def without_compiler(error):
+    """Go on without torch.compile, and say so."""
+    global COMPILE
+    COMPILE = False
+    print(f"note: torch.compile does not work here ({(str(error).strip().splitlines() or [type(error).__name__])[0]}): training "
+          "without it, slower", flush=True)
+
+
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
+
+
+def gpu_dtype():
+    """The dtype that the GPU computes in, if none was measured to be faster: bf16, but fp16 with loss scaling before Ampere (RTX
+    20xx, T4), which emulates bf16."""
     emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return getattr(torch, find_dtype(device_name(), "float16" if emulated else "bfloat16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,30 +97,30 @@ WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the re
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
                  "cuda": (65536, 262144)}[TIER]  # rows in the hash tables of 2-grams and 3-grams; look-ups cost no FLOPs
-NGRAM_CONTEXT = 7  # the last 7 tokens, hashed, choose which of an n-gram's two rows is trained; must exceed the longest n-gram
+NGRAM_CONTEXT = 7  # tokens of context, hashed to choose which of an n-gram's two rows is trained; more than the longest n-gram
 SOFTCAP = {"cpu": 0, "mac": 15.0, "mac-max": 15.0, "cuda": 15.0}[TIER]  # logits stay within +-SOFTCAP; 0: off
 ROPE_BASE = 10_000  # base of the rotary position embedding
 
 # Optimization
-BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens in an optimizer step
-MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens in one pass; more is accumulated
+BATCH_TOKENS = {"cpu": 1024, "mac": 3072, "mac-max": 4096, "cuda": 2**15}[TIER] * DEPTH  # tokens per optimizer step
+MICRO_TOKENS = {"cpu": 2**10, "mac": 2**14, "mac-max": 2**14, "cuda": 2**15}[TIER]  # tokens per pass; larger batches accumulate
 EMBEDDING_LR = 0.4  # AdamW, token and value embeddings, at width 768; scaled by (width / 768) ** -0.5
 UNEMBEDDING_LR = 0.004  # AdamW, lm_head, scaled in the same way
 NGRAM_LR = 1.5  # Adagrad, n-gram tables: the size of a row's first step
 MATRIX_LR = 0.02  # Muon, matrices of the blocks
-SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas get a hundredth
-WEIGHT_DECAY = 0.15  # of the matrices, cautious (only where it agrees with the update); falls to 0 over the run
-ADAM_BETAS = (0.8, 0.95)  # AdamW: decay of the mean, of the mean square
+SCALAR_LR = 0.3  # AdamW, x0_lambdas; resid_lambdas use a hundredth of it
+WEIGHT_DECAY = 0.15  # Muon, cautious: only where it agrees with the update; falls to 0 over the run
+ADAM_BETAS = (0.8, 0.95)  # AdamW: decay rates of the mean and of the mean square
 MUON_MOMENTUM = (0.85, 0.95, 200)  # rises from the first value to the second over the first 200 steps
-MUON_BETA2 = 0.95  # NorMuon: decay of the mean square of each row, or of each column of a wide matrix
-NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update; 5 at most, and 4 score the same
-WARMUP_RATIO = 0.0  # share of the budget in which the learning rate rises
-WARMDOWN_RATIO = 0.7  # share of the budget in which it falls
-FINAL_LR_FRAC = 0.05  # of the initial learning rate, at the end
-DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rate of the blocks' input and of lm_head's input, in epoch 1, 2, 3, and later
-ABORT_LOSS = 3.0  # a run ends when its mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
+MUON_BETA2 = 0.95  # NorMuon: decay rate of the mean square of each row, or of each column of a wide matrix
+NEWTON_SCHULZ_STEPS = 4  # iterations that orthogonalize Muon's update: 5 at most, and 4 score like 5
+WARMUP_RATIO = 0.0  # share of the budget over which the learning rate rises from 0
+WARMDOWN_RATIO = 0.7  # share of the budget over which it falls
+FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
+DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
+ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
+DTYPE = gpu_dtype() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -158,8 +179,9 @@ def attention(q, k, v):
 def ngram_rows(tokens, buckets):
     """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int64 [B, T] -> int64 [2, n, B, T].
 
-    Each n-gram has two rows. NGRAM_CONTEXT tokens decide which one this position trains in the first epoch: it comes first.
-    The tables lie one below the other in one array.
+    Each n-gram has two rows, because a table memorises a text that it reads more than once: in epoch 1 a position trains one row,
+    in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row, which comes first.
+    The tables of all n are stacked in one array.
     """
     def mixed(code):
         code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2**32
@@ -169,11 +191,11 @@ def ngram_rows(tokens, buckets):
     codes = [previous]
     for _ in range(max(NGRAM_CONTEXT - 1, len(buckets))):
         previous = F.pad(previous[:, :-1], (1, 0))                              # one token further back, 0 before the row
-        codes.append((codes[-1] * 1_000_003 + previous + 1) & 0xFFFFFFFF)       # of one more token
-    own = mixed(codes[-1]) & 1                                                  # [B, T]
-    which, rows, offset = torch.stack([own, 1 - own]), [], 0                    # [2, B, T]
-    for size, code in zip(buckets, codes[1:], strict=False):
-        rows.append(offset + mixed(2 * code + which) % size)
+        codes.append((codes[-1] * 1_000_003 + previous + 1) & 0xFFFFFFFF)       # code of the n-gram that is one token longer
+    own = mixed(codes[-1]) & 1                                                  # [B, T]: is the trained row the first or second?
+    choice, rows, offset = torch.stack([own, 1 - own]), [], 0                   # [2, B, T]: the trained row, then the other
+    for size, code in zip(buckets, codes[1:], strict=False):                    # 2-grams, 3-grams, ...
+        rows.append(offset + mixed(2 * code + choice) % size)
         offset += size
     return torch.stack(rows, dim=1)
 
@@ -252,7 +274,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-grams 0."""
+        """As upstream: matrices uniform with standard deviation 1/sqrt(width); output projections, gates and n-gram tables 0."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
         s = 3**0.5 * self.config.n_embd**-0.5
         for name, p in self.named_parameters():
@@ -268,8 +290,8 @@ class GPT(nn.Module):
                 p.copy_(s * (2 * torch.rand(p.shape, generator=generator) - 1))
 
     def forward(self, tokens, ngrams=None, dropout_rate=None):
-        """Logits: int64 [B, T] -> fp32 [B, T, V]. A training step passes the summed n-gram embeddings [B, T, C], whose gradient it
-        needs, and a dropout rate."""
+        """Logits: int64 [B, T] -> fp32 [B, T, V]. A training step passes a dropout rate and the summed n-gram embeddings
+        [B, T, C], because it needs the gradient of that sum."""
         if ngrams is None and self.config.ngram_buckets:
             ngrams = self.ngrams(ngram_rows(tokens, self.config.ngram_buckets)).sum(dim=(0, 1))
         x = self.wte(tokens)                                                    # [B, T, C]; embedding tables are fp32
@@ -285,9 +307,9 @@ class GPT(nn.Module):
         return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
 
     def flops_per_token(self, seq_len):
-        """FLOPs of a forward and backward pass: 6 per matrix weight, 12 per channel and token of the row in attention (upstream's
-        count)."""
-        weights = sum(p.numel() for name, p in self.named_parameters() if computes_in_dtype(name))
+        """FLOPs per token of a forward and backward pass, as upstream counts: 6 per weight of a matrix product, and for attention
+        12 per layer, channel and token of the row."""
+        weights = sum(p.numel() for name, p in self.named_parameters() if is_matmul_weight(name))
         return 6 * weights + 12 * self.config.n_embd * seq_len * self.config.n_layer
 
 
@@ -295,19 +317,19 @@ def is_matrix(name):
     return name.startswith("blocks.")
 
 
-def computes_in_dtype(name):
-    """Weights of matrix products are cast to DTYPE; embedding tables stay fp32 and are cast after the look-up."""
+def is_matmul_weight(name):
+    """Whether a weight is multiplied in a matrix product: it is cast to DTYPE. Embedding tables are cast after the look-up."""
     return is_matrix(name) or name == "lm_head.weight"
 
 
 def with_weights(model, params):
-    """The model as a function with the weights {name: tensor}, cast to the dtypes that it computes in."""
-    cast = {n: p.to(DTYPE) if computes_in_dtype(n) else p for n, p in params.items()}
+    """The model as a function with the weights {name: tensor}, those of matrix products cast to DTYPE."""
+    cast = {n: p.to(DTYPE) if is_matmul_weight(n) else p for n, p in params.items()}
     return lambda *inputs: functional_call(model, cast, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the matrices of the blocks, Adagrad for rows of n-grams, AdamW for the rest
+# Optimizer: Muon for the matrices of the blocks, row-wise Adagrad for the n-gram tables, AdamW for the rest
 # ---------------------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)X, A = XXᵀ; Amsel et al., arXiv 2505.16932
@@ -320,9 +342,9 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 
 
 def orthogonalize(g):
-    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]. It is divided by its norm
-    in fp32, as fp16 would lose a small gradient."""
-    x = (g / (torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True)) * 1.02 + 1e-6)).to(DTYPE)
+    """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]."""
+    size = torch.sqrt(torch.sum(torch.square(g), dim=(1, 2), keepdim=True))     # [n, 1, 1], Frobenius norm
+    x = (g / (size * 1.02 + 1e-6)).to(DTYPE)                                    # divided in fp32: fp16 would lose a small gradient
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT
@@ -363,7 +385,7 @@ def adagrad_rows(table, v, rows, g, lr):
     """One Adagrad step, in place, of the rows that a batch looked up; other rows are not touched, cost no time. Returns table, v.
 
     table [R, C]; v [R], per row the sum of mean squared gradients (Duchi et al., 2011; one number per row as in Gupta et al.,
-    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows, which is that of each row.
+    arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows and so of each of them.
     """
     rows, g = rows.flatten(1), g.flatten(0, -2)                                 # [n, B * T], [B * T, C]
     mean_square = torch.mean(torch.square(g), dim=-1)                           # [B * T]
@@ -387,7 +409,7 @@ def adam_group(name, width):
 
 
 def matrix_groups(params):
-    """The matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
+    """Group the matrices of the blocks by shape, {"muon.ROWSxCOLS": names}: each group is one batched Muon step."""
     groups = {}
     for name, p in params.items():
         if is_matrix(name):
@@ -411,7 +433,7 @@ def init_optimizer(params):
 def update(params, grads, moments, rates, width, rows=None):
     """One optimizer step over {name: tensor}; returns new params and moments. rates: see `schedule`.
 
-    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings, and rows [n, B, T] are the rows in each sum.
+    grads[NGRAMS] [B, T, C] is the gradient of the summed n-gram embeddings; rows [n, B, T] are the table rows to train.
     Tables and their moments change in place.
     """
     params, moments, lr = dict(params), dict(moments), rates["lr"]
@@ -447,9 +469,10 @@ def unless_overflow(grads, before, after):
 
 
 def schedule(progress, step, epoch=0):
-    """What changes from step to step. progress 0 to 1 is the used share of the budget; step and epoch count from 0.
+    """What changes from step to step, by name. progress: used share of the budget, 0 to 1. step, epoch: counted from 0.
 
-    The values are 0-d fp32 tensors, because torch.compile would trace every new Python number again.
+    "lr" is a factor on every learning rate, "first_epoch" is 1 in the first epoch and 0 after it. The values are 0-d fp32 tensors,
+    because torch.compile would trace again for each new Python number.
     """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -477,7 +500,10 @@ def to_device(t):
 
 
 def make_gradients(model):
-    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, n-gram rows, for int64 x and y [B, T]."""
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, table rows to train, for int64 x and y [B, T].
+
+    The gradient of a whole n-gram table would be as large as the table, so {NGRAMS: gradient} is that of the summed rows [B, T, C].
+    """
 
     @compiled
     def loss_fn(dense, ngrams, rates, x, y):
@@ -490,8 +516,7 @@ def make_gradients(model):
         if NGRAMS in params:
             rows, other_rows = ngram_rows(x, model.config.ngram_buckets)        # [n, B, T] each
             own, other = (params[NGRAMS][r].sum(dim=0) for r in (rows, other_rows))  # [B, T, C] each
-            # From the second epoch on, the row that this position trained knows the next token by heart: leave it out, train it
-            # no more. The gradient of a whole table would be as large as the table, so take that of the rows' sum
+            # After the first epoch a position's own row has memorised the next token: read the other row only, and train neither
             inputs[NGRAMS] = ngrams = (rates["first_epoch"] * own + other).requires_grad_()
         loss, scale = loss_fn(dense, ngrams, rates, x, y), rates.get(LOSS_SCALE, 1)
         grads = torch.autograd.grad(scale * loss, list(inputs.values()), materialize_grads=True)
@@ -515,19 +540,19 @@ def make_step(model, accumulation_steps):
         return *after, loss / accumulation_steps
 
     def step(params, moments, rates, batches):
-        total, ngrams = None, []
+        total, ngram_grads = None, []
         rates = dict(zip(rates, to_device(torch.stack(list(rates.values()))), strict=True))  # one copy for all
         rates |= {LOSS_SCALE: moments[LOSS_SCALE][0]} if LOSS_SCALE in moments else {}
         for _ in range(accumulation_steps):
             x, y = to_device(torch.from_numpy(np.stack(next(batches)))).long()  # one copy for both
             loss, grads, rows = gradients(params, rates, x, y)
             if rows is not None:
-                ngrams.append((rows, grads.pop(NGRAMS)))
+                ngram_grads.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else (total[0] + loss, {n: total[1][n] + g for n, g in grads.items()})
         params, moments, loss = apply(params, moments, rates, *total)
-        if ngrams:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
-            rows = torch.cat([rows for rows, _ in ngrams], dim=1)               # [n, accumulation_steps * B, T]
-            grads = {NGRAMS: torch.cat([g for _, g in ngrams]).nan_to_num(0, 0, 0) / accumulation_steps}  # not finite: overflow
+        if ngram_grads:  # put the micro-batches side by side, as one large batch has them; not compiled, as tables change in place
+            rows = torch.cat([rows for rows, _ in ngram_grads], dim=1)          # [n, accumulation_steps * B, T]
+            grads = {NGRAMS: torch.cat([g for _, g in ngram_grads]).nan_to_num(0, 0, 0) / accumulation_steps}  # 0 on overflow
             params, moments = update(params, grads, moments, rates, model.config.n_embd, rows)
         return params, moments, loss
 
@@ -576,7 +601,8 @@ def peak_memory():
 
 
 def matmul_probe():
-    """A callable that does one large matrix product, and its FLOPs: MFU is a share of its speed where the peak is unknown."""
+    """A function that runs one large matrix product, and the FLOPs of that product. Its speed shows whether the machine slows down,
+    and is the reference for MFU on a device of unknown peak."""
     n = 4096 if GPU else 1024
     a = torch.randn(n, n, device=DEVICE).to(DTYPE)
     return lambda: (a @ a, synchronize()), 2 * n**3
@@ -593,11 +619,6 @@ def memory_limit():
     return psutil.virtual_memory().total
 
 
-def device_name():
-    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
-
-
 def build(run, accumulation_steps):
     """A fresh model, its weights and moments as {name: tensor}, and its training step."""
     model = GPT(GPTConfig(vocab_size=run.vocab_size)).to(DEVICE)
@@ -608,10 +629,11 @@ def build(run, accumulation_steps):
 
 
 def weight_bytes(depth, vocab_size):
-    """Bytes of weights and moments of a model of another depth, as wide in proportion. Meta tensors have a shape only."""
-    width = WIDTH if depth == DEPTH else -(-WIDTH * depth // (DEPTH * HEAD_DIM)) * HEAD_DIM
+    """Bytes of weights and moments at another depth, with the width in proportion. Meta tensors have a shape only."""
+    width = WIDTH if depth == DEPTH else math.ceil(WIDTH * depth / (DEPTH * HEAD_DIM)) * HEAD_DIM
+    config = GPTConfig(vocab_size, n_layer=depth, n_head=max(1, width // HEAD_DIM), n_embd=width)
     with torch.device("meta"):
-        params = dict(GPT(GPTConfig(vocab_size, depth, width // HEAD_DIM or 1, width)).named_parameters())
+        params = dict(GPT(config).named_parameters())
     return sum(t.nbytes for tensors in (params.values(), *init_optimizer(params).values()) for t in tensors)
 
 
@@ -666,23 +688,34 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
 
     It trains the same `rows` rows, in the fewest passes, at least `passes`, that are expected to take at most `limit` bytes. If a
     step runs out of memory nevertheless, passes become smaller; where even one row is too much, activations are recomputed.
-    Where torch.compile does not work, the step is not compiled. Each of these is printed. Errors: HarnessError("oom").
+    What then fits is remembered for this device, with so much memory free, and this model. Where torch.compile does not work, the
+    step is not compiled. Each of these is printed. Errors: HarnessError("oom").
     """
-    global COMPILE, CHECKPOINT
+    global CHECKPOINT
+    key = [device_name(), (limit or 0) >> 30, str(DTYPE), rows, seq_len, {n: list(p.shape) for n, p in params.items()}]
+    known, full = recall(key), False
+    CHECKPOINT = CHECKPOINT or known.get("checkpoint", False)
     allowed = [n for n in range(passes, rows + 1) if rows % n == 0]
-    left = [n for n in allowed if not expected or expected(n) <= limit] or allowed[-1:]
+    fitting = [n for n in allowed if not expected or CHECKPOINT or expected(n) <= limit] or allowed[-1:]
+    left = [n for n in fitting if n >= known.get("passes", 0)] or fitting
+    if known:
+        twice = ", activations computed twice" if CHECKPOINT else ""
+        print(f"note: {rows // left[0] * seq_len:,} tokens in a pass{twice}, as found before for this device and model", flush=True)
     while True:
         step = make_step(model, left[0])
         try:
             seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(3))  # the first may compile
+            if full:
+                remember(key, {"passes": left[0], "checkpoint": CHECKPOINT})
             return left[0], step, seconds
         except RuntimeError as error:
             if COMPILE and not isinstance(error, torch.OutOfMemoryError) and "torch._" in type(error).__module__:
-                COMPILE = False
-                note = f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): training without it, slower"
-            elif not out_of_memory(error):
+                without_compiler(error)
+                continue
+            if not out_of_memory(error):
                 raise
-            elif len(left) > 1:
+            full = True
+            if len(left) > 1:
                 left, note = left[1:], f"{rows // left[0] * seq_len:,} tokens in a pass do not fit: {rows // left[1] * seq_len:,}"
             elif not CHECKPOINT:
                 CHECKPOINT, left, note = True, allowed, "not even a row fits: activations are computed twice, a third more time"

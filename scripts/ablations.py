@@ -42,7 +42,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
     "no n-grams (another model)": (BASE, {"NGRAM_BUCKETS": "()"}, []),
     "one row for each n-gram": (BASE, {}, [
         ("own, other = params[NGRAMS][rows].sum(axis=1)", "own, other = params[NGRAMS][rows[0]].sum(axis=0), 0"),
-        ("astype(mx.float32).sum(axis=(0, 1))", "astype(mx.float32).sum(axis=(0, 1)) / 2"),
+        ("self.ngrams(rows).astype(mx.float32).sum(axis=(0, 1))", "self.ngrams(rows[0]).astype(mx.float32).sum(axis=0)"),
         ("own = mixed(codes[-1]) & 1", "own = mixed(codes[-1]) & 0")]),
     "n-gram tables by AdamW": (BASE, {}, [
         ("        if NGRAMS not in params:\n            return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None",

@@ -144,7 +144,7 @@ def check(
         if _bare(path) in needed or PurePosixPath(path).name in needed:
             what = f"{kind} was added, and {train_file} now names it; only the train file may change"
             found.violations.append(Violation(_shown(path), what))
-        elif not path.endswith("__pycache__"):
+        elif not path.endswith("__pycache__") and not PurePosixPath(path).name.startswith((".DS_Store", "._")):  # macOS left these
             found.droppings.append(_shown(path) + "/" * (kind == "a folder"))
     found.violations = found.violations[:MOST_VIOLATIONS]
     return found

@@ -43,7 +43,7 @@ from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
 from agent.views.glance import at_a_glance, score
-from agent.views.terminal import Console
+from agent.views.terminal import TERMINAL_LOG, Console
 
 MOST_REMOVALS = 2  # of a training's folders, or stops by the GPU's watchdog, after which the training is repeated
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
@@ -172,6 +172,8 @@ class Engine:
             return "stopped", "stopped by request"
         if self.journal.follow():
             self.restored()
+        if self.stopper.alone:
+            self.note_once(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
         free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
         if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
             return end
@@ -266,7 +268,8 @@ class Engine:
             self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
             if status != "interrupted":
                 return novelty.refused(result) or verdict
-        return Verdict("discard", "it could not be probed before a keep: the machine slept each time", None)
+        why = (result.error or {}).get("message")
+        return Verdict("discard", f"it could not be probed before a keep, in {validity.MOST_INTERRUPTIONS} attempts: {why}", None)
 
     def lay(self, experiment: Experiment) -> None:
         """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""

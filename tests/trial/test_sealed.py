@@ -19,7 +19,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night import setup
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness
+from agent.trial.lab import Lab, lay_harness, restore
 from agent.trial.rights import SOURCES, folders, hidden_places
 from agent.trial.sandbox import described
 from agent.trial.trial import score_run
@@ -263,6 +263,9 @@ def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) 
     stamp = (place / "harness" / "score.py").stat().st_mtime_ns
     assert laid() == whole
     assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    for name in (".DS_Store", "harness/.DS_Store", "._prepare_mlx.py", "harness/._score.py"):
+        (place / name).write_bytes(b"left by macOS")
+    assert not restore(repository, repository.head, tmp_path / "night"), "or each training would be a violation"
     evil = tmp_path / "evil"
     evil.mkdir()
     for file in whole:
@@ -296,9 +299,7 @@ def test_no_tmpdir_stays_and_run_directories_are_pruned(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sandbox.nests(), reason="no sandbox works inside a sandbox here")
 def test_the_real_scorer_works_inside_a_sandbox(tiny, trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "trials" / "0001-1"
-    run_dir.mkdir(parents=True)
-    for file in trained.iterdir():
-        (run_dir / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(trained, run_dir)
     lab = Lab(
         folder=tmp_path, worktree=ROOT, train_file="train_mlx.py", harness=ROOT / "prepare_mlx.py", train_dir=tiny.train,
         held_dir=tiny.held, budget="20steps", vocab_size=320,
