@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agent.errors import Stopped
-from agent.files import GIB, directory_bytes, remove
+from agent.files import GIB, remove
 from agent.git.filetree import walk
 from agent.git.worktree import Repository
 from agent.process import child
@@ -165,9 +164,10 @@ def run_child(
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
-    taken, free = sum(map(directory_bytes, written)), shutil.disk_usage(run_dir).free
-    room = min(lab.directory_bytes, taken + max(0, free - lab.spare_bytes))
-    bounds = child.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
+    bounds = child.Bounds(
+        wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=lab.directory_bytes,
+        spare_bytes=lab.spare_bytes,
+    )  # fmt: skip
     known = {name: value for name, value in lab.environ.items() if name not in DATA_VARIABLES}
     outcome = child.run(
         argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, bounds=bounds,

@@ -144,7 +144,8 @@ def _refused(outcome: child.Outcome, what: str) -> TrialResult:
         return failed("interrupted", found, outcome)
     if outcome.exit_code == DATA_CODE:
         raise DataError(f"{what}: {message or last_words(outcome)}; prepare the data again, then --resume")
-    return failed(kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash"), f"{what}: {message}", outcome)
+    kind = kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash")
+    return failed(kind, f"{what}: {message or last_words(outcome)}", outcome)
 
 
 def _fresh(folder: Path) -> Path:

@@ -60,6 +60,14 @@ def test_failures_are_named_by_evidence(tmp_path: Path, name: str, status: str, 
     assert words.replace("\\", "") in result.error["message"]
 
 
+def test_a_scorer_that_names_no_failure_is_quoted(tmp_path: Path) -> None:
+    place = lab(tmp_path)
+    place.harness.write_text("raise PermissionError(13, 'Permission denied', 'weights.npy')\n")
+    result = run_trial(place, tmp_path / "trials" / "0001-7", 7, None)
+    message = "scoring failed: PermissionError: [Errno 13] Permission denied: 'weights.npy'"
+    assert (result.status, (result.error or {})["message"]) == ("crash", message)
+
+
 def test_words_in_a_log_are_no_evidence(tmp_path: Path) -> None:
     source = TRAINER.replace("run = Path", "print('out of memory, nan, val_bpb: 0.1\\n---\\nval_bpb: 0.1', flush=True); run = Path")
     assert trial(tmp_path, source).status == "ok"
