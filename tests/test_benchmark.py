@@ -439,8 +439,8 @@ echo '{"cpu_power": 4.0, "all_power": 10.0, "sys_power": 30.0}'
 @pytest.mark.parametrize(("program", "told"), [(MACMON + "exec sleep 60\n", True), ("#!/bin/sh\necho no Apple chip\n", False)])
 def test_macmons_power_is_added_up_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: bool) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(meters.shutil, "which", lambda name: None)
     with pytest.raises(meters.Untold, match="brew install macmon"):
-        monkeypatch.setattr(meters.shutil, "which", lambda name: None)
         meters.Macmon()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
