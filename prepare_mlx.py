@@ -23,21 +23,25 @@ from harness.machine import (
     check_weights,
     detect_preset,
     extrapolate,
+    find_dtype,
     find_tier,
     peak_flops,
+    recall,
+    remember,
 )
 from harness.run import Progress, start_run
 
 # Re-exported, so that a train file has one place to import from, whichever module of the harness a name lives in.
-__all__ = ["HarnessError", "Progress", "check_memory", "check_weights", "expected_epochs", "extrapolate", "find_tier", "peak_flops",
-           "start_run"]
+__all__ = ["HarnessError", "Progress", "check_memory", "check_weights", "expected_epochs", "extrapolate", "find_dtype", "find_tier",
+           "peak_flops", "recall", "remember", "start_run"]
 
 
 def options() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser(description="Prepare data for autoresearch, or score a trained model.")
     parser.add_argument("--dataset", default=None,
-                        help="dataset from --list, or text:PATH (default: stories on a CPU, else tinystories)")
+                        help="dataset from --list, or text:PATH (default: stories on a CPU, climbmix for the preset upstream, "
+                             "else tinystories)")
     parser.add_argument("--preset", default=None, help=f"machine size: {', '.join(PRESETS)} (default: this machine's)")
     parser.add_argument("--vocab-size", type=int, default=0,
                         help="vocabulary size in tokens, 256 for plain bytes (default: the preset's)")
@@ -100,7 +104,8 @@ def main() -> int:
         else:
             from harness.corpus import prepare
             preset = args.preset or detect_preset()
-            dataset = args.dataset or ("stories" if preset in ("tiny", "demo", "cpu") else "tinystories")
+            usual = {"upstream": "climbmix", "tiny": "stories", "demo": "stories", "cpu": "stories"}
+            dataset = args.dataset or usual.get(preset, "tinystories")
             entry = prepare(dataset, preset, vocab_size=args.vocab_size, field=args.field, shards=args.shards,
                             revision=args.revision, allow_loss=args.allow_loss,
                             make_current=args.json is None)

@@ -19,7 +19,17 @@ from pathlib import Path
 # On a GPU `attention` is mx.fast.scaled_dot_product_attention, `cross_entropy` is mx.fast.cross_entropy. On a CPU both are faster
 # replacements, and mx.compile is off. Import this module before MLX: on Linux it loads a fast BLAS.
 from harness.mlx_cpu import GPU, attention, cross_entropy
-from prepare_mlx import Progress, check_memory, check_weights, expected_epochs, extrapolate, find_tier, peak_flops, start_run
+from prepare_mlx import (
+    Progress,
+    check_memory,
+    check_weights,
+    expected_epochs,
+    extrapolate,
+    find_dtype,
+    find_tier,
+    peak_flops,
+    start_run,
+)
 
 # isort: split
 import mlx.core as mx
@@ -28,6 +38,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 TIER = find_tier(None if GPU else "cpu")  # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
+
+
+def device_name():
+    return f"{mx.device_info().get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants: edit these first
@@ -63,7 +78,7 @@ FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
 ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = mx.bfloat16 if GPU else mx.float32  # of activations; weights and optimizer state are fp32. The CPU backend is slow in bf16
+DTYPE = getattr(mx, find_dtype(device_name())) if GPU else mx.float32  # of activations: bf16, unless fp32 was measured to be faster
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as in PyTorch
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -467,10 +482,6 @@ def memory_limit():
         mx.set_wired_limit(limit // 2)
         mx.set_cache_limit(limit // 4)
     return limit
-
-
-def device_name():
-    return f"{mx.device_info().get('device_name', 'cpu')} mlx".replace("/", " ")[:80]
 
 
 def build(run, accumulation_steps):

@@ -34,8 +34,11 @@ from prepare_mlx import (
     check_weights,
     expected_epochs,
     extrapolate,
+    find_dtype,
     find_tier,
     peak_flops,
+    recall,
+    remember,
     start_run,
 )
 
@@ -54,15 +57,33 @@ CHECKPOINT = False  # compute each block's activations a second time instead of 
 
 
 def compiled(function):
-    """torch.compile, if COMPILE is on. `fitting_step` turns it off, and says so, where the compiler does not work."""
-    return torch.compile(function, dynamic=False) if COMPILE else function
+    """torch.compile, if COMPILE is on and this Python and system have it. It compiles later: `fitting_step` sees whether it can."""
+    if COMPILE:
+        try:
+            return torch.compile(function, dynamic=False)
+        except RuntimeError as error:
+            without_compiler(error)
+    return function
 
 
-def half_precision():
-    """The 16-bit dtype that the GPU computes in: bf16, but fp16 with loss scaling before Ampere (RTX 20xx, T4), which emulates
-    bf16."""
+def without_compiler(error):
+    """Go on without torch.compile, and say so."""
+    global COMPILE
+    COMPILE = False
+    print(f"note: torch.compile does not work here ({(str(error).strip().splitlines() or [type(error).__name__])[0]}): training "
+          "without it, slower", flush=True)
+
+
+def device_name():
+    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
+    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
+
+
+def gpu_dtype():
+    """The dtype that the GPU computes in, if none was measured to be faster: bf16, but fp16 with loss scaling before Ampere (RTX
+    20xx, T4), which emulates bf16."""
     emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return getattr(torch, find_dtype(device_name(), "float16" if emulated else "bfloat16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +120,7 @@ FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
 ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = half_precision() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
+DTYPE = gpu_dtype() if GPU else torch.float32  # of activations; weights and moments are fp32. Most CPUs are slow in bf16
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as upstream
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
@@ -598,11 +619,6 @@ def memory_limit():
     return psutil.virtual_memory().total
 
 
-def device_name():
-    names = {"cuda": torch.cuda.get_device_name, "mps": getattr(torch.backends.mps, "get_name", platform.machine)}
-    return f"{names.get(DEVICE, platform.machine)()} {DEVICE} torch".replace("/", " ")[:80]
-
-
 def build(run, accumulation_steps):
     """A fresh model, its weights and moments as {name: tensor}, and its training step."""
     model = GPT(GPTConfig(vocab_size=run.vocab_size)).to(DEVICE)
@@ -672,23 +688,34 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
 
     It trains the same `rows` rows, in the fewest passes, at least `passes`, that are expected to take at most `limit` bytes. If a
     step runs out of memory nevertheless, passes become smaller; where even one row is too much, activations are recomputed.
-    Where torch.compile does not work, the step is not compiled. Each of these is printed. Errors: HarnessError("oom").
+    What then fits is remembered for this device, with so much memory free, and this model. Where torch.compile does not work, the
+    step is not compiled. Each of these is printed. Errors: HarnessError("oom").
     """
-    global COMPILE, CHECKPOINT
+    global CHECKPOINT
+    key = [device_name(), (limit or 0) >> 30, str(DTYPE), rows, seq_len, {n: list(p.shape) for n, p in params.items()}]
+    known, full = recall(key), False
+    CHECKPOINT = CHECKPOINT or known.get("checkpoint", False)
     allowed = [n for n in range(passes, rows + 1) if rows % n == 0]
-    left = [n for n in allowed if not expected or expected(n) <= limit] or allowed[-1:]
+    fitting = [n for n in allowed if not expected or CHECKPOINT or expected(n) <= limit] or allowed[-1:]
+    left = [n for n in fitting if n >= known.get("passes", 0)] or fitting
+    if known:
+        twice = ", activations computed twice" if CHECKPOINT else ""
+        print(f"note: {rows // left[0] * seq_len:,} tokens in a pass{twice}, as found before for this device and model", flush=True)
     while True:
         step = make_step(model, left[0])
         try:
             seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(3))  # the first may compile
+            if full:
+                remember(key, {"passes": left[0], "checkpoint": CHECKPOINT})
             return left[0], step, seconds
         except RuntimeError as error:
             if COMPILE and not isinstance(error, torch.OutOfMemoryError) and "torch._" in type(error).__module__:
-                COMPILE = False
-                note = f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): training without it, slower"
-            elif not out_of_memory(error):
+                without_compiler(error)
+                continue
+            if not out_of_memory(error):
                 raise
-            elif len(left) > 1:
+            full = True
+            if len(left) > 1:
                 left, note = left[1:], f"{rows // left[0] * seq_len:,} tokens in a pass do not fit: {rows // left[1] * seq_len:,}"
             elif not CHECKPOINT:
                 CHECKPOINT, left, note = True, allowed, "not even a row fits: activations are computed twice, a third more time"

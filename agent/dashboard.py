@@ -1,17 +1,18 @@
 """`python -m agent.dashboard`: the night as a page in the browser, which follows the journal while the night runs.
 
-It only reads: the journal, metrics.jsonl, logs and git. On this machine it needs no password. With --host for the local network it
-prints an address with a token, and answers nobody without it.
+The page only reads: the journal, metrics.jsonl, logs and git. On this machine it needs no password. With --host for the local
+network it prints an address with a token, and answers nobody without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +25,37 @@ from agent.journal.journal import holder, read_events
 from agent.journal.state import Night, fold
 from agent.judgement.decision import noise
 from agent.text import redact
-from agent.views.glance import at_a_glance, in_detail, read_curve
+from agent.views.glance import at_a_glance, in_detail, loss_curve, read_curve, running_trial, training
 
 PAGE = Path(__file__).with_name("views") / "page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-COOKIE = "autoresearch"
+PORT = 8765
+HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::\d+)?", re.ASCII)  # the header: a name, and perhaps a port
 EVERY = 0.5  # seconds between two looks at the files
+Curve = list[list[float]]  # [seconds, loss]
+Stamp = tuple[int, int, int] | None  # of a file: inode, size in bytes, time of change
 
 
 class Reader:
-    """One night, read again when its journal has grown."""
+    """One night. What is read from a file is kept until the file changes, for all browsers that ask."""
 
     def __init__(self, repository: Repository, tag: str) -> None:
         self.repository, self.folder = repository, repository.root / "runs" / tag
         self.worktree = Worktree(repository, tag, self.folder / "worktree")
-        self._seen, self._night = (-1, -1), Night()
+        self._night: tuple[Stamp, Night] = None, Night()
+        self._curve: tuple[Path, Stamp, Curve] = Path(), None, []
+        self._best: tuple[tuple[int, int], Curve] = (-1, -1), []
 
-    def stamp(self) -> tuple[int, int]:
-        """Changes when the journal does."""
-        try:
-            status = (self.folder / "journal.jsonl").stat()
-        except OSError:
-            return 0, 0
-        return status.st_size, status.st_mtime_ns
+    def moment(self) -> tuple[Stamp, int | None]:
+        """Changes when the journal does, and when a driver comes or goes."""
+        return _stamp(self.folder / "journal.jsonl"), holder(self.folder)
 
     def night(self) -> Night:
-        if (stamp := self.stamp()) != self._seen:
-            self._night, self._seen = fold(read_events(self.folder / "journal.jsonl")[0]), stamp
-        return self._night
+        """JournalError for a journal that is damaged."""
+        stamp = _stamp(self.folder / "journal.jsonl")
+        if stamp is None or stamp != self._night[0]:
+            self._night = stamp, fold(read_events(self.folder / "journal.jsonl")[0])
+        return self._night[1]
 
     def glance(self) -> dict[str, Any]:
         night = self.night()
@@ -66,15 +70,31 @@ class Reader:
         diff = self.worktree.diff(experiment.parent, experiment.commit) if experiment.commit and n else ""
         return in_detail(night, n, self.folder, redact(diff), noise(night).sigma)
 
-    def running(self) -> list[list[float]]:
-        """The loss curve of the training that runs now."""
+    def running(self) -> dict[str, Any]:
+        """The training that runs now: its newest numbers, and its loss curve."""
         night = self.night()
-        trials = [trial for e in night.experiments for trial in e.trials if trial.status == "running"]
-        return read_curve(self.folder / "trials" / trials[-1].folder / "metrics.jsonl") if trials else []
+        trial = running_trial(night)[1]
+        if trial is None:
+            return {"numbers": None, "points": [], "best": []}
+        if night.best is not None and (held := (night.best, len(night.leader.trials))) != self._best[0]:
+            self._best = held, loss_curve(night.leader, self.folder)
+        path = self.folder / "trials" / trial.folder / "metrics.jsonl"
+        if (path, stamp := _stamp(path)) != self._curve[:2]:
+            self._curve = path, stamp, read_curve(path)
+        return {"numbers": training(night, self.folder), "points": self._curve[2], "best": self._best[1]}
 
 
-def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
-    """The web application. hosts: names it may be asked under. token: "" where none is wanted."""
+def _stamp(path: Path) -> Stamp:
+    """Changes when the file does; None without one."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callable[[], bool]) -> Any:
+    """The web application. hosts: names it may be asked under. token: "" where none is wanted. over: whether it is to end."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
@@ -93,15 +113,25 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
         found = await asyncio.to_thread(reader.detail, request.path_params["n"])
         return JSONResponse(found) if found else PlainTextResponse("there is no such experiment", 404)
 
+    async def icon(request: Request) -> Response:
+        return Response(status_code=204)  # browsers ask for it
+
+    async def damaged(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(str(error), 500)
+
     async def follow() -> AsyncIterator[str]:
-        journal, curve = None, None
-        while True:
-            if (stamp := reader.stamp()) != journal:
-                journal = stamp
-                yield f"event: night\ndata: {json.dumps(await asyncio.to_thread(reader.glance))}\n\n"
-            if (points := await asyncio.to_thread(reader.running)) != curve:
-                curve = points
-                yield f"event: curve\ndata: {json.dumps(points)}\n\n"
+        moment, curve = None, None
+        yield "retry: 1000\n\n"  # milliseconds after which a browser asks again
+        while not over():
+            try:
+                if (now := reader.moment()) != moment:
+                    moment = now
+                    yield f"event: night\ndata: {json.dumps(await asyncio.to_thread(reader.glance))}\n\n"
+                if (running := await asyncio.to_thread(reader.running)) != curve:
+                    curve = running
+                    yield f"event: curve\ndata: {json.dumps(running)}\n\n"
+            except NightError as error:
+                yield f"event: trouble\ndata: {json.dumps(str(error))}\n\n"
             await asyncio.sleep(EVERY)
 
     async def events(request: Request) -> Response:
@@ -113,14 +143,17 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
             return await inner(scope, receive, send)
         request = Request(scope)
         refused: Response | None = None
-        if (request.url.hostname or "") not in hosts:
-            refused = PlainTextResponse(f"asked as {request.url.hostname}; expected one of {', '.join(hosts)}", 421)
-        elif token and not secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), token.encode()):
+        header = request.headers.get("host", "")
+        asked, port = HOST.fullmatch(header), scope["server"][1]
+        cookie = f"autoresearch-{port}"  # a browser has one jar of cookies for all ports of a host
+        if asked is None or asked[1].lower().strip("[]") not in hosts:
+            refused = PlainTextResponse(f"asked as {header}; expected one of {', '.join(hosts)}", 421)
+        elif token and not secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
             given = request.query_params.get("token", "")
             refused = PlainTextResponse("open the address with the token, as the terminal shows it", 403)
             if secrets.compare_digest(given.encode(), token.encode()):
                 refused = RedirectResponse("/", 303)
-                refused.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+                refused.set_cookie(cookie, token, httponly=True, samesite="strict")
         if refused is not None:
             return await refused(scope, receive, send)
 
@@ -132,16 +165,17 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str) -> Any:
 
         return await inner(scope, receive, careful)
 
-    inner = Starlette(routes=[Route("/", page), Route("/night", night), Route("/experiment/{n:int}", experiment),
-                              Route("/events", events)])  # fmt: skip
+    routes = [Route("/", page), Route("/night", night), Route("/experiment/{n:int}", experiment), Route("/events", events),
+              Route("/favicon.ico", icon)]  # fmt: skip
+    inner = Starlette(routes=routes, exception_handlers={NightError: damaged})
     return guarded
 
 
 @click.command()
 @click.option("--tag", help="The night. Default: the latest.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: the local network, by token.")
-@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535))
-def main(tag: str | None, host: str, port: int) -> None:
+@click.option("--port", type=click.IntRange(0, 65535), help=f"Default: {PORT}, or another one if that is taken.")
+def main(tag: str | None, host: str, port: int | None) -> None:
     """Show a night in the browser, and follow it."""
     try:
         import uvicorn
@@ -158,15 +192,26 @@ def main(tag: str | None, host: str, port: int) -> None:
         raise click.ClickException(str(error)) from None
     token = "" if host in LOOPBACK else secrets.token_urlsafe(24)
     shown = _address() if host == "0.0.0.0" else host
-    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening = _listen(host, port)
     place = f"[{shown}]" if ":" in shown else shown
     address = f"http://{place}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    click.echo(f"night {tag}: {address}")
     if token:
         _qr_code(address)
-    hosts = (*LOOPBACK, shown, socket.gethostname(), f"{socket.gethostname()}.local")
-    config = uvicorn.Config(application(reader, hosts, token), log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    click.echo(f"night {tag}: {address}")
+    hosts = (*LOOPBACK, *(name.lower() for name in (shown, socket.gethostname(), f"{socket.gethostname()}.local")))
+    server = uvicorn.Server(uvicorn.Config("", log_level="warning", timeout_graceful_shutdown=2))
+    server.config.app = application(reader, hosts, token, lambda: server.should_exit)
+    server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """A socket at this port, or at the usual one, or at any if that is taken. ClickException where that is not possible."""
+    for attempt in (PORT, 0) if port is None else (port,):
+        try:
+            return socket.create_server((host, attempt), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            problem = error
+    raise click.ClickException(f"cannot listen on {host}, port {port or PORT}: {problem}; choose another --host or --port")
 
 
 def _address() -> str:

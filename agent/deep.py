@@ -32,6 +32,7 @@ from agent.trial import rights, sandbox
 MAC = sys.platform == "darwin"
 LONGEST = 600.0  # seconds that one check may take
 STEPS = 40  # of a training that is timed
+ALLOCATED_MB = 512  # of arrays, to see whether they are counted
 EXPECTED = 1.25  # peak memory over the forecast, at most
 # Gradients of causal attention, fused ("causal") against the mask as an array, which MLX's fused backward pass does not take.
 _ATTENTION = """
@@ -96,6 +97,7 @@ def examine(checkout: Path) -> Iterator[Result]:
     (checkout / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkout / "runs", prefix=".doctor-") as folder:  # Linux's sandbox hides /tmp
         bench = Bench(checkout, Path(folder))
+        yield counted(bench)
         yield (fused := attention(bench))
         made, _ = bench.run(sys.executable, "prepare_mlx.py", "--dataset", "stories")
         if made.ok:
@@ -130,12 +132,12 @@ def awake() -> Result:
 
 
 def hidden_link() -> Result:
-    """Can a candidate reach a hidden file through a hard link, a clone or a symbolic link?"""
+    """Can a candidate reach a hidden file through a hard link, a clone or a symbolic link, or write to a file of the user's?"""
     if not sandbox.available().present:
         return Result("links", "note", f"no sandbox here: {sandbox.available()}", {})
     code = """
 import os, subprocess, sys
-hidden, folder = sys.argv[1:]
+hidden, folder, own = sys.argv[1:]
 for way, make in {"hard": lambda to: os.link(hidden, to), "symbolic": lambda to: os.symlink(hidden, to),
                   "clone": lambda to: subprocess.run(["cp", "-c", hidden, to], check=True)}.items():
     try:
@@ -143,19 +145,42 @@ for way, make in {"hard": lambda to: os.link(hidden, to), "symbolic": lambda to:
         print("READ", way, open(os.path.join(folder, way)).read())
     except Exception as error:
         print("refused", way, type(error).__name__)
+try:
+    os.link(own, os.path.join(folder, "own"))
+    open(os.path.join(folder, "own"), "w").write("changed")
+    print("WRITTEN", "hard")
+except Exception as error:
+    print("refused", "write", type(error).__name__)
 """
     with tempfile.TemporaryDirectory(dir=Path.home()) as name:
         folder, hidden = Path(name) / "run", Path(name) / "hidden" / "held.txt"
         folder.mkdir()
         hidden.parent.mkdir()
         hidden.write_text("held-out text")
-        argv = [sys.executable, "-c", code, str(hidden), str(folder)]
+        (own := Path(name) / "own.txt").write_text("the user's")
+        argv = [sys.executable, "-c", code, str(hidden), str(folder), str(own)]
         wrapped, _ = sandbox.wrap(argv, rights.rules([folder], [], [hidden.parent]))
         said = _ask(wrapped, Path(name))
+        written = own.read_text() != "the user's"
     if "held-out text" in said or "refused" not in said:
         return Result("links", "bad", "a trained file can read the held-out text through a link; do not trust scores, report this",
                       {"said": said})
-    return Result("links", "ok", "hard links, clones and symbolic links to held-out text are refused", {"said": said})
+    if written:
+        words = "a trained file can write to your own files through a hard link; report this"
+        return Result("links", "bad", words, {"said": said})
+    return Result("links", "ok", "links and clones of held-out text are refused, and hard links to your own files", {"said": said})
+
+
+def counted(bench: Bench) -> Result:
+    """Is the memory of GPU buffers counted? `--memory-gb` depends on it."""
+    code = f"import time\nimport mlx.core as mx\na = mx.ones(({ALLOCATED_MB}, 1 << 18))\nmx.eval(a)\ntime.sleep(2)"
+    outcome, _ = bench.run(sys.executable, "-c", code)
+    if not outcome.ok:
+        return Result("counted", "bad", f"MLX does not run: {one_line(outcome.tail(300), 200)}", {})
+    words = f"a program with {ALLOCATED_MB} MB of MLX's arrays is seen to take {outcome.peak_rss_mb:.0f} MB"
+    if outcome.peak_rss_mb < ALLOCATED_MB:
+        return Result("counted", "note", f"{words}: --memory-gb can rely on metrics.jsonl only", {"peak_mb": outcome.peak_rss_mb})
+    return Result("counted", "ok", words, {"peak_mb": outcome.peak_rss_mb})
 
 
 def attention(bench: Bench) -> Result:

@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
+from rich.console import Console as Rich
+from rich.table import Table
+from rich.text import Text
 
 from agent.coders import table
 from agent.errors import NightError
-from agent.files import GIB
+from agent.files import GIB, real_path
 from agent.journal.settings import Settings
 from agent.night import power
 from agent.night.limits import hours_until
 from agent.process.child import Bounds, run
-from agent.process.environment import clean_env, data_home
+from agent.process.environment import clean_env, data_home, wsl
 from agent.trial import sandbox
 
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
@@ -39,7 +43,8 @@ sys.path.insert(0, "")
 answer = {}
 try:
     import prepare_mlx
-    answer["blas"] = prepare_mlx.load_fast_blas()
+    from harness.machine import load_fast_blas
+    answer["blas"] = load_fast_blas()
 except Exception as error:
     answer["harness"] = f"{type(error).__name__}: {error}"
 if sys.argv[1] == "mlx":
@@ -65,14 +70,13 @@ class Finding:
     state: str
     text: str
 
-    def __str__(self) -> str:
-        return f"{self.state:<5}{self.subject:<10} {self.text}"
-
 
 def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool = False) -> Iterable[Finding]:
     """All checks, for a night from the checkout `folder`; `ask`: the agents are asked for a word each, too."""
     yield check_python()
     yield from check_mac()
+    yield from check_wsl()
+    yield from check_place(folder, environ)
     yield check_git(folder, train_file)
     yield from check_agents(environ)
     if ask:
@@ -87,7 +91,11 @@ def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool
 def check_python() -> Finding:
     version = f"{platform.python_version()} on {sys.platform} {platform.machine()}"
     if sys.platform == "darwin" and platform.machine() != "arm64":
-        return Finding("python", "bad", f"{version}: MLX needs an arm64 Python; install one from python.org, or let uv do it")
+        if _ask(["sysctl", "-n", "sysctl.proc_translated"], Path.cwd())[1] == "1":
+            mend = "this terminal runs under Rosetta: in Finder's Get Info of it untick Open using Rosetta, then make clean"
+        else:
+            mend = "install one from python.org, or let uv do it"
+        return Finding("python", "bad", f"{version}: MLX needs an arm64 Python; {mend}")
     return Finding("python", "ok", version)
 
 
@@ -107,10 +115,48 @@ def check_mac() -> Iterable[Finding]:
         yield Finding("macos", "ok", f"{version} on {chip}")
 
 
+def check_wsl() -> Iterable[Finding]:
+    """Windows below: which WSL, how much memory it lends, and who else may end a night."""
+    if (version := wsl()) == 1:
+        yield Finding("wsl", "bad", "WSL 1 has no GPU and no sandbox; in PowerShell: wsl --set-version <distribution> 2")
+    elif version:
+        memory = psutil.virtual_memory().total / GIB
+        yield Finding("wsl", "ok", f"WSL 2 with {memory:.0f} GiB of Windows' memory; [wsl2] memory= in .wslconfig changes it")
+        yield Finding("sleep", "note", "Windows may suspend all of it; in PowerShell: powercfg /change standby-timeout-ac 0")
+
+
+_ASKED_FOR = ("Desktop", "Documents", "Downloads")  # below the home folder: macOS asks before a program may read there
+_CLOUDS = ("Library/Mobile Documents", "Library/CloudStorage")
+
+
+def check_place(folder: Path, environ: Mapping[str, str]) -> Iterable[Finding]:
+    """Whether checkout and data lie where a night can use them until the morning."""
+    home = real_path(environ.get("HOME") or Path.home())
+    for name, path in (("checkout", folder), ("data", data_home(environ))):
+        real = Path(real_path(path))
+        inside = real.relative_to(home).as_posix() if real.is_relative_to(home) else ""
+        words = ""
+        if sys.platform == "darwin" and inside.startswith(_CLOUDS):
+            words = "is kept in a cloud, which uploads each trial and may take files away"
+        elif sys.platform == "darwin" and inside.split("/")[0] in _ASKED_FOR:
+            words = "is where macOS asks before a program reads, at night with nobody to answer; iCloud may take files away"
+        elif sys.platform == "darwin" and real.is_relative_to("/Volumes"):
+            words = "is on a disk that can be unplugged or fall asleep, and that may lack what a night needs (locks, links)"
+        elif wsl() and re.match(r"/mnt/[a-z]/", f"{real}/"):
+            words = "is on Windows' side, where files are slow and have no permissions"
+        if words:
+            mend = "clone into ~/" if name == "checkout" else "set AUTORESEARCH_HOME to a folder below ~/"
+            yield Finding("place", "note", f"the {name}, {path}, {words}; {mend}")
+
+
 def check_git(folder: Path, train_file: str) -> Finding:
+    apple = "run xcode-select --install, then git --version until it prints one"
+    mend = apple if sys.platform == "darwin" else "install the package git"
     if shutil.which("git") is None:
-        mend = "run xcode-select --install" if sys.platform == "darwin" else "install the package git"
         return Finding("git", "bad", f"not found on PATH; {mend}")
+    code, said = _ask(["git", "--version"], Path.cwd())
+    if code != 0:  # on a Mac /usr/bin/git is there from the start, and only offers to install one, or a licence to be agreed to
+        return Finding("git", "bad", f"git does not run ({_first_line(said)}); {mend}")
     import git  # fails to import where there is no git
 
     from agent.git.worktree import Repository
@@ -148,6 +194,9 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
             yield Finding(coder.name, "note", f"installed, but there is no sign of a login: {coder.login_hint}")
         else:
             yield Finding(coder.name, "ok", f"{_first_line(said)}, with a login")
+    if sys.platform == "darwin" and environ.get("SSH_CONNECTION"):
+        locked = "over SSH the keychain is locked, and claude, copilot and cursor keep their login there"
+        yield Finding("agent", "note", f"{locked}; in this session: security unlock-keychain, or set the agent's key as a variable")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
     yield Finding("agent", "ok", f"without --agent a night takes {table.detect(environ).coder.name}{others}")
 
@@ -177,7 +226,7 @@ def check_data(environ: Mapping[str, str]) -> Finding:
     home = data_home(environ)
     current = home / "current.json"
     if not current.exists():
-        return Finding("data", "note", f"none prepared in {home}; a night prepares it, or: python prepare_mlx.py --dataset stories")
+        return Finding("data", "note", f"none prepared in {home}; a night prepares it, or: python prepare_mlx.py")
     again = "prepare it again: python prepare_mlx.py --dataset "
     try:
         entry: dict[str, Any] = json.loads(current.read_text("utf-8"))
@@ -189,6 +238,9 @@ def check_data(environ: Mapping[str, str]) -> Finding:
     for file in wanted:
         if not file.is_file() or file.stat().st_size == 0:
             return Finding("data", "bad", f"{file} is missing or empty; {again}{dataset}")
+    if dataset == "stories" and entry.get("preset") in ("mac", "mac-max", "cuda"):
+        words = "stories is small: a GPU reads it several times in five minutes, and then learns it by heart"
+        return Finding("data", "note", f"{words}; {again}tinystories")
     return Finding("data", "ok", f"{entry.get('id')}, {sum(file.stat().st_size for file in wanted) / 2**20:.0f} MiB in {home}")
 
 
@@ -231,7 +283,7 @@ def check_power() -> Iterable[Finding]:
         awake = shutil.which("caffeinate") is not None
         told = "a night holds off idle sleep" if awake else "caffeinate is missing; set sleep to never"
         yield Finding("sleep", "ok" if awake else "note", told)
-    elif power.battery():
+    elif power.battery() and not wsl():
         yield Finding("sleep", "note", "a laptop may suspend; start with: systemd-inhibit --what=sleep:idle python -m agent.loop")
 
 
@@ -261,12 +313,14 @@ def launch_agent(clock: str, folder: Path) -> str:
     except NightError as error:
         raise click.UsageError(str(error)) from None
     hour, minute = map(int, clock.split(":"))
+    (folder / "runs").mkdir(exist_ok=True)  # launchd starts nothing whose log has no folder
     label, logs = "autoresearch.night", str(folder / "runs" / "launchd.log")
     content = {
         "Label": label, "WorkingDirectory": str(folder),
         "ProgramArguments": [sys.executable, "-m", "agent.loop", "--until", "07:00"],
         "EnvironmentVariables": {"PATH": os.environ["PATH"]}, "StandardOutPath": logs, "StandardErrorPath": logs,
         "StartCalendarInterval": {"Hour": hour, "Minute": minute},
+        "ProcessType": "Interactive",  # others are held back, and trainings would be slower
     }  # fmt: skip
     place = f"~/Library/LaunchAgents/{label}.plist"
     return plistlib.dumps(content).decode() + (
@@ -283,16 +337,25 @@ def deeply(folder: Path) -> bool:
     results = []
     for result in deep.examine(folder):
         results.append(result)
-        click.echo(_coloured(result.state, f"{result.check:<10} {result.text}"))
+        _print_row(result.state, result.check, result.text)
     path = folder / "runs" / "doctor.json"
     deep.write(results, path)
     click.echo(f"written to {path}; attach it to an issue, whatever it says")
     return not any(result.state == "bad" for result in results)
 
 
-def _coloured(state: str, text: str) -> str:
-    colours = {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}
-    return click.style(f"{state:<5}", fg=colours[state]) + text
+def _print_row(state: str, subject: str, text: str) -> None:
+    """One finding as one line; on a terminal a long text goes on below its beginning. rich heeds NO_COLOR, FORCE_COLOR and TERM."""
+    console, colour = Rich(highlight=False), {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}[state]
+    line = Text.assemble((f"{state:<5}", colour), f"{subject:<10} ")
+    if not sys.stdout.isatty():
+        console.print(line + Text(text), soft_wrap=True)
+        return
+    table = Table.grid()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(line, Text(text))
+    console.print(table)
 
 
 @click.command()
@@ -310,7 +373,7 @@ def main(train_file: str, launchd: str | None, deeper: bool, ask: bool) -> None:
         sys.exit(0 if deeply(Path.cwd()) else 1)
     bad = []
     for finding in examine(Path.cwd(), train_file, os.environ, ask):
-        click.echo(_coloured(finding.state, str(finding)[5:]))
+        _print_row(finding.state, finding.subject, finding.text)
         bad += [finding.subject] if finding.state == "bad" else []
     click.echo(f"a night cannot run yet: mend {', '.join(bad)}" if bad else "a night could run: python -m agent.loop")
     sys.exit(1 if bad else 0)

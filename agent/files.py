@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -15,6 +17,20 @@ DEEPEST = 64  # nested folders; no training and no coding agent needs more
 MOST_ENTRIES = 200_000  # files and folders below one directory
 BOUNDLESS = 1 << 62  # bytes: the answer for a directory that is deeper or holds more entries, above every limit
 REMOVE_SECONDS = 600.0
+
+
+def real_path(path: Path | str) -> str:
+    """A path as the kernel has it: links followed and, on macOS, upper and lower case and accents as they are on the disk. There
+    a sandbox compares a path as it is spelled, while files are found under any spelling."""
+    real = os.path.realpath(path)
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+            finally:
+                os.close(descriptor)
+    return real
 
 
 def read_plain(file: Path, limit: int) -> bytes:

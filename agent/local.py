@@ -1,14 +1,16 @@
 """A coding agent that thinks on this machine: starts mlx-lm's server, asks it through `agent/chat/edit.py`, and ends it.
 
     python -m agent.local TRAIN_FILE [--model M] < prompt
+    python -m agent.local                                    which models this machine can run, and what downloads them
 
-The server is gone before this program ends, so that all memory is the trainer's; each proposal starts one of its own, so that one
-that died or hung costs one experiment. Nothing is ever downloaded here: a model that isn't on the machine is an error with its size
-and the command that fetches it.
+The server is gone before this program ends, so that all memory is the trainer's. Each proposal starts a server of its own: one that
+dies costs one experiment, and one that is alive and silent is started again, once. Nothing is ever downloaded here: a model that
+isn't on the machine is an error with its size and the command that fetches it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -24,6 +26,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,7 +39,7 @@ from agent.text import one_line, redact
 
 HUB = "https://huggingface.co"
 HEALTH_SECONDS = 1.0  # between two looks at the server
-SILENT_SECONDS = 120.0  # a server that answers nothing for so long hangs; reading a long prompt takes less between two answers
+SILENT_SECONDS = 180.0  # a server that sends nothing for so long hangs: it tells each 2,048 tokens of the prompt that it has read
 # Small edits need little thought, and its tokens come out of the same reply. Templates without the switch ignore it.
 TEMPLATE = json.dumps({"enable_thinking": False})
 
@@ -67,6 +70,22 @@ def default_model(memory_bytes: int) -> LocalModel:
     raise ChatError(
         "missing", f"this machine has {memory_gb} GB of memory, {least.repo} needs {least.memory_gb}; use another agent"
     )
+
+
+def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
+    """The table as text: each model's size and need, the one for this machine, and which are here."""
+    default = None
+    with contextlib.suppress(ChatError):
+        default = default_model(memory_bytes)
+    lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, by their cards; untried here:"]
+    for known in reversed(KNOWN):
+        try:
+            there = f"is on this machine: {find_model(known.repo, environ)}"
+        except ChatError as error:
+            there = str(error).removeprefix(f"{known.repo} ")
+        lines += [f"{known.repo}{'  <- the default' if known == default else ''}",
+                  f"    for {known.memory_gb} GB of memory or more; {there}"]
+    return "\n".join(lines)
 
 
 def machine_memory() -> int:
@@ -182,12 +201,12 @@ class Server:
     It is a child of `agent/process/child.py`, run in a thread: its family ends with the block, and with this process however that
     ends. One whose model can't be loaded, or that answers nothing any more, is ended; `failure` then says why."""
 
-    def __init__(self, model: Path) -> None:
-        self.model = model
+    def __init__(self, model: Path, silence: float, **options: Any) -> None:
+        self.model, self.silence = model, silence
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.endpoint = Endpoint(f"http://127.0.0.1:{self.port}/v1", silence=silence, **options)
         self.answered = False
         self.outcome: child.Outcome | None = None
         self.said = ""
@@ -203,6 +222,10 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self.outcome is not None:
+            print(f"mlx-lm's server has ended; its memory, at most {self.outcome.peak_rss_mb:.0f} MB, is free", file=sys.stderr)
+            if self.outcome.reason != "stopped":
+                print(self.said, file=sys.stderr)
 
     def _run(self) -> None:
         words = ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port), "--chat-template-args", TEMPLATE]
@@ -230,7 +253,7 @@ class Server:
         self._next = now + (HEALTH_SECONDS if self._ready.is_set() or self._refused else 0.2)
         if self._refused >= 2:  # its loading thread is dead, and it will say so for ever
             return "unhealthy"
-        return "silent" if self._ready.is_set() and now - self._heard > SILENT_SECONDS else None
+        return "silent" if self._ready.is_set() and now - self._heard > self.silence else None
 
     def _health(self) -> int | None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
@@ -251,10 +274,10 @@ class Server:
                 raise ChatError("agent_error", f"mlx-lm's server did not listen after {seconds:g} s; raise --start-seconds")
         return time.monotonic() - self._began
 
-    def ask(self, endpoint: Endpoint, messages: list[dict[str, str]]) -> Answer:
+    def ask(self, messages: list[dict[str, str]]) -> Answer:
         """An answer of the model. Raises ChatError, with the server's own fate where that is the cause."""
         try:
-            answer = endpoint.ask("default_model", messages)
+            answer = self.endpoint.ask("default_model", messages)
         except ChatError as error:
             self._thread.join(2 * HEALTH_SECONDS + child.GRACE_SECONDS)
             if self._thread.is_alive():
@@ -269,7 +292,7 @@ class Server:
         if outcome is None or outcome.reason == "missing":
             return ChatError("agent_error", f"mlx-lm's server could not be started: {cause}")
         if outcome.reason == "silent":
-            return ChatError("agent_error", f"mlx-lm's server answered nothing for {SILENT_SECONDS:g} s and was ended: {cause}")
+            return ChatError("agent_error", f"mlx-lm's server answered nothing for {self.silence:g} s and was ended: {cause}")
         ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {signal.Signals(outcome.signal).name}"
         when = "while it answered" if self.answered or self._ready.is_set() else "before it listened"
         if outcome.reason == "unhealthy" and not self.answered:
@@ -292,31 +315,37 @@ def raise_exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("train_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("train_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
 @click.option("--model", help="A folder or a Hugging Face name. Default: the largest model of a short list that fits this machine.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
+@click.option("--timeout", type=POSITIVE, default=600, show_default=True,
               help="Timeout per reply, in seconds, with the time to load the model.")
-@click.option("--start-seconds", type=click.FloatRange(min=0, min_open=True), default=120, show_default=True,
+@click.option("--silence", type=POSITIVE, default=SILENT_SECONDS, show_default=True,
+              help="Longest silence of the server, in seconds; it is started again after that, once.")
+@click.option("--start-seconds", type=POSITIVE, default=120, show_default=True,
               help="Timeout for the start of the server, in seconds, without the loading of the model.")
 @click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Maximum tokens per reply.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True,
               help="Sampling temperature; 0 always gives the same reply.")
 @click.option("--check", "only_check", is_flag=True,
               help="Edit nothing: ask for one word with a prompt as long as a night's, and tell how long a proposal takes.")
-def main(
-    train_file: Path, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float, only_check: bool
-) -> None:
-    """Edit TRAIN_FILE as the prompt on standard input asks, with a model on this machine.
+def main(train_file: Path | None, model: str | None, start_seconds: float, only_check: bool, **options: float) -> None:
+    """Edit TRAIN_FILE as the prompt on standard input asks, with a model on this machine. Without TRAIN_FILE: list models for it.
 
     Exit codes: 0 edited, 1 no usable edit, 2 usage, 5 the model, mlx-lm or the openai package is missing."""
+    if train_file is None:
+        print(models_for(machine_memory(), os.environ))
+        return
     prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not prompt.strip():
         raise click.UsageError("no prompt; expected it on standard input")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, raise_exit)  # so that the server is ended on the way out
     try:
-        reply = propose(train_file, prompt, model, timeout, start_seconds, max_tokens, temperature, only_check)
+        reply = propose(train_file, prompt, model, start_seconds, only_check, **options)
     except ChatError as error:
         reply = Reply(failure=error.failure, detail=str(error))
     except Exception as error:  # a traceback says nothing to a person, and the reply belongs on the last line
@@ -325,28 +354,32 @@ def main(
 
 
 def propose(
-    train_file: Path, prompt: str, model: str | None, timeout: float, start_seconds: float, max_tokens: int, temperature: float,
-    only_check: bool,
+    train_file: Path, prompt: str, model: str | None, start_seconds: float, only_check: bool, **options: Any
 ) -> Reply:  # fmt: skip
+    """One edit, or one check. options: those of `Server`. Raises ChatError where the server can't be started."""
     if importlib.util.find_spec("mlx_lm") is None:
         raise ChatError("missing", "mlx-lm is not installed; install it: python -m pip install mlx-lm")
     name = model or default_model(machine_memory()).repo
     folder = find_model(name, os.environ)
     require_memory(folder, machine_memory())
     print(f"local model: {name}", file=sys.stderr)
-    server = Server(folder)
-    endpoint = Endpoint(server.url, timeout=timeout, max_tokens=max_tokens, temperature=temperature)
-    try:
-        with server:
-            started = server.wait_ready(start_seconds)
-            if only_check:
-                return check(lambda messages: server.ask(endpoint, messages), prompt, train_file, started)
-            return edit(lambda messages: server.ask(endpoint, messages), prompt, train_file)
-    finally:
-        if server.outcome is not None:
-            print(f"mlx-lm's server has ended; its memory, at most {server.outcome.peak_rss_mb:.0f} MB, is free", file=sys.stderr)
-            if server.outcome.reason != "stopped":
-                print(server.said, file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(folder, **options))]
+        started = servers[0].wait_ready(start_seconds)
+
+        def ask(messages: list[dict[str, str]]) -> Answer:
+            try:
+                return servers[-1].ask(messages)
+            except ChatError as error:
+                if not error.silent or len(servers) > 1:
+                    raise
+                print(f"{error}\nmlx-lm's server is started again", file=sys.stderr)
+            stack.close()
+            servers.append(stack.enter_context(Server(folder, **options)))
+            servers[-1].wait_ready(start_seconds)
+            return servers[-1].ask(messages)
+
+        return check(ask, prompt, train_file, started) if only_check else edit(ask, prompt, train_file)
 
 
 if __name__ == "__main__":

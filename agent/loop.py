@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
 from agent.views import results, terminal
 from agent.views.glance import at_a_glance
-from agent.views.terminal import Console, complain
+from agent.views.terminal import TERMINAL_LOG, Console, complain
 
 INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 
@@ -102,6 +103,8 @@ works on this night; 9 the journal is damaged; 10 the data or the harness failed
     "Other",
     option("--picture/--no-picture", default=True, help="Write progress.png, report.html and report.md at the end. Default: on."),
     option("--plain", is_flag=True, help="Print plain lines, also on a terminal."),
+    option("--dashboard", is_flag=False, flag_value="127.0.0.1", metavar="[ADDRESS]",
+           help="Show the night in the browser while it runs; 0.0.0.0: on your phone, too, by a token."),
     cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
@@ -222,16 +225,16 @@ def _night(tag: str | None, resume: bool, plain: bool, options: dict[str, Any]) 
     warnings = setup.refuse_unfit(repository, worktree, options["train_file"], options["budget"]) if new else []
     if new:
         choose(options)  # before anything is made: a typing error leaves nothing behind
-    with Journal(folder) as journal, Console(plain) as console:
+    with Journal(folder) as journal, Console(plain, folder / TERMINAL_LOG) as console:
         (folder / "logs").mkdir(exist_ok=True)
-        stopper = Stopper(folder, console.say)
+        stopper = Stopper(folder, console.say, console.leave)
         stopper.install()
         busy = [f"the night {other} is running too: both share the machine's time" for other in neighbours(folder)]
         for warning in (*warnings, *battery_warning(), *busy):
             console.say(f"note: {warning}")
         try:
-            with stay_awake():  # through the download of the data, too
-                return run_session(journal, repository, worktree, stopper, console, options)
+            with stay_awake(), contextlib.ExitStack() as beside:  # through the download of the data, too
+                return run_session(journal, repository, worktree, stopper, console, options, beside)
         except Stopped:
             return _interrupted(journal, console, tag)
 

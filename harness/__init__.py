@@ -22,6 +22,7 @@ import os
 import re
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,13 +73,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
-    os.replace(temporary, path)
+    for left in range(20, -1, -1):
+        try:
+            os.replace(temporary, path)
+            break
+        except PermissionError:  # Windows replaces no file that somebody reads at this moment
+            if sys.platform != "win32" or not left:
+                raise
+            time.sleep(0.05)
 
 
 def open_plain(path: Path) -> int:
     """Open a file that a candidate may have made, for reading. Returns the descriptor.
     Errors: OSError if it is anything else than a plain file: no link is followed, and no pipe or device is waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "expected a plain file", str(path))
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # each is missing somewhere
+    descriptor = os.open(path, sum(flags, os.O_RDONLY))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "expected a plain file", str(path))

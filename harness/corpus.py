@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ DATASETS = {  # name: (licence, source, file pattern in the hub repository, its 
     "climbmix": ("CC-BY-NC-4.0", "karpathy/climbmix-400b-shuffle", "shard_*.parquet", "915333b4f8b8684f39aeaafea600fea6f43fb703"),
     "fineweb-edu": ("ODC-By", "HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
 }
+UPSTREAM = "climbmix", "shard_06542.parquet"    # the preset `upstream`: its dataset, and the file that val and test come from
 
 
 def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shards=1, revision="", allow_loss=False,
@@ -62,10 +62,14 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
     preset = replace(PRESETS[preset_name], vocab_size=vocab_size or PRESETS[preset_name].vocab_size)
+    if preset_name == "upstream" and dataset != UPSTREAM[0]:
+        raise HarnessError("usage", f"the preset upstream scores a file of {UPSTREAM[0]}, and the dataset is {dataset}: leave "
+                           "--dataset out, or choose --preset cuda, which has the same vocabulary and rows")
+    held_file = UPSTREAM[1] if preset_name == "upstream" else ""
     if dataset.startswith("text:") and dataset != "text:":  # absolute, because the driver hides this path from trainings
         dataset = f"text:{Path(dataset[5:]).expanduser().absolute()}"
     slug = re.sub(r"[^a-z0-9]+", "-", Path(dataset.removeprefix("text:")).stem.lower()).strip("-")[:32] or "text"
-    ident = f"{slug}-{preset.vocab_size}-{fingerprint(dataset, preset, field, shards, revision)}"
+    ident = f"{slug}-{preset.vocab_size}-{fingerprint(dataset, preset, field, shards, revision, held_file)}"
     train, held = home() / "train" / ident, home() / "held" / ident
     (home() / "work").mkdir(parents=True, exist_ok=True)
     with alone(home() / "work" / f"{ident}.lock"):
@@ -73,7 +77,7 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
             if train.exists():
                 print(f"note: {problem}; preparing it again", file=sys.stderr)
             try:
-                build(dataset, preset, field, shards, revision, ident, allow_loss)
+                build(dataset, preset, field, shards, revision, ident, allow_loss, held_file)
             except (OSError, concurrent.futures.process.BrokenProcessPool) as error:
                 raise trouble(error, ident) from error
     meta = json.loads((train / "meta.json").read_text())
@@ -121,7 +125,7 @@ class Part:
         """Some documents, given their numbers."""
         ends = self.ends
         with open(self.text, "rb") as file:
-            return [os.pread(file.fileno(), int(self.sizes[n]), int(ends[n] - self.sizes[n])) for n in numbers]
+            return [file.read(int(self.sizes[n])) for n in numbers if file.seek(int(ends[n] - self.sizes[n])) >= 0]
 
 
 def grouped(blocks: list[Block]) -> list[list[Block]]:
@@ -193,9 +197,10 @@ def share(part: int, total: int) -> str:
     return f"{100 * part / total:.2g} %" if part < total else "100 %"
 
 
-def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str) -> tuple[list[Path], list[Loss], dict]:
+def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str,
+                 held_file: str) -> tuple[list[Path], list[Loss], dict]:
     """Return a dataset's files, fetched or generated if they are missing, what was left out, and their origin for meta.json.
-    Errors: HarnessError("data")."""
+    stories, and a hub dataset with a `held_file`, have their held-out text in the last file. Errors: HarnessError("data")."""
     if dataset.startswith("text:"):
         files, losses = find_files(Path(dataset[5:]))
         return files, losses, {"source": dataset[5:], "licence": "the user's own", "files": [identity(p) for p in files]}
@@ -207,7 +212,7 @@ def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident
             held_out.parent.mkdir(mode=0o700, exist_ok=True)
             write_atomically(held_out, book(None, 3 * preset.eval_bytes + 10_000, SEPARATOR))
         return [training, held_out], [], {"source": f"{source}; val and test without a seed", "licence": licence}
-    files, facts = fetch(source, pattern, shards, revision or pinned)
+    files, facts = fetch(source, pattern, shards, revision or pinned, held_file)
     return files, [], {"source": source, "licence": licence, **facts}
 
 
@@ -218,19 +223,23 @@ def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident
 TRAIN, VAL, TEST, DROPPED = 0, 1, 2, 3
 
 
-def choose_splits(hashes: np.ndarray, sizes: np.ndarray, n_held_out: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def choose_splits(hashes: np.ndarray, sizes: np.ndarray, n_held_out: int = 0, most: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Assign each document to TRAIN, VAL, TEST or DROPPED (duplicates): uint8 [n]. Also returns the order of the held-out ones.
 
     Only the text decides, so that every preset gets the same training documents: of the documents with different letters, those
     with the lowest hashes are held out, even hashes for val and odd ones for test, until each has `held_out_limit`. A preset
-    scores the first of them in the order of their hashes. If n_held_out > 0, all of the last `n_held_out` documents are held out
-    instead, and no other. hashes: uint64 [n, 2], see `Part`. sizes: int64 [n], bytes.
+    scores the first of them in the order of their hashes. If n_held_out > 0, val and test come from the last `n_held_out` documents
+    instead, in their order, until each has `most` bytes (0: all of them), and no other document is held out.
+    hashes: uint64 [n, 2], see `Part`. sizes: int64 [n], bytes.
     """
     first = np.unique(hashes[:, 0], return_index=True)[1]                       # in the order of the hashes
     splits = np.full(len(hashes), DROPPED, np.uint8)
     splits[first] = TRAIN
     pool = first[first >= len(hashes) - n_held_out] if n_held_out else first
-    limit = sizes[pool].sum() if n_held_out else held_out_limit(int(sizes[pool].sum()))
+    limit = (most or sizes[pool].sum()) if n_held_out else held_out_limit(int(sizes[pool].sum()))
+    if n_held_out:
+        pool = np.sort(pool)
+        splits[pool] = DROPPED
     order = []
     for parity, split in ((0, VAL), (1, TEST)):
         own = pool[hashes[pool, 0] % 2 == parity]
@@ -354,17 +363,16 @@ def tokenize_part(part: Part, splits: bytes, spans: np.ndarray, model: bytes, ta
     return len(texts), len(data)
 
 
-def begin_worker(parent: int) -> None:
+def begin_worker() -> None:
     """Set up a worker process: ignore Ctrl-C, which the parent handles, and exit when the parent is gone."""
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str) -> str:
+def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str, held_file: str = "") -> str:
     """Hash everything that a prepared dataset depends on: the user's files byte by byte and what is left out of them, or name and
     commit; and the preset.
     Returns 10 hexadecimal digits. Errors: HarnessError("usage", "data")."""
@@ -378,7 +386,7 @@ def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision:
     try:
         files, losses = find_files(Path(dataset[5:])) if own else ([], [])
         facts = [(p.name, sha256_of(p)) for p in files] + [asdict(loss) for loss in losses]
-        text = facts if own else [dataset, shards, revision or pinned]
+        text = facts if own else [dataset, shards, revision or pinned, *([held_file] if held_file else [])]
     except OSError as error:
         raise HarnessError("data", f"{error.filename}: cannot be read ({error.strerror or error})") from error
     return sha256(json.dumps([FORMAT, text, field, asdict(preset)]).encode())[:10]
@@ -396,21 +404,24 @@ def damage(train: Path, held: Path) -> str:
     return ""
 
 
-def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, ident: str, allow_loss: bool) -> None:
+def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, ident: str, allow_loss: bool,
+          held_file: str) -> None:
     """Fetch, clean, split and tokenise. Only the last rename makes the dataset visible as ready. Arguments: see `prepare`.
     Errors: HarnessError("data")."""
     work = home() / "work" / ident
     (work / "parts").mkdir(parents=True, exist_ok=True)
     own = dataset.startswith("text:")
-    files, losses, origin = source_files(dataset, preset, shards, revision, ident)
+    files, losses, origin = source_files(dataset, preset, shards, revision, ident, held_file)
+    made = dataset == "stories"  # its held-out text is made, not copied
+    last = str(files[-1]) if made or held_file else ""
     workers = min(os.cpu_count() or 1, WORKERS)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker, (os.getpid(),))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
     try:
         # 1. files -> documents and their hashes
         few = 1 + len(files) // (8 * workers)
         opened = list(pool.map(open_file, files, [field] * len(files), [work] * len(files), chunksize=few))
         losses += [loss for _, lost in opened for loss in lost]
-        held_out = [b for blocks, _ in opened for b in blocks if Path(b.name).parent == home() / "held"]
+        held_out = [b for blocks, _ in opened for b in blocks if b.name == last]
         groups = grouped([b for blocks, _ in opened for b in blocks if b not in held_out]) + grouped(held_out)
         numbers = range(len(groups))
         with bar("reading", len(groups)) as advance:
@@ -426,14 +437,14 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
             raise HarnessError("data", f"{dataset}: expected text, but found no document in {len(files)} files ({empty:,} empty)")
         # 2. the split, and what train shares with it
         n_held_out = sum(len(part.sizes) for part in parts[len(parts) - len(grouped(held_out)) :])
-        splits, order = choose_splits(hashes, sizes, n_held_out)
+        splits, order = choose_splits(hashes, sizes, n_held_out, preset.eval_bytes if held_file else 0)
         first = np.cumsum([0, *(len(part.sizes) for part in parts)])            # number of each part's first document
         val, test = (documents_of(parts, first, order[splits[order] == k]) for k in (VAL, TEST))
-        in_val = windows_of([] if n_held_out else val)                          # stories are made, not copied
+        in_val = windows_of([] if made else val)
         twice = repeated(test, np.unique(in_val))                               # in val, too: neither train nor test
         splits[order[splits[order] == TEST][twice]] = DROPPED
         order, test = order[splits[order] != DROPPED], [d for d, out in zip(test, twice, strict=True) if not out]
-        in_test = windows_of([] if n_held_out else test)
+        in_test = windows_of([] if made else test)
         index, times = np.unique(np.concatenate([in_val, in_test]), return_counts=True)
         np.save(work / "held_out.npy", index)
         by_part = [s.tobytes() for s in np.split(splits, first[1:-1])]

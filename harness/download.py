@@ -24,13 +24,14 @@ def bar(what: str, total: float, unit: str = "blocks") -> Iterator[Callable[...,
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
     columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ("{task.completed}/{task.total} " + unit,)
     began = printed = time.monotonic()
-    with Progress("{task.description}", BarColumn(), *columns, TimeRemainingColumn(), transient=True) as shown:
+    lively = sys.stdout.isatty()  # rich takes a file for one where FORCE_COLOR is set
+    with Progress("{task.description}", BarColumn(), *columns, TimeRemainingColumn(), transient=True, disable=not lively) as shown:
         task = shown.add_task(what, total=total)
 
         def advance(n: float = 1) -> None:
             nonlocal printed
             shown.advance(task, n)
-            if not shown.console.is_terminal and time.monotonic() - printed > 10:
+            if not lively and time.monotonic() - printed > 10:
                 printed, done = time.monotonic(), shown.tasks[task].completed
                 print(f"{what}: {done:,.0f} of {total:,.0f} {unit}, {done / (printed - began):,.1f} per second", file=sys.stderr)
         yield advance
@@ -58,9 +59,9 @@ def identity(path: Path) -> dict:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[Path], dict]:
-    """Fetch the first `shards` files of a hub dataset whose names match `pattern`. Returns their paths, and a dict with the commit
-    and each file's name, size and SHA-256.
+def fetch(source: str, pattern: str, shards: int, revision: str, held_out: str = "") -> tuple[list[Path], dict]:
+    """Fetch the first `shards` files of a hub dataset whose names match `pattern`, and the file `held_out`, if one is named, which
+    comes last. Returns their paths, and a dict with the commit and each file's name, size and SHA-256.
 
     revision: a commit, branch or tag. A branch is resolved once and kept in listing.json, so that later files belong to the same
     commit; files that are already here need no network. huggingface_hub handles HF_ENDPOINT, HF_TOKEN and proxies.
@@ -69,12 +70,13 @@ def fetch(source: str, pattern: str, shards: int, revision: str) -> tuple[list[P
     place = home() / "downloads" / f"{source}@{revision}".replace("/", "--")
     place.mkdir(parents=True, exist_ok=True)
     with alone(place / ".lock"):  # two presets of one dataset share the download
-        chosen, commit = fetch_files(source, pattern, shards, revision, place)
+        chosen, commit = fetch_files(source, pattern, shards, revision, place, held_out)
     paths = [place / f["name"] for f in chosen]
     return paths, {"revision": commit, "files": [identity(p) for p in paths]}
 
 
-def fetch_files(source: str, pattern: str, shards: int, revision: str, place: Path) -> tuple[list[dict], str]:
+def fetch_files(
+        source: str, pattern: str, shards: int, revision: str, place: Path, held_out: str) -> tuple[list[dict], str]:
     """Fetch into `place` what is missing there. Returns the entries of the files in listing.json, and the commit. See `fetch`."""
     from huggingface_hub import HfApi
     if not (place / "listing.json").exists():
@@ -85,9 +87,15 @@ def fetch_files(source: str, pattern: str, shards: int, revision: str, place: Pa
         files = [{"name": s.rfilename, "bytes": s.size, "sha256": s.lfs and s.lfs.sha256} for s in info.siblings or []]
         write_atomically(place / "listing.json", json.dumps({"revision": info.sha, "files": files}, indent=1).encode())
     listing = json.loads((place / "listing.json").read_text())
-    chosen = sorted((f for f in listing["files"] if fnmatch(f["name"], pattern)), key=lambda f: f["name"])[:shards]
+    files = sorted((f for f in listing["files"] if fnmatch(f["name"], pattern)), key=lambda f: f["name"])
+    chosen = [f for f in files if f["name"] != held_out][:shards]
     if not chosen:
         raise HarnessError("data", f"{source}: no file matches {pattern}")
+    if held_out:
+        last = [f for f in files if f["name"] == held_out]
+        if not last:
+            raise HarnessError("data", f"{source} at {listing['revision']}: expected {held_out}, the file with the validation text")
+        chosen += last
     with bar(f"fetching {source}", sum(f["bytes"] or 0 for f in chosen), "bytes") as advance, \
             concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
         for job in [pool.submit(fetch_file, source, listing["revision"], f, place, advance) for f in chosen]:

@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import mimetypes
+import os
 import re
 import shutil
 import sys
@@ -72,18 +73,26 @@ def find_files(root: Path) -> tuple[list[Path], list[Loss]]:
     """List the user's files in a fixed order, without hidden ones, and those that are left out because they hold no known text.
     Errors: HarnessError("data") if there is nothing to read."""
     try:
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        inside = (Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names)
+        found = [root] if root.is_file() else sorted(p for p in inside if p.is_file())
         found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
         unknown = {p: why for p in found if (why := no_text(p))}
         out = [Loss(str(p), 0 if why == "no text" else p.stat().st_size, why) for p, why in unknown.items()]
     except OSError as error:
-        raise HarnessError("data", f"{error.filename or root}: cannot be read ({error.strerror or error})") from error
+        macos = "; allow it in System Settings > Privacy & Security > Files and Folders" if sys.platform == "darwin" else ""
+        raise HarnessError("data", f"{error.filename or root}: cannot be read ({error.strerror or error}){macos}") from error
     if len(unknown) == len(found):
         reason = (f"found none among {len(found)} files" if root.exists() else "there is no such path")
         named = ", ".join(f"{Path(o.name).name}: {o.why}" for o in out[:3])
         raise HarnessError("data", f"text:{root}: expected a file or folder of text, {', '.join(TABLES)} (or {', '.join(PACKED)} "
                            f"of them); {reason}{f' ({named})' if named else ''}")
     return [p for p in found if p not in unknown], out
+
+
+def refuse(error: OSError) -> None:
+    """For os.walk, which else passes over a folder that cannot be listed. Errors: `error`, unless there is no such folder."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def kind_of_name(path: Path) -> str:

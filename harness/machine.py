@@ -6,6 +6,7 @@ Python only. The train file brings what depends on its framework: a matrix produ
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import HarnessError
+from harness import HarnessError, home, sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
-    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="60ktokens"),    # make demo: the clock decides nothing
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="30ktokens"),    # make demo: the clock decides nothing
     "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
     "cuda": Preset(vocab_size=8192, seq_len=2048, eval_bytes=8_000_000, budget="300s"),     # upstream's shape
+    "upstream": Preset(vocab_size=8192, seq_len=2048, eval_bytes=20_000_000, budget="300s"),  # and its data: see corpus.UPSTREAM
 }
 TIERS = ("cpu", "mac", "mac-max", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
 STEP_FACTOR = 6  # peak memory of an update, relative to weights and moments: 4.4 to 5.7 measured on a CPU, where nothing is fused
 PEAK_TFLOPS = {  # from vendors or core counts, bf16 on tensor units; of several names in a device's name the longest counts
     "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
@@ -73,6 +76,30 @@ def load_fast_blas(threads: int | None = None) -> str | None:
     return None
 
 
+def recall(key: object) -> dict:
+    """What `remember` kept under this key on this machine; {} for nothing, which is also what a sandbox shows of it."""
+    try:
+        return dict(json.loads((home() / "remembered.json").read_text())[name_of(key)])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def remember(key: object, facts: dict) -> None:
+    """Keep facts that took time to find out, for the next training by hand; nothing where the file cannot be written."""
+    file = home() / "remembered.json"
+    try:
+        known = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    with contextlib.suppress(OSError):
+        write_atomically(file, json.dumps(known | {name_of(key): facts}, indent=1).encode())
+
+
+def name_of(key: object) -> str:
+    """A short name for anything that JSON can hold, or that prints itself."""
+    return sha256(json.dumps(key, default=str, sort_keys=True).encode())[:16]
+
+
 def find_tier(own: str | None) -> str:
     """Return the tier whose constants a train file uses: $AUTORESEARCH_TIER if it is set, else `own`, else this machine's.
     SystemExit if unknown."""
@@ -80,6 +107,20 @@ def find_tier(own: str | None) -> str:
     if tier not in TIERS:
         raise SystemExit(f"error: AUTORESEARCH_TIER={tier}: expected one of {', '.join(TIERS)}")
     return tier
+
+
+def find_dtype(device: str, default: str = "bfloat16") -> str:
+    """Return the name of the dtype in which a train file computes on this device: what `scripts/benchmark.py dtype` found fastest
+    there and wrote to dtypes.json in the data home, or `default` while nobody has measured.
+
+    device: the train file's own name for it. $AUTORESEARCH_DTYPES holds the file as it was when a night began, because all
+    trainings of a night compute in the same dtype.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        text = os.environ.get("AUTORESEARCH_DTYPES")
+        known = json.loads((home() / "dtypes.json").read_text() if text is None else text).get(device)
+        return known if known in DTYPES else default
+    return default
 
 
 def peak_flops(device: str, product: Callable[[], object], flops: float) -> tuple[float, float]:
@@ -93,7 +134,7 @@ def peak_flops(device: str, product: Callable[[], object], flops: float) -> tupl
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b(?! (?:Pro|Max|Ultra)\b)", device)]  # "M5 Ultra" is no "M5"
     measured = flops / min(times)
     return (PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else measured), measured
 

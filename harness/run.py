@@ -98,7 +98,7 @@ class Run:
             try:
                 place = json.loads((home() / "current.json").read_text())["train_dir"]
             except FileNotFoundError:
-                raise HarnessError("data", "no data is prepared: run `python prepare_mlx.py --dataset stories` first") from None
+                raise HarnessError("data", "no data is prepared: run `python prepare_mlx.py` first") from None
         self.data = Path(place)
         self.meta = json.loads((self.data / "meta.json").read_text())
         text, age = os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], time.time() - psutil.Process().create_time()

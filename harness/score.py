@@ -57,9 +57,10 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
                 if k < len(groups):  # the server computes the next batch while this process sums the last one
                     server.ask(np.stack([question.tokens for question in groups[k]]))
                 if k:
-                    logits = server.answer()[: len(groups[k - 1])].reshape(-1, vocab)
-                    wanted = ids[[question.row for question in groups[k - 1]]].reshape(len(logits), -1)
-                    values.append(log_probs(logits, wanted, threads).reshape(-1, seq_len, ids.shape[-1]))
+                    rows = [question.row for question in groups[k - 1]]
+                    wanted = ids[rows].reshape(-1, ids.shape[-1])
+                    given = log_probs(server.answer()[: len(rows)].reshape(-1, vocab), wanted, threads)
+                    values.append(given.reshape(-1, seq_len, ids.shape[-1]))
             load_seconds.append(server.load_seconds)
         return np.concatenate(values)
 

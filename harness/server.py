@@ -1,7 +1,8 @@
 """
 The logits server: a process that imports the candidate and answers the scorer's batches, and the scorer's end of it.
 
-Requests and replies are JSON lines through pipes. Tokens and logits travel through shared memory.
+Requests and replies are JSON lines through pipes. Tokens and logits travel through files that both processes have mapped: nameless
+ones, or on Windows, where no descriptor is inherited and there is no sandbox, two files in the server's folder.
 """
 
 import contextlib
@@ -12,15 +13,18 @@ import math
 import mmap
 import os
 import platform
-import select
+import queue
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -36,15 +40,26 @@ DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
 DATA_VARIABLES = {f"AUTORESEARCH_{name}" for name in ("HOME", "DATA", "RUN_DIR", "JOURNAL")}  # lead a candidate to text or weights
 SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
+REPLY_BYTES = 1 << 16           # of one line that a server may send
+WINDOWS = sys.platform == "win32"
+# What Metal says where it ends work for another program's sake, and then aborts the process. agent/trial/failures.py knows it, too
+WATCHDOG = re.compile(rb"Impacting Interactivity|GPU Timeout Error|Innocent ?Victim|SubmissionsIgnored", re.I)
 
 
 def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.ACCESS_WRITE) -> np.ndarray:
-    """Map a file that two processes hold as an array. The file has no name, so no third process can find it and nothing is left
-    behind."""
+    """Map a file that two processes hold as an array. Mostly the file has no name: no third process can find it, and nothing is
+    left behind."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if os.fstat(descriptor).st_size != size:  # only the scorer resizes: a sandbox may refuse it to the server
         os.ftruncate(descriptor, size)
     return np.frombuffer(mmap.mmap(descriptor, 0, access=access), dtype).reshape(shape)
+
+
+def exchange(name: str) -> BinaryIO:
+    """A new file for `shared`: a nameless one where a child can inherit its descriptor, else one of this name."""
+    if WINDOWS:
+        return open(name, "w+b")
+    return os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def deny_calls() -> None:
@@ -68,16 +83,20 @@ def deny_calls() -> None:
 def serve(run_dir: Path) -> None:
     """Run the logits server on standard input and output. Only this process imports the candidate.
 
-    The first line in names `shape` [rows, seq_len, vocab] and two descriptors: `tokens`, int32 [2, rows, seq_len], and `logits`,
-    float32 [2, rows, seq_len, vocab]. The reply {"done": null} follows once the model is loaded. After that each line
+    The first line in names `shape` [rows, seq_len, vocab] and two descriptors, or paths: `tokens`, int32 [2, rows, seq_len], and
+    `logits`, float32 [2, rows, seq_len, vocab]. The reply {"done": null} follows once the model is loaded. After that each line
     {"buffer": 0 or 1} is answered by {"done": the same}. A failure is answered by {"kind", "message"} and ends the process.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the candidate's prints go to the log, whose size is limited
-    import resource  # here, because Windows, which only trains, has no such module
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SERVER_FILE_BYTES, SERVER_FILE_BYTES))
     deny_calls()
     first = json.loads(sys.stdin.readline())
+    for name in ("tokens", "logits"):
+        if isinstance(first[name], str):
+            first[name] = os.open(first[name], os.O_RDWR | getattr(os, "O_BINARY", 0))
     tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
     logits = shared(first["logits"], np.float32, [2, *first["shape"]])
     try:
@@ -129,7 +148,17 @@ def copy_run(run_dir: Path, target: Path) -> None:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before."""
+    """Kill a child that leads its own process group, with the whole group, and reap the child. The child may have ended before.
+    Windows has no such groups: there the child's descendants are killed one by one."""
+    if not hasattr(os, "killpg"):
+        import psutil
+        with contextlib.suppress(psutil.Error):
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+        process.kill()
+        process.wait()
+        return
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -153,48 +182,62 @@ class LogitsServer:
 
     def __init__(self, run_dir: Path, shape: list[int], wrap: list[str], log: bytearray, scratch: Path | None = None,
                  load_limit: float = LOAD_LIMIT):
-        self.asked, self.answered, self._unread, self._kept = 0, 0, b"", log
+        self.asked, self.answered, self._kept = 0, 0, log
         self._limit, self.load_seconds = load_limit, 0.0
         self._log, self._scratch = tempfile.TemporaryFile(), scratch or Path(tempfile.mkdtemp())  # noqa: SIM115
         shutil.rmtree(self._scratch, ignore_errors=True)
-        (self._scratch / "tmp").mkdir(mode=0o700, parents=True)
+        (temporary := self._scratch / "tmp").mkdir(mode=0o700, parents=True)
         copy_run(run_dir, self._scratch / "run")
         with contextlib.ExitStack() as stack:
-            files = [os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create")
-                     else tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-            token_file, logit_file = (stack.enter_context(file).fileno() for file in files)
+            names = [str(self._scratch / name) for name in ("tokens", "logits")]
+            token_file, logit_file = (stack.enter_context(exchange(name)).fileno() for name in names)
             self.tokens = shared(token_file, np.int32, [2, *shape[:2]])
             self.logits = shared(logit_file, np.float32, [2, *shape])
+            env = {k: v for k, v in os.environ.items() if k not in DATA_VARIABLES}
             self.process = subprocess.Popen(
                 [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(self._scratch / "run")], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._log, pass_fds=(token_file, logit_file), start_new_session=True, env={
-                    **{k: v for k, v in os.environ.items() if k not in DATA_VARIABLES},
-                    "TMPDIR": str(self._scratch / "tmp")})
-        self._started = time.monotonic()
-        self._send({"shape": shape, "tokens": token_file, "logits": logit_file})
+                stdout=subprocess.PIPE, stderr=self._log, bufsize=0, start_new_session=True,
+                pass_fds=() if WINDOWS else (token_file, logit_file),
+                env={**env, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))})
+        self._started, self._closed = time.monotonic(), False
+        self._replies: queue.Queue[bytes] = queue.Queue(maxsize=2)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._send({"shape": shape, "tokens": names[0] if WINDOWS else token_file, "logits": names[1] if WINDOWS else logit_file})
 
     def _send(self, message: dict) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a dead server has left its reason in its last reply
+        with contextlib.suppress(OSError):  # a dead server has left its reason in its last reply
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+
+    def _read(self) -> None:
+        """Put the server's lines into the queue, and b"" at its end. In a thread: Windows can't wait for a pipe."""
+        descriptor, unread = self.process.stdout.fileno(), b""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            while not self._closed and (chunk := os.read(descriptor, REPLY_BYTES)):
+                *lines, unread = (unread + chunk).split(b"\n")
+                if len(unread) > REPLY_BYTES:
+                    lines, unread = [*lines, unread], b""
+                for line in lines:
+                    self._replies.put(line + b"\n")
+        self._replies.put(b"")
 
     def _receive(self, expected: int | None) -> None:
-        loading, descriptor = expected is None, self.process.stdout.fileno()
+        loading = expected is None
         deadline = self._started + self._limit if loading else time.monotonic() + ANSWER_LIMIT
-        while b"\n" not in self._unread:
-            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise HarnessError("timeout", f"importing the train file and load_model took more than {self._limit:.1f} s; train "
-                                   "in the budget, and only read weights in load_model" if loading else
-                                   f"the model gave no logits within {ANSWER_LIMIT} s")
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                words = os.pread(self._log.fileno(), 4096, max(0, os.fstat(self._log.fileno()).st_size - 4096))
-                kind = "oom" if b"OutOfMemory" in words else "crash"  # Metal aborts the process, its message is the only sign
-                raise HarnessError(kind, f"the logits server died (exit code {self.process.wait()}); see serve.log")
-            self._unread += chunk
-            if len(self._unread) > 1 << 16:
-                break
-        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise HarnessError("timeout", f"importing the train file and load_model took more than {self._limit:.1f} s; train "
+                               "in the budget, and only read weights in load_model" if loading else
+                               f"the model gave no logits within {ANSWER_LIMIT} s") from None
+        if not line:
+            self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4096))
+            words = self._log.read()  # Metal aborts the process, its message is the only sign
+            kind, found = "oom" if b"OutOfMemory" in words else "crash", WATCHDOG.search(words)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that closed its output may live on
+                self.process.wait(5)
+            cause = f"exit code {self.process.poll()}{f', {found[0].decode()}' if found else ''}"
+            raise HarnessError(kind, f"the logits server died ({cause}); see serve.log")
         try:
             reply = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError):
@@ -231,10 +274,13 @@ class LogitsServer:
     def close(self) -> None:
         """Kill the server with all its children and keep the end of its log."""
         end_group(self.process)
+        self._closed = True
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - SERVER_LOG_BYTES))
         self._kept += self._log.read()
         self._log.close()
+        del self.tokens, self.logits  # Windows removes no file that is mapped
         shutil.rmtree(self._scratch, ignore_errors=True)
+        self._reader.join(1)  # it reads to the end, unless somebody who left the group holds the pipe
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 pipe.close()

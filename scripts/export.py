@@ -5,7 +5,8 @@
     mlx_lm.generate --model OUT --trust-remote-code --prompt "Once upon a time"
 
 The folder carries the code that made the model: the train file as the agent left it, and the harness that it imports. So it runs
-whatever became of the architecture. It has no cache of keys and values: each token costs a pass over the context.
+whatever became of the architecture. A cache of keys and values (scripts/decoding.py) is put around the model, and checked against
+the model's own logits: where they differ, each token costs a pass over the context.
 """
 
 import json
@@ -23,103 +24,11 @@ from agent.journal.folder import latest  # noqa: E402
 from agent.journal.journal import read_events  # noqa: E402
 from agent.journal.state import Night, fold  # noqa: E402
 from agent.judgement.decision import noise  # noqa: E402
-from agent.text import one_line  # noqa: E402
+from agent.views.report import plain  # noqa: E402
 from harness import home  # noqa: E402
 from harness.tokenizer import Tokenizer  # noqa: E402
 from scripts.sample import run_of  # noqa: E402
 
-MODEL = '''"""What mlx-lm loads: the trained model behind the interface that mlx-lm expects. Written by scripts/export.py."""
-
-import importlib.util
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-
-HERE = Path(__file__).resolve().parent
-
-
-@dataclass
-class ModelArgs:
-    model_type: str
-    context: int
-    train_file: str
-
-    @classmethod
-    def from_dict(cls, config):
-        return cls(config["model_type"], config["max_position_embeddings"], config["train_file"])
-
-
-class Tokens:
-    """The tokens so far, in place of a cache of keys and values: the model is asked for all of them again."""
-
-    def __init__(self):
-        self.tokens = []
-
-    @property
-    def state(self):
-        return mx.array(self.tokens, mx.int32) if self.tokens else mx.zeros((0,), mx.int32)
-
-    @state.setter
-    def state(self, value):
-        self.tokens = value.tolist()
-
-    meta_state = ""
-    offset = property(lambda self: len(self.tokens))
-    nbytes = property(lambda self: 4 * len(self.tokens))
-
-    def empty(self):
-        return not self.tokens
-
-    def is_trimmable(self):
-        return True
-
-    def trim(self, n):
-        n = min(n, len(self.tokens))
-        self.tokens = self.tokens[: len(self.tokens) - n]
-        return n
-
-
-class Model(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.args, self.model_type = args, args.model_type
-        sys.path.insert(0, str(HERE / "code"))
-        spec = importlib.util.spec_from_file_location("trained", HERE / "run" / args.train_file)
-        trained = importlib.util.module_from_spec(spec)
-        sys.modules["trained"] = trained
-        spec.loader.exec_module(trained)
-        self._logits = trained.load_model(HERE / "run")
-
-    def __call__(self, inputs, cache=None, **_):
-        """int [1, n] -> logits [1, n, vocab] at these positions."""
-        new = inputs[0].tolist()
-        before = cache[0].tokens if cache else []
-        tokens = [*before, *new]
-        if cache:
-            cache[0].tokens = tokens
-        rows, context = [], self.args.context
-        for end in range(len(tokens), len(tokens) - len(new), -context):
-            start = max(0, end - context)
-            row = np.zeros((1, context), np.int32)  # one shape for every question
-            row[0, : end - start] = tokens[start:end]
-            wanted = min(context, end - (len(tokens) - len(new)))
-            rows.insert(0, self._logits(row)[:, end - start - wanted : end - start])
-        return mx.array(np.concatenate(rows, axis=1))
-
-    def sanitize(self, weights):
-        return {}  # load_model of the train file has read its own
-
-    @property
-    def layers(self):
-        return [None]
-
-    def make_cache(self):
-        return [Tokens()]
-'''
 CARD = """---
 library_name: mlx
 tags: [autoresearch, mlx]
@@ -143,7 +52,8 @@ Run it, from code in this folder:
 
     mlx_lm.generate --model . --trust-remote-code --prompt "Once upon a time"
 
-It has no cache of keys and values: each token costs a pass over the context. It goes on from a text; it was not taught to answer.
+It goes on from a text; it was not taught to answer. A cache of keys and values speeds it up. The first tokens are computed with and
+without the cache: where the logits differ, which an unusual architecture may cause, the cache is not used.
 """
 
 
@@ -167,7 +77,8 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
     shutil.copytree(ROOT / "harness", out / "code" / "harness", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prepare_mlx.py", out / "code")
     meta, tokenizer = json.loads((data / "meta.json").read_text()), Tokenizer((data / "tokenizer.model").read_bytes())
-    (out / "model.py").write_text(MODEL)
+    shutil.copy(ROOT / "scripts" / "exported_model.py", out / "model.py")
+    shutil.copy(ROOT / "scripts" / "decoding.py", out / "code")
     mx.save_safetensors(str(out / "model.safetensors"), {"unused": mx.zeros(1)})  # mlx-lm wants one; the weights are in run/
     config = {"model_type": "autoresearch", "model_file": "model.py", "train_file": source.name, "vocab_size": tokenizer.vocab_size,
               "max_position_embeddings": meta["seq_len"], "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
@@ -187,8 +98,12 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
 
 def held_out(night: Night | None, n: int) -> str:
     """The row of the held-out test, "" without one."""
-    tested = (night.tests.get(n) or {}).get("test_bpb") if night else None
-    return f"| held-out test | {tested:.4f} bits per byte, scored once |\n" if tested else ""
+    test = night.tests.get(n) if night else None
+    if test is None:
+        return ""
+    if test.get("test_bpb") is None:
+        return f"| held-out test | refused: {plain((test.get('error') or {}).get('message') or '')} |\n"
+    return f"| held-out test | {test['test_bpb']:.4f} bits per byte, scored once |\n"
 
 
 def recipe(night: Night | None, n: int) -> str:
@@ -197,8 +112,7 @@ def recipe(night: Night | None, n: int) -> str:
         return ""
     lines, before = ["\nWhat the night kept, and bits per byte won by each:\n"], night.experiments[0].mean
     for kept in (night.experiments[k] for k in night.kept if k <= n):
-        words = "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in one_line(kept.description, 200))  # an agent's: no markup
-        lines.append(f"- {words}: {before - kept.mean:.4f}")
+        lines.append(f"- {plain(kept.description)}: {before - kept.mean:.4f}")
         before = kept.mean
     return "\n".join(lines) + "\n"
 

@@ -18,8 +18,9 @@ Linux)
         "MLX needs glibc 2.35 or later, this system has ${glibc:-another C library}; use Ubuntu 22.04, Debian 12 or later, or a container of it"
     ;;
 esac
-command -v git >/dev/null || stop "git was not found; install it: xcode-select --install (macOS), or apt-get install git (Debian, Ubuntu)"
-if [ "$(git rev-parse --show-toplevel 2>/dev/null)" != "$(pwd -P)" ] || ! git rev-parse --quiet --verify HEAD >/dev/null; then
+# On a Mac /usr/bin/git is there from the start, and only offers to install one
+git --version >/dev/null 2>&1 || stop "git does not run; install it: xcode-select --install (macOS), or apt-get install git (Debian, Ubuntu)"
+if ! [ "$(git rev-parse --show-toplevel 2>/dev/null)" -ef . ] || ! git rev-parse --quiet --verify HEAD >/dev/null; then
     echo "error: $(pwd) is not a git repository with a commit, and a night keeps what it finds as commits. Make it one, then go on:" >&2
     echo "    git init -q && git add -A && git -c user.name=me -c user.email=me@localhost commit -qm start" >&2
     exit 1
@@ -28,8 +29,10 @@ fi
 for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python3.14; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
 done
-command -v uv >/dev/null || [ "$(uname -s)" != Darwin ] || [ -z "${python:-}" ] || [ "$("$python" -c 'import platform; print(platform.machine())')" = arm64 ] || stop \
-    "$python is built for Intel, and MLX needs one for Apple Silicon; install Python from python.org, or uv with: brew install uv"
+if [ "$(uname -s)" = Darwin ] && [ -n "${python:-}" ] && [ "$("$python" -c 'import platform; print(platform.machine())')" != arm64 ]; then
+    command -v uv >/dev/null || stop "$python runs as one for Intel, and MLX needs one for Apple Silicon. If your terminal is set to Open using Rosetta (Finder, Get Info), untick that; else install Python from python.org, or uv with: brew install uv"
+    python=  # uv finds another one, or fetches it
+fi
 
 echo "setting up .venv${1:+ for $1} (a minute or two, once) ..."
 if [ -z "${1:-}" ] || [ ! -x .venv/bin/python ]; then

@@ -49,18 +49,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
             "HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT), **more}
 
 
-# A program's first lines, after which nothing is found that Windows lacks. psutil, and what needs these modules itself, is loaded
-# before. What only Windows does, such as refusing to replace an open file, is not acted.
-WINDOWS = """
-import os, signal, subprocess, sys, tempfile, psutil
-for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty", "tty"):
-    sys.modules[name] = None
-for name in ("fork", "forkpty", "getuid", "geteuid", "killpg", "setsid", "getpgid", "memfd_create", "pread", "sysconf", "execv",
-             "getloadavg", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
-    if hasattr(os, name):
-        delattr(os, name)
-del signal.SIGKILL
-"""
+def on_windows(*early: str) -> dict[str, str]:
+    """Variables with which a program, and what it starts, takes itself for one on Windows. early: modules that need POSIX."""
+    return {"PYTHONPATH": f"{ROOT / 'tests' / 'windows'}{os.pathsep}{ROOT}", "ACTED_EARLY": " ".join(early)}
 
 
 def program(*argv: object, home: Path, cwd: Path = ROOT, seconds: float = SECONDS, **more: str) -> subprocess.CompletedProcess:

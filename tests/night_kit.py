@@ -209,6 +209,7 @@ class Bed:
         own = {
             "HOME": str(self.home), "AUTORESEARCH_HOME": str(self.home / "data"), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": CACHE,
             "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200",
+            "AUTORESEARCH_NOTIFY": "0",
         }  # fmt: skip
         return {**kept, **own, **extra}
 

@@ -22,7 +22,7 @@ def test_links_to_what_is_hidden_are_tried_for_real() -> None:
     result = deep.hidden_link()
     if sandbox.available().present:
         assert result.state == "ok"
-        assert result.facts["said"].count("refused") == 3
+        assert result.facts["said"].count("refused") == 4
     else:
         assert (result.state, "no sandbox" in result.text) == ("note", True)
 
@@ -38,7 +38,7 @@ def test_all_of_it_on_this_machine(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         written = json.loads((checkout / "runs" / "doctor.json").read_text())
         checks = {result["check"]: result["state"] for result in written["results"]}
-        assert checks.keys() == {"clocks", "awake", "links", "attention", "memory", "dtypes", "night"}
+        assert checks.keys() == {"clocks", "awake", "links", "counted", "attention", "memory", "dtypes", "night"}
         assert (checks["memory"], checks["night"]) == ("ok", "ok")
         assert written["versions"]["mlx"]
     finally:

@@ -1,12 +1,14 @@
 """The rules of the architecture: who may import whom. CONTRIBUTING.md states them."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import WINDOWS
+from conftest import on_windows
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"mlx", "mlx_lm", "torch"}
@@ -60,9 +62,17 @@ def test_the_harness_is_imported_without_a_framework() -> None:
 
 def test_the_harness_is_imported_on_windows() -> None:
     parts = [f"harness.{path.stem}" for path in PARTS if path.stem != "__init__"]
-    code = f"{WINDOWS}\nimport numpy, prepare_mlx, {', '.join(parts)}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = f"import sys, prepare_mlx, {', '.join(parts)}; print(sys.platform)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | on_windows(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "win32\n"), done.stderr
+
+
+def test_the_driver_sends_windows_to_wsl() -> None:
+    argv = [sys.executable, "-m", "agent.loop"]
+    done = subprocess.run(argv, cwd=ROOT, env=os.environ | on_windows(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .* WSL 2.* docs/windows\.md .*\n", done.stderr), done.stderr
+    assert (ROOT / "docs" / "windows.md").is_file()
 
 
 def test_a_training_loads_its_own_part_of_the_harness() -> None:
@@ -107,7 +117,7 @@ def rooms_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", AGENT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_room_imports_only_the_floors_below_it(path: Path) -> None:
     if path.name == "__init__.py":
-        assert not path.read_text(), "nothing is imported through a folder"
+        assert not rooms_of(path), "nothing is imported through a folder"
         return
     room = path.relative_to(ROOT / "agent").parts[0].removesuffix(".py")
     floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)

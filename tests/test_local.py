@@ -28,7 +28,7 @@ GOOD = BLOCK.format(path="train_mlx.py", old="LR = 0.1", new="LR = 0.2") + CLOSI
 
 # What `python -m mlx_lm server` runs in these tests: a scripted server with a child of its own, that ignores TERM if told.
 FAKE_SERVER = """
-import argparse, json, os, signal, subprocess, sys, threading
+import argparse, json, os, signal, socket, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from model_server import ModelServer, Script
 parser = argparse.ArgumentParser()
@@ -57,7 +57,16 @@ if mode == "unloadable":  # as mlx-lm: its loading thread dies, and /health says
     print("2026-11-26 - ERROR - mlx_lm.server generation thread died: Model type x not supported.", file=sys.stderr)
     print("ValueError: Model type x not supported.", file=sys.stderr)
     HTTPServer(("127.0.0.1", int(args.port)), Dead).serve_forever()
-with ModelServer(Script(replies=json.loads(os.environ["FAKE_REPLIES"])), port=int(args.port)) as server:
+class Server(ModelServer):
+    pages = {"/v1/models": {"data": []}}
+    def finish_request(self, request, address):  # "mute": the first server takes every prompt and answers none
+        first = request.recv(4, socket.MSG_PEEK)
+        if first == b"POST" and mode == "mute" and len(open(os.environ["FAKE_FACTS"] + ".started").read()) == 1:
+            threading.Event().wait()
+        super().finish_request(request, address)
+with open(os.environ["FAKE_FACTS"] + ".started", "a") as file:
+    file.write("x")
+with Server(Script(replies=json.loads(os.environ["FAKE_REPLIES"])), port=int(args.port)) as server:
     threading.Event().wait()
 """
 
@@ -150,6 +159,18 @@ def test_a_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
     assert run.alive() == []
 
 
+def test_a_server_that_takes_the_prompt_and_answers_nothing_is_started_again_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, [GOOD], mode="mute")
+    process = run.start("--model", str(model_folder(tmp_path / "model")), "--silence", "4")
+    stdout, stderr = process.communicate("Improve it.", timeout=60)
+    reply = json.loads(stdout.strip().rpartition("\n")[2])
+    assert (process.returncode, reply["failure"], run.text) == (0, None, "LR = 0.2\n")
+    assert "within 4 s, though it still lists its models" in stderr
+    assert "mlx-lm's server is started again" in stderr
+    assert (tmp_path / "facts.json.started").read_text() == "xx"
+    assert run.alive() == []
+
+
 def test_a_model_that_cannot_be_loaded_is_told_with_its_cause_within_seconds(tmp_path: Path) -> None:
     run = Run(tmp_path, [], mode="unloadable")
     code, reply = run("--model", str(model_folder(tmp_path / "model")))
@@ -159,7 +180,7 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_cause_within_seconds(tmp
 
 
 def test_a_check_edits_nothing_and_tells_the_time_of_a_proposal(tmp_path: Path) -> None:
-    run = Run(tmp_path, ["ready", "1 2 3 4 5 6"])
+    run = Run(tmp_path, ["1 2 3 4 5 6", "ready"])
     code, reply = run("--model", str(model_folder(tmp_path / "model")), "--check")
     assert (code, reply["failure"], run.text) == (0, None, SOURCE)
     assert re.match(r"about \d+ s a proposal: \d+ s to start and read 1,000 tokens, then \d+ tokens/s", reply["message"])
@@ -198,6 +219,24 @@ def test_the_default_fits_the_machine(gigabytes: int, name: str) -> None:
     assert f"-{name}-" in known.repo
     assert known.repo.endswith("-4bit")
     assert known.download_gb < gigabytes * 0.6
+
+
+def test_the_models_are_listed_with_sizes_and_what_downloads_them(tmp_path: Path) -> None:
+    small, second = local.KNOWN[-1].repo, local.KNOWN[-2].repo
+    folder = tmp_path / "hub" / f"models--{small.replace('/', '--')}"
+    model_folder(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    text = local.models_for(16 * local.GIB, {"HF_HOME": str(tmp_path)})
+    assert "This machine has 16 GB of memory" in text
+    assert "untried" in text
+    assert f"{second}  <- the default" in text
+    assert f"hf download {second}" in text
+    assert f"is on this machine: {folder}" in text
+    assert "the default" not in local.models_for(2 * local.GIB, {"HF_HOME": str(tmp_path)})
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "agent.local"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, small in done.stdout) == (0, True), done.stderr
 
 
 def test_a_machine_too_small_is_told_so() -> None:

@@ -15,7 +15,7 @@ def setup(folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
     (folder / "scripts").mkdir(exist_ok=True)
     shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
     (bin := folder / "bin").mkdir()
-    for name, answer in {"uv": "exit 9", "python3": "exit 9", **programs}.items():
+    for name, answer in {"uv": 'echo "uv $*"; exit 9', "python3": "exit 9", **programs}.items():
         (bin / name).write_text(f"#!/bin/sh\n{answer}\n")
         (bin / name).chmod(0o755)
     for version in range(10, 15):
@@ -48,7 +48,18 @@ def test_a_folder_that_no_night_could_run_in_is_told_with_a_command_that_mends_i
     assert "need uv, or Python" in setup(folder).stderr, "past the check"
 
 
+def test_a_checkout_is_known_under_any_spelling_of_its_path(tmp_path: Path) -> None:
+    """On a Mac's disk /users/U/Code is /Users/u/code, and git prints another spelling than the shell."""
+    (project := tmp_path / "project").mkdir()
+    start_repository(project)
+    git = shutil.which("git")
+    (tmp_path / "Project").symlink_to(project)
+    answer = f'case "$*" in *show-toplevel*) echo {tmp_path}/Project;; *) exec {git} "$@";; esac'
+    assert "need uv, or Python" in setup(project, git=answer).stderr, "past the check"
+
+
 @pytest.mark.parametrize(("programs", "words"), [
+    ({"git": "echo 'xcode-select: note: no developer tools were found' >&2; exit 1"}, "git does not run; install it: xcode-select"),
     ({"uname": "echo Linux", "getconf": "echo glibc 2.31"}, "this system has 2.31; use Ubuntu 22.04"),
     ({"uname": "echo Linux", "getconf": "exit 1"}, "this system has another C library"),
     ({"uname": "echo Darwin", "sysctl": "echo 1", "sw_vers": "echo 13.6"}, "MLX needs macOS 14 or later, this is 13.6"),
@@ -60,6 +71,20 @@ def test_a_system_that_mlx_cannot_run_on_is_told_first(tmp_path: Path, programs:
     assert done.returncode == 1
     assert words in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "arm64"])
+def test_a_python_for_intel_is_left_to_uv_or_told(tmp_path: Path, machine: str) -> None:
+    """As every Python is that comes for both, in a terminal that runs under Rosetta."""
+    start_repository(tmp_path)
+    mac = {"uname": "echo Darwin", "sysctl": "echo 1", "sw_vers": "echo 26.1",
+           "python3": f'[ "$1" = -c ] && case "$2" in *machine*) echo {machine};; esac'}
+    assert ("--python python3" in setup(tmp_path, **mac).stdout) == (machine == "arm64")
+    if not shutil.which("uv"):
+        (tmp_path / "bin" / "uv").unlink()
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        done = subprocess.run([tmp_path / "scripts" / "setup.sh"], env=env, capture_output=True, text=True, timeout=60)
+        assert ("set to Open using Rosetta" in done.stderr) == (machine == "x86_64")
 
 
 def test_pip_and_uv_are_told_the_same_versions() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from agent.chat.edit import check, edit, finish
-from agent.chat.endpoint import ChatError, Endpoint, key_from
+from agent.chat.endpoint import READ_CHARACTERS, SILENT_SECONDS, ChatError, Endpoint, first_set
 from agent.coders.coder import Reply
 from agent.text import redact
 
@@ -20,27 +20,30 @@ from agent.text import redact
 @click.option("--model", help="Default: the endpoint's, if it has exactly one.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
               help="Timeout per reply, in seconds.")
+@click.option("--silence", type=click.FloatRange(min=0, min_open=True),
+              help=f"Longest silence of a server that replies, in seconds. Default: {SILENT_SECONDS:g}, and 1 more for each "
+              f"{READ_CHARACTERS} characters of the prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Maximum tokens per reply. Default: the endpoint's.")
 @click.option("--temperature", type=click.FloatRange(0), help="Default: the endpoint's.")
 @click.option("--check", "only_check", is_flag=True,
               help="Edit nothing: ask for one word with a prompt as long as a night's, and tell how long a proposal takes.")
 def main(
-    train_file: Path, base_url: str | None, model: str | None, timeout: float, max_tokens: int | None, temperature: float | None,
-    only_check: bool,
+    train_file: Path, base_url: str | None, model: str | None, timeout: float, silence: float | None, max_tokens: int | None,
+    temperature: float | None, only_check: bool,
 ) -> None:  # fmt: skip
     """Edit TRAIN_FILE as the prompt on standard input asks, through an OpenAI-compatible endpoint.
 
     The key is read from AUTORESEARCH_API_KEY or OPENAI_API_KEY. Exit codes: 0 edited, 1 no usable edit, 2 usage, 3 login, 4 rate
     limit, 5 missing."""
-    environ = os.environ
-    url = base_url or environ.get("OPENAI_BASE_URL") or environ.get("OPENAI_API_BASE")
-    if not url:
+    url = base_url or first_set(os.environ, "OPENAI_BASE_URL", "OPENAI_API_BASE")
+    if url is None:
         raise click.UsageError("no endpoint; give --base-url, for example http://127.0.0.1:1234/v1, or set OPENAI_BASE_URL")
     prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not prompt.strip():
         raise click.UsageError("no prompt; expected it on standard input")
     try:
-        endpoint = Endpoint(url, key_from(environ), timeout, max_tokens=max_tokens, temperature=temperature)
+        key = first_set(os.environ, "AUTORESEARCH_API_KEY", "OPENAI_API_KEY")
+        endpoint = Endpoint(url, key, timeout, max_tokens, temperature, silence)
         name = model or endpoint.only_model()
         reply = (check if only_check else edit)(lambda messages: endpoint.ask(name, messages), prompt, train_file)
     except ChatError as error:

@@ -10,12 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from agent.chat.blocks import EditError, apply_answer, spoken
 from agent.chat.endpoint import LARGER_CONTEXT, Answer, ChatError
-from agent.coders.coder import Reply, with_last_lines
+from agent.coders.coder import Failure, Reply, with_last_lines
 from agent.text import one_line, redact
 
 Ask = Callable[[list[dict[str, str]]], Answer]
@@ -53,7 +53,6 @@ class Conversation:
     file: str  # with its heading
     question: str = ""  # in place of an edit
     usage: Reply = field(default_factory=Reply)
-    seconds: float = 0.0
     since: list[dict[str, str]] = field(default_factory=list)  # an answer that was sent back, and why
     notes: list[str] = field(default_factory=list)  # for the human
 
@@ -69,9 +68,11 @@ class Conversation:
                 answer = self.ask(self._messages())
             except ChatError as again:
                 raise _cannot_hold(again, self.length()) if again.too_small else again from None
-        self.seconds += answer.seconds
-        tokens = {name: _sum(getattr(self.usage, name), getattr(answer, name)) for name in ("tokens_in", "tokens_out")}
-        self.usage = Reply(**{**asdict(self.usage), **tokens, "message": printable(spoken(answer.text)[0])[-SENT_BACK:] or None})
+        self.usage = replace(
+            self.usage, tokens_in=_sum(self.usage.tokens_in, answer.tokens_in),
+            tokens_out=_sum(self.usage.tokens_out, answer.tokens_out),
+            message=printable(spoken(answer.text)[0])[-SENT_BACK:] or None,
+        )  # fmt: skip
         return answer
 
     def send_back(self, answer: Answer, error: EditError) -> None:
@@ -150,33 +151,34 @@ def edit(ask: Ask, prompt: str, path: Path) -> Reply:
 
 
 def check(ask: Ask, prompt: str, path: Path, start_seconds: float = 0.0) -> Reply:
-    """Ask for one word with a prompt as long as a night's longest, and say how long a proposal will take. The file stays.
+    """Ask two questions and say how long a proposal will take. The file stays.
 
-    A second question, to count, shows how fast the model writes. `start_seconds` is what each proposal takes before it asks."""
+    The first is short: a server that answers nothing is found out soon, a model is loaded, and it shows how fast that writes. The
+    second wants one word, with a prompt as long as a night's longest. `start_seconds`: what each proposal takes before it asks.
+    """
     source = _read(path)
-    filler = prompt
-    while len(filler) < LARGEST_PROMPT and source.strip():
-        filler += "\n" + source[: LARGEST_PROMPT - len(filler)]
+    filler = (prompt + f"\n{source}" * (LARGEST_PROMPT // (len(source) + 1) + 1))[:LARGEST_PROMPT]
     talk = Conversation(ask, f"# As long as what an experiment will be told\n{filler}\n", _shown(path, source))
     talk.question = "This only tests the connection. Change nothing, write no blocks; answer with the one word: ready"
     counting = [{"role": "user", "content": "Count from 1 to 60 in digits, separated by blanks. Write nothing else."}]
     try:
-        answer = talk.next()
-        if not (answer.text.strip() or answer.reasoning.strip()):
-            empty = f"an empty answer to a prompt of {talk.length():,} characters{_hint(talk, answer)}"
-            return _failed(talk.usage, "agent_error", empty)
         counted = ask(counting)
+        answer = talk.next()
     except ChatError as error:
         return _failed(talk.usage, error.failure, str(error), error.wait_seconds)
-    speed = (counted.tokens_out or len(counted.text) / CHARACTERS_PER_TOKEN) / max(counted.seconds, 1e-3)
-    written = EDIT_TOKENS / speed if speed > 0 else 0.0
-    about = start_seconds + answer.seconds + written
+    if not (answer.text.strip() or answer.reasoning.strip()):
+        empty = f"an empty answer to a prompt of {talk.length():,} characters{_hint(talk, answer)}"
+        return _failed(talk.usage, "agent_error", empty)
+    load = counted.first if counted.first < 0.9 * counted.seconds else 0.0  # of an answer that came at once nothing is known
+    tokens = counted.tokens_out or (len(counted.text) + len(counted.reasoning)) / CHARACTERS_PER_TOKEN
+    speed = max(tokens, 1.0) / max(counted.seconds - load, 1e-3)
+    before = start_seconds + load + answer.seconds
     size = f"{answer.tokens_in:,} tokens" if answer.tokens_in else f"{talk.length():,} characters"
-    reading = f"{start_seconds + answer.seconds:.0f} s to start and read {size}"
-    words = f"about {_rounded(about)} s a proposal: {reading}, then {speed:.0f} tokens/s"
-    hint = _hint(talk, answer).lstrip("; ")
+    about = _rounded(before + EDIT_TOKENS / speed)
+    words = f"about {about} s a proposal: {before:.0f} s to start and read {size}, then {speed:.0f} tokens/s"
     _tell(talk)
-    return Reply(**{**asdict(talk.usage), "message": "; ".join([words, *talk.notes, *([hint] if hint else [])])})
+    hint = _hint(talk, answer).lstrip("; ")
+    return replace(talk.usage, message="; ".join([words, *talk.notes, *([hint] if hint else [])]))
 
 
 def finish(reply: Reply) -> None:
@@ -243,6 +245,6 @@ def _rounded(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds < 20 else f"{round(seconds, -1):.0f}"
 
 
-def _failed(usage: Reply, failure: str, detail: str, wait: float | None = None) -> Reply:
+def _failed(usage: Reply, failure: Failure, detail: str, wait: float | None = None) -> Reply:
     words = redact(printable(re.sub(r"\s+", " ", detail)))[:1500]
-    return Reply(**{**asdict(usage), "failure": failure, "detail": words, "wait_seconds": wait})
+    return replace(usage, failure=failure, detail=words, wait_seconds=wait)

@@ -30,15 +30,19 @@ LIMIT_OR_LOGIN = re.compile(f"{_RATE}|{_LOGIN}", re.I)
 
 _PART = r"(\d+(?:\.\d+)?)\s*(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)(?![a-z])"
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_CUE = re.compile(r"\b(?:retry(?!ing| wait)|try again|wait(?! time)|retryDelay|resets?|available|again|until)\b", re.I)
+_CUE = re.compile(r"\b(?:retry-?after|retry(?!ing| wait)|try again|wait(?! time)|retryDelay|resets?|available|again|until)\b", re.I)
 _SPAN = re.compile(rf"^\D{{0,40}}?({_PART}(?:[\s,]*(?:and\s+)?{_PART})*)", re.I)
-_HEADER = re.compile(r"retry-?after(?:-?seconds)?\W{0,4}(\d+(?:\.\d+)?)(?![\d:.-])", re.I)
+_HEADER = re.compile(r"(?:retry-?after|ratelimit-reset)(?:-?seconds)?[\s:=\"']{0,4}(\d+(?:\.\d+)?)(?![\w:.-])", re.I)
 _EPOCH = re.compile(r"(?:limit reached\||resets?[_ ]?(?:at|time)?\W{1,4})(\d{10})(\d{3})?\b", re.I)
 _MONTH = r"(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?"
 _DAY = rf"(?:\d{{4}}-\d\d-\d\d|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?)"
 _TIME = r"\d{1,2}(?::\d\d(?::\d\d(?:\.\d+)?)?(?: ?[ap]\.?m\b\.?)?| ?[ap]\.?m\b\.?)"
 _ZONE = r"(?:Z|[+-]\d\d:?\d\d|\(?(?:UTC|GMT|[A-Z][a-z]+/[A-Za-z_]+|[PMCE][SD]?T)\)?)"
-_WHEN = re.compile(rf"^\W{{0,4}}(?:(?:at|on|by|time)\W{{1,3}}){{0,2}}({_DAY})?(?:[, T]| at ){{0,3}}({_TIME})(?: ?({_ZONE}))?", re.I)
+_WEEKDAY = r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?"
+_WHEN = re.compile(
+    rf"^\W{{0,4}}(?:(?:at|on|by|time)\W{{1,3}}){{0,2}}{_WEEKDAY}({_DAY})?(?:[, T]| at ){{0,3}}({_TIME})(?: ?({_ZONE}))?",
+    re.I,
+)
 _US = {"P": "America/Los_Angeles", "M": "America/Denver", "C": "America/Chicago", "E": "America/New_York"}
 LONGEST_WAIT = 7 * 86400.0  # seconds; a number that claims more than a week is not a wait
 MOST_TEXT = 100_000  # characters at the beginning of a log, and as many at its end

@@ -7,17 +7,20 @@
 They can change nothing, because every training begins with the files of the candidate's commit and no others. An added file is a
 violation only where the candidate's source has come to name it, by an import or a path: then the change needs what it cannot have.
 
-Not covered: what an agent does elsewhere with the user's rights, for example to their checkout or to their branches by path. Of
-the user's git folder only what can run a program is watched. The night itself depends on none of it (see command.py).
+An agent has the user's rights and can write elsewhere, too. What changed in the user's checkout and in the installed packages
+meanwhile is told (`elsewhere`), but neither undone nor a violation: a person may work there at the same time. Of the user's git
+folder only what can run a program is watched. The night itself depends on none of it (see command.py).
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from agent.errors import NightError
 from agent.files import read_plain, unlock
 from agent.git import filetree
+from agent.git.command import GitFailed, run_git
 from agent.git.filetree import LINK, MODULE, OTHER, TreeEntry
 from agent.git.worktree import Repository
 
@@ -94,6 +98,32 @@ def remember(repository: Repository) -> dict[str, str]:
     return state
 
 
+def elsewhere(repository: Repository) -> dict[str, int]:
+    """Digests of what lies outside the worktree and an agent may write to, of size, time and mode only.
+
+    By path for each file in the user's checkout that git knows or would add, and as "package NAME" for an installed package.
+    """
+    found: dict[str, int] = {}
+
+    def look(name: str, path: str | Path) -> None:
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            seen = hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
+            found[name] = found.get(name, 0) ^ seen
+
+    with contextlib.suppress(GitFailed):  # a damaged index is the user's, and costs no experiment
+        listing = run_git(repository.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+        for path in listing.split("\0")[:-1]:
+            look(_shown(path), repository.root / path)
+    for packages in {os.path.realpath(path) for path in sys.path if path.endswith("-packages")}:
+        for folder, inner, files in os.walk(packages):
+            inner[:] = [name for name in inner if name != "__pycache__"]  # Python itself writes there
+            for file in files:
+                path = os.path.join(folder, file)
+                look("package " + os.path.relpath(path, packages).split(os.sep)[0], path)
+    return found
+
+
 def check(
     repository: Repository, worktree: Path, expected: Mapping[str, TreeEntry], train_file: str, base: bytes,
     before: Mapping[str, str] | None = None,
@@ -114,7 +144,7 @@ def check(
         if _bare(path) in needed or PurePosixPath(path).name in needed:
             what = f"{kind} was added, and {train_file} now names it; only the train file may change"
             found.violations.append(Violation(_shown(path), what))
-        elif not path.endswith("__pycache__"):
+        elif not path.endswith("__pycache__") and not PurePosixPath(path).name.startswith((".DS_Store", "._")):  # macOS left these
             found.droppings.append(_shown(path) + "/" * (kind == "a folder"))
     found.violations = found.violations[:MOST_VIOLATIONS]
     return found

@@ -14,6 +14,7 @@ all events in memory, so it writes the journal anew under its name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,11 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agent.errors import JournalError, LockedError
+from agent.errors import JournalError, LockedError, UsageError
 from agent.files import read_plain, write_anew
 
 SCHEMA = 1
 RESERVE_BYTES = 64 << 10  # given up for the last lines of a night whose disk is full
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds; anything else: no lock can be had
 Event = dict[str, Any]
 
 
@@ -211,7 +213,9 @@ def holder(folder: Path) -> int | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _HELD:
+            return None  # no driver can hold a lock there, so none has begun
         with contextlib.suppress(ValueError):
             return int(os.pread(lock, 32, 0).split()[0])
         return 0
@@ -234,7 +238,13 @@ def _take_lock(path: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError:
+        except OSError as error:
+            if error.errno not in _HELD:
+                os.close(lock)
+                raise UsageError(
+                    f"the disk of {path.parent} cannot lock files ({error.strerror}), so two drivers could spoil one night; have "
+                    "runs/ on a disk of this machine: ln -s /path/to/a/folder runs"
+                ) from None
             time.sleep(wait)
     else:
         pid = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"

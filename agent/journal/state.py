@@ -108,6 +108,7 @@ class Night:
     dataset: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb
     settings: dict[str, Any] = field(default_factory=dict)
+    agent: str = ""  # of the last session, by its name in the table of coding agents
     sandbox: str = ""  # what trainings ran in, by the words of the loop's start; of a session without one, if there was any
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -217,6 +218,7 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
             if experiment.trials and experiment.trials[-1].status == "running":
                 experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended, night.session = event["settings"], None, event["t"]
+    night.agent = event.get("agent") or night.agent
     if not night.sandbox.startswith("none"):  # one session without is what the report has to say
         night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)

@@ -22,7 +22,7 @@ from typing import Any
 from agent.errors import BaselineError, NightError, Stopped
 from agent.files import read_plain
 from agent.git.command import DAMAGE
-from agent.git.guard import TRAIN_FILE_BYTES
+from agent.git.guard import TRAIN_FILE_BYTES, elsewhere
 from agent.git.worktree import Worktree
 from agent.journal.folder import prune, sweep
 from agent.journal.journal import Journal
@@ -43,7 +43,7 @@ from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen, verify
 from agent.views import results
 from agent.views.glance import at_a_glance, score
-from agent.views.terminal import Console
+from agent.views.terminal import TERMINAL_LOG, Console
 
 MOST_REMOVALS = 2  # of a training's folders, or stops by the GPU's watchdog, after which the training is repeated
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
@@ -68,7 +68,9 @@ class Engine:
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
         self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
+        self._alone = False  # whether it is journalled that the terminal was closed
         self._said = ""  # the last word about the branch: the same one after each experiment is said once
+        self._told = set[str]()  # names of files outside the worktree that changed during an agent's work: each is told once
 
     def record(self, event: str, **fields: Any) -> None:
         """Journal an event, without secrets and numbers that no journal can hold, and move the state on by it."""
@@ -103,27 +105,24 @@ class Engine:
                 self.repair("the baseline", damage)
                 self.baseline()
         while True:
-            experiment = self.night.open
-            if experiment is None:
+            if self.night.open is None:
                 if end := self.before_experiment():
                     return end
                 self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
-                experiment = self.night.experiments[-1]
+            experiment = self.night.experiments[-1]
             try:
                 if experiment.commit is None and (end := self.propose(experiment)):
                     return end
                 if experiment.commit is not None and experiment.status is None:
+                    verdict = self.early_verdict(experiment) or self.trained_verdict(experiment)
                     # this moves the branch to a keep, and leaves it for all others
-                    self.verdict(experiment, *self.verified(experiment, self.judgement(experiment)))
+                    self.verdict(experiment, *self.verified(experiment, verdict))
             except DAMAGE as damage:
                 self.mend(experiment, damage)
 
-    def judgement(self, experiment: Experiment) -> Verdict:
+    def trained_verdict(self, experiment: Experiment) -> Verdict:
         """Train and score the candidate, and the best in turn with it where that decides, until there is a verdict."""
         best = self.night.leader
-        self.lay(experiment)
-        if not experiment.scores and (early := self.early_verdict(experiment)):
-            return early
         while True:
             subject = experiment
             if experiment.scores:
@@ -176,6 +175,9 @@ class Engine:
             return "stopped", "stopped by request"
         if self.journal.follow():
             self.restored()
+        if self.stopper.alone and not self._alone:
+            self._alone = True
+            self.note(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
         free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
         if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
             return end
@@ -214,12 +216,14 @@ class Engine:
         n, parent = experiment.n, experiment.parent
         self.console.stage(f"experiment {n} (best {self.night.leader.mean:.4f}): the agent is at work")
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        brief = briefing.program(self.program)
-        prompt = briefing.compose(self.night, brief, self.hooks.before_experiment(self.night, experiment))
+        brief, said = briefing.program(self.program), self.hooks.before_experiment(self.night, experiment)
+        before, prompt = elsewhere(self.worktree.repository), briefing.compose(self.night, brief, said)
         self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
-        if briefing.program(self.program) != brief:  # by the user, or by an agent who may write there
-            self.note(f"program.md was changed while the agent of experiment {n} was at work; if it was not you, look at it")
+        after = elsewhere(self.worktree.repository)
+        if new := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._told):
+            self._told.update(new)
+            self.note(f"changed while the agent of experiment {n} was at work: {_listed(new)}; if it was not you, look at it")
         if proposal.droppings:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
@@ -247,6 +251,9 @@ class Engine:
 
     def early_verdict(self, experiment: Experiment) -> Verdict | None:
         """The verdict on a candidate that need not be trained: no change, trained before, no Python, or with data of its own."""
+        if experiment.scores:
+            return None
+        self.lay(experiment)
         file = self.lab.worktree / self.lab.train_file
         if found := novelty.early_verdict(self.night, experiment) or novelty.broken(file):
             return found
@@ -265,7 +272,8 @@ class Engine:
             self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
             if status != "interrupted":
                 return novelty.refused(result) or verdict
-        return Verdict("discard", "it could not be probed before a keep: the machine slept each time", None)
+        why = (result.error or {}).get("message")
+        return Verdict("discard", f"it could not be probed before a keep, in {validity.MOST_INTERRUPTIONS} attempts: {why}", None)
 
     def lay(self, experiment: Experiment) -> None:
         """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""

@@ -7,13 +7,19 @@
 Each gets one JSON object on standard input, the checkout as working directory, the user's environment, and 30 seconds. One that
 fails, hangs or is not executable costs a note in the journal, never the night. One that was written or changed after the driver
 began is not run: it may be an agent's work, or a training's, and would see the user's keys.
+
+Without a hook of its own, the end of a night is shown as a notification of the desktop (scripts/hooks/notify.py), if there is
+one. AUTORESEARCH_NOTIFY=0 turns that off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,7 @@ from agent.views import results
 
 FOLDER = "hooks"
 NAMES = ("before_experiment", "after_experiment", "night_end")
+NOTIFY = Path(__file__).resolve().parents[2] / "scripts" / "hooks" / "notify.py"
 SECONDS = 30.0
 OUTPUT_BYTES = 64 << 10  # of each output that is kept
 TEXT_CHARACTERS = 2_000  # of what before_experiment says that reaches the prompt
@@ -41,6 +48,7 @@ class Hooks:
         self.root, self.folder, self._record, self._say, self._stop = root, night_folder, record, say, stop
         self._said: dict[str, str] = {}  # by hook: the same trouble a hundred times is one note
         self._known = {name: _digest(root / FOLDER / name) for name in NAMES}
+        self._notify = _digest(NOTIFY) if _desktop() else ""
 
     def before_experiment(self, night: Night, experiment: Experiment) -> str:
         """What the hook says for the agent, bounded; "" without one."""
@@ -55,6 +63,9 @@ class Hooks:
         """Also for a night that was stopped at once: this is how its owner hears of it."""
         about = {**_about(night), "reason": night.ended, "text": text, "summary": results.last_line(night)}
         self._run("night_end", about, lambda: False)
+        if self._notify and self._notify == _digest(NOTIFY) and not os.path.lexists(self.root / FOLDER / "night_end"):
+            with contextlib.suppress(OSError):  # a full disk: the night is over all the same
+                self._call([sys.executable, "-B", NOTIFY], "night_end", about, lambda: False)
 
     def _run(self, name: str, about: dict[str, Any], stop: Callable[[], bool]) -> str:
         path = self.root / FOLDER / name
@@ -64,12 +75,7 @@ class Hooks:
             return self._trouble(name, "is not what it was when the driver began, and was not run; --resume takes it as it is then")
         if not os.access(path, os.X_OK):
             return self._trouble(name, f"is not executable and was not run; run: chmod +x {FOLDER}/{name}")
-        out, log = (self.folder / "logs" / f"hook.{name}.{kind}" for kind in ("out", "log"))
-        words = json.dumps({"event": name, "folder": str(self.folder), **about}, ensure_ascii=False) + "\n"
-        outcome = child.run(
-            [path], cwd=self.root, env=clean_env(keep_secrets=True), log=log, stdin=words, stdout_to=out, stop=stop,
-            bounds=child.Bounds(SECONDS, log_bytes=OUTPUT_BYTES), pidfile=self.folder / "hook.pid",
-        )  # fmt: skip
+        outcome, out = self._call([path], name, about, stop)
         if outcome.reason == "stopped":
             return ""
         if not outcome.ok:
@@ -86,6 +92,18 @@ class Hooks:
         except OSError:  # the hook itself has removed the night's folder
             return ""
 
+    def _call(
+        self, command: list[str | Path], name: str, about: dict[str, Any], stop: Callable[[], bool]
+    ) -> tuple[child.Outcome, Path]:  # fmt: skip
+        """How the program ended, and the file that holds what it printed."""
+        out, log = (self.folder / "logs" / f"hook.{name}.{kind}" for kind in ("out", "log"))
+        words = json.dumps({"event": name, "folder": str(self.folder), **about}, ensure_ascii=False) + "\n"
+        outcome = child.run(
+            command, cwd=self.root, env=clean_env(keep_secrets=True), log=log, stdin=words, stdout_to=out, stop=stop,
+            bounds=child.Bounds(SECONDS, log_bytes=OUTPUT_BYTES), pidfile=self.folder / "hook.pid",
+        )  # fmt: skip
+        return outcome, out
+
     def _trouble(self, name: str, text: str) -> str:
         if self._said.get(name) != text:
             self._said[name] = text
@@ -93,6 +111,14 @@ class Hooks:
             self._record("note", text=note)
             self._say(f"note: {note}")
         return ""
+
+
+def _desktop() -> bool:
+    """Whether a notification would reach somebody."""
+    if os.environ.get("AUTORESEARCH_NOTIFY") == "0":
+        return False
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return shutil.which("osascript") is not None if sys.platform == "darwin" else bool(shown and shutil.which("notify-send"))
 
 
 def _digest(path: Path) -> str:

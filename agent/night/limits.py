@@ -101,27 +101,36 @@ _ONCE, _NOW = "after this experiment\n", "now\n"
 
 
 class Stopper:
-    """Collects requests to stop. `now` is cheap enough to be asked several times a second."""
+    """Collects requests to stop. `now` is cheap enough to be asked several times a second.
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    A closed terminal is no such request: `left` is called, `alone` is True from then on, and the night goes on.
+    """
+
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = lambda text: None, left: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         self._file = folder / "stop"
-        self._say = say
+        self._say, self._left, self.alone = say, left, False
         self._requests = 0
         self._told = 0
 
     def install(self) -> None:
-        """Take the signals. SIGINT asks once, then at once; SIGTERM and a closed terminal ask at once."""
+        """Take the signals. SIGINT asks once, then at once; SIGTERM asks at once; SIGHUP, of a closed terminal, does not ask."""
         self._file.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, self._interrupted)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number, handler in ((signal.SIGTERM, self._ended), (signal.SIGHUP, self._hung_up)):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                signal.signal(number, self._ended)
+                signal.signal(number, handler)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         self._requests += 1
 
     def _ended(self, number: int, frame: FrameType | None) -> None:
         self._requests += 2
+
+    def _hung_up(self, number: int, frame: FrameType | None) -> None:
+        self.alone = True
+        self._left()
 
     def _count(self) -> int:
         requests = self._requests

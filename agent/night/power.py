@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,22 +21,12 @@ def stay_awake() -> Iterator[None]:
     if sys.platform != "darwin" or shutil.which("caffeinate") is None:
         yield
         return
-    over = threading.Event()
-    with tempfile.TemporaryDirectory() as scratch:
-        command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
-        bounds = child.Bounds(wall_seconds=14 * 86400.0)
-        keeper = threading.Thread(
-            target=lambda: child.run(
-                command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log", bounds=bounds, stop=over.is_set
-            ),
-            daemon=True,
-        )
-        keeper.start()
-        try:
-            yield
-        finally:
-            over.set()
-            keeper.join(10)
+    command = ["caffeinate", "-i", "-m", "-w", str(os.getpid())]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        child.beside(command, cwd=Path(scratch), env=clean_env(), log=Path(scratch) / "log"),
+    ):
+        yield
 
 
 def battery() -> str:
@@ -56,8 +45,9 @@ def battery() -> str:
 
 
 def low_power_mode() -> bool:
-    """Whether macOS holds the chip back; owners report about 60 % of the speed."""
-    return sys.platform == "darwin" and re.search(r"^ *lowpowermode +1\b", _pmset("-g"), re.M) is not None
+    """Whether macOS holds the chip back; owners report about 60 % of the speed. Macs that also have a mode for high power print
+    `powermode`, and 1 is the low one, too."""
+    return sys.platform == "darwin" and re.search(r"^ *(low)?powermode +1\b", _pmset("-g"), re.M) is not None
 
 
 def _pmset(*words: str) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from agent.process import child
 from agent.process.environment import clean_env
 from agent.proposal.ask import Desk
 from agent.proposal.check import before_the_night
-from agent.text import one_line, safe_text
+from agent.text import one_line, safe_tail, safe_text
 from agent.trial import sandbox
 from agent.trial.lab import Lab, lay_harness, run_child
 from agent.trial.rights import folders, hidden_places
@@ -40,8 +41,10 @@ STORY_SECONDS, STORY_BYTES, STORY_CHARACTERS = 120.0, 1 << 20, 4000
 
 
 def run_session(
-    journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any]
-) -> int:
+    journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any],
+    beside: contextlib.ExitStack,
+) -> int:  # fmt: skip
+    """One session of a driver; the exit code. beside: takes what runs while the session does."""
     folder, root = journal.folder, repository.root
     night = fold(journal.events)
     if journal.torn:
@@ -57,7 +60,7 @@ def run_session(
         night = setup.begin(journal, repository, worktree.tag, options["train_file"], entry, options["seed"])
     setup.refuse_older(journal, repository, night)
     setup.require_data(night.dataset)
-    setup.keep_tier(night)
+    setup.keep_choices(night)
     setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
@@ -84,6 +87,8 @@ def run_session(
         source = night.train_file, repository.file_at(night.base, night.train_file)
         before_the_night(coder, settings, folder, source, engine.night, engine.record, console.say, stopper.now)
         engine.recover()
+        if options["dashboard"]:
+            beside.enter_context(_page(options["dashboard"], folder, root, console.say))
         name, words = engine.run()
         if name != "stopped" or not stopper.now():
             _held_out(engine)
@@ -93,15 +98,15 @@ def run_session(
     except Exception as error:
         raise _ended(engine, error) from error
     engine.hooks.night_end(engine.night, words)
-    drawn = ""
+    place, drawn = f"runs/{folder.name}", ""
     with contextlib.suppress(OSError):  # the night is over and written down: what cannot be tidied is no failure of it
         (folder / "stop").unlink(missing_ok=True)
         worktree.close()
     if options["picture"]:
         console.stage("writing the report")
-        drawn = f", report: {folder / 'report.html'}" if _report(folder, root) else f", no report: {folder / 'logs/report.log'}"
+        drawn = f", report: {place}/report.html" if _report(folder, root) else f", no report: {place}/logs/report.log"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {folder / 'results.tsv'}{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {folder}")
+    console.say(f"results: {place}/results.tsv{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {place}")
     console.say(results.last_line(engine.night))
     fine = name not in ("failures", "login", "missing", "rate_limit")
     return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
@@ -163,6 +168,25 @@ def _write_stories(engine: Engine) -> None:
                 remove(lab.scratch(run_dir))
         if told:
             engine.record("stories", n=experiment.n, texts=told)
+
+
+def _page(host: str, folder: Path, cwd: Path, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """The night in the browser while the block runs. Its address is said once; a page that cannot start is a note."""
+    log, said = folder / "logs" / "dashboard.log", False
+
+    def watch() -> None:
+        nonlocal said
+        if not said and "http://" in (text := safe_tail(log, 8000)):  # its last line, below the QR code
+            said = True
+            for line in text.splitlines():
+                say(line)
+
+    argv = [sys.executable, "-B", "-m", "agent.dashboard", "--tag", folder.name, "--host", host]
+    env = clean_env({"PYTHONPATH": str(REPORT.parents[1])})
+    return child.beside(
+        argv, cwd=cwd, env=env, log=log, watch=watch, pidfile=folder / "dashboard.pid",
+        ended=lambda outcome: say(f"note: the page has ended, the night goes on: {one_line(outcome.tail(1000), 300)}"),
+    )  # fmt: skip
 
 
 def _report(folder: Path, cwd: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from agent.trial.order import parse_budget
 from agent.trial.rights import folders, public
 
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
+DTYPES = "AUTORESEARCH_DTYPES"  # the dtype by device, as scripts/benchmark.py measured it
 OVERHEAD_SECONDS = 45.0  # guess of what a training takes beside its budget: start, score
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
 DATASET_KEYS = ("id", "train_dir", "held_dir", "preset", "vocab_size", "seq_len", "budget", "data_hash", "tokenizer_hash", "device")
@@ -89,7 +91,8 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
     data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
     why = f", {data['chosen']}" if data.get("chosen") else ""
     lines = [
-        f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; stop with Ctrl-C, go on with --resume",
+        f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; Ctrl-C stops it, a closed window does not; "
+        "--resume goes on",
         f"data: {data.get('name') or data['id']}, preset {data.get('preset')}{why}; others: --dataset, --preset",
         agent,
     ]
@@ -128,7 +131,7 @@ def begin(
     memory = round(psutil.virtual_memory().total / 2**30)
     machine = {
         "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
-        "tier": os.environ.get(TIER, ""),
+        "tier": os.environ.get(TIER, ""), "dtypes": _measured_dtypes(),
     }  # fmt: skip
     journal.append(
         "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=public(entry), sources=sources, machine=machine
@@ -160,11 +163,20 @@ def leave_out_of_backups(folder: Path) -> None:
                 )  # fmt: skip
 
 
-def keep_tier(night: Night) -> None:
-    """The tier that was asked for when the night began: a resume trains the same constants."""
+def _measured_dtypes() -> dict[str, str]:
+    """The dtype that each device computes fastest in: {} while nobody has measured, or if the file is damaged."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        text = os.environ.get(DTYPES) or (data_home() / "dtypes.json").read_text(encoding="utf-8")
+        return {str(device): str(dtype) for device, dtype in json.loads(text).items()}
+    return {}
+
+
+def keep_choices(night: Night) -> None:
+    """Tier and dtypes as they were when the night began: all its trainings, a resume's too, compute alike."""
     os.environ.pop(TIER, None)
     if tier := night.machine.get("tier"):
         os.environ[TIER] = tier
+    os.environ[DTYPES] = json.dumps(night.machine.get("dtypes") or {})
 
 
 def refuse_unfit(repository: Repository, worktree: Worktree, train_file: str, budget: str | None) -> list[str]:

@@ -5,6 +5,7 @@ driver dies. What is bounded: wall clock, silence, output, memory, bytes in dire
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -13,9 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import psutil
 
 from agent.files import directory_bytes
 from agent.process import supervise
+from agent.process.environment import wsl
 from agent.process.leftovers import Record, end_processes
 from agent.process.output import BoundedLog
 from agent.text import safe_tail, secrets_in
@@ -31,6 +34,8 @@ TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
 SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
 GRACE_SECONDS = 1.0  # between TERM and KILL
 _CHUNK = 256 * 1024
+_BESIDE_SECONDS = 30 * 86400.0  # longest life of a command that runs beside a block
+_JOIN_SECONDS = 15.0
 FLOOD = 100  # a child that prints more than this many times `log_bytes` is ended
 
 
@@ -41,7 +46,7 @@ class Bounds:
     wall_seconds: float
     idle_seconds: float | None = None  # without a byte of output
     log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
-    memory_bytes: int | None = None  # resident, summed over the family; pages they share count for each
+    memory_bytes: int | None = None  # summed over the family; pages they share count for each
     directories: tuple[Path, ...] = ()
     directory_bytes: int | None = None  # in all of them together; one too deep or too full to be counted is over the limit
 
@@ -58,7 +63,7 @@ class Outcome:
     signal: int | None
     reason: str
     seconds: float  # awake, by the monotonic clock
-    peak_rss_mb: float  # resident memory of the family, sampled; on Apple GPUs this leaves out most of Metal's buffers
+    peak_rss_mb: float  # memory of the family, sampled: resident, on macOS with Metal's buffers
     log: Path
     suspended_seconds: float  # for which the machine slept meanwhile
 
@@ -93,6 +98,34 @@ def run(
     `watch` raise (the child is ended first).
     """
     return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
+
+
+@contextlib.contextmanager
+def beside(
+    argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], log: Path, watch: Callable[[], str | None] = lambda: None,
+    ended: Callable[[Outcome], None] = lambda outcome: None, pidfile: Path | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Run a command while the block runs, and end it with the block.
+
+    A command that cannot be started, or ends earlier, never disturbs the block: `ended` is told, in another thread. `watch` is
+    asked several times a second, in that thread, too.
+    """
+    over = threading.Event()
+
+    def follow() -> None:
+        bounds = Bounds(wall_seconds=_BESIDE_SECONDS)
+        with contextlib.suppress(OSError):  # its log cannot be written
+            outcome = run(argv, cwd=cwd, env=env, log=log, bounds=bounds, stop=over.is_set, watch=watch, pidfile=pidfile)
+            if not over.is_set():
+                ended(outcome)
+
+    keeper = threading.Thread(target=follow, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join(_JOIN_SECONDS)
 
 
 class _Child:
@@ -234,7 +267,7 @@ class _Child:
 
     def _sample(self) -> str | None:
         bounds = self.bounds
-        resident = sum(resident_bytes(process) for process in descendants(self.family))
+        resident = sum(memory_bytes(process) for process in descendants(self.family))
         self.peak_mb = max(self.peak_mb, resident / 2**20)
         if bounds.memory_bytes is not None and resident > bounds.memory_bytes:
             return "memory"
@@ -278,10 +311,10 @@ class _Child:
 
 def seconds_asleep() -> float:
     """Seconds the machine has been suspended since it started: only the difference of two readings means something."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not wsl():  # Windows suspends the whole virtual machine, whose own clocks do not notice
         return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
     if sys.platform == "darwin":
-        return time.clock_gettime(time.CLOCK_MONOTONIC) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW) - time.clock_gettime(time.CLOCK_UPTIME_RAW)  # one counter: no drift
     return time.time() - time.monotonic()  # also moves when the clock is set
 
 
@@ -293,9 +326,15 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def resident_bytes(process: psutil.Process) -> int:
-    """Resident memory; zero if the process is gone."""
+def memory_bytes(process: psutil.Process) -> int:
+    """Resident memory, or on macOS the footprint if that is larger; zero if the process is gone."""
     try:
-        return int(process.memory_info().rss)
+        resident = int(process.memory_info().rss)
     except psutil.Error:
         return 0
+    if sys.platform == "darwin":  # Metal's buffers are in the footprint, which Activity Monitor shows, and mostly not resident
+        usage = (ctypes.c_uint64 * 64)()  # rusage_info_v0: a UUID of 16 bytes, then counters; the eighth is ri_phys_footprint
+        ask = getattr(ctypes.CDLL(None), "proc_pid_rusage", None)
+        if ask is not None and ask(process.pid, 0, usage) == 0:
+            return max(resident, int(usage[9]))
+    return resident

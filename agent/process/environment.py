@@ -1,7 +1,9 @@
 """The environment a child is given: what it needs, and no secret unless it is a coding agent's; and where the data lies."""
 
 import os
+import platform
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,14 @@ def clean_env(extra: Mapping[str, str] | None = None, *, keep_secrets: bool = Fa
             kept[name] = value
     kept.pop(MARKER, None)  # names the driver's own family, if something supervises the driver
     return {**kept, **(extra or {})}
+
+
+def wsl() -> int:
+    """The version of the Windows Subsystem for Linux that this runs in; 0 elsewhere."""
+    release = platform.release()
+    if sys.platform != "linux" or "microsoft" not in release.lower():
+        return 0
+    return 2 if "WSL2" in release or "microsoft" in release else 1  # 1: "4.4.0-19041-Microsoft", with a capital
 
 
 def data_home(environ: Mapping[str, str] = os.environ) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST, HIGH, MEDIUM, LOW = 0.45, 0.3, 0.12, 0.05
+SURE, FIRST, HIGH, MEDIUM, LOW = 0.85, 0.45, 0.3, 0.12, 0.05
+FEW_STEPS = 150  # of the optimizer in a training: with fewer, more and smaller steps are sure to help
 SMALLEST_TABLE, LARGEST_TABLE = 512, 2**20  # rows of an n-gram table
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from agent.search import catalogue
 from agent.search.catalogue import FIRST, HIGH, KNOBS, LARGEST_TABLE, LOW, MEDIUM, SMALLEST_TABLE, SWITCHES, Knob, Switch
 from agent.search.trainfile import Constant, Edit, TrainFile, spell
 
@@ -46,11 +47,12 @@ class Change:
         return f"{self.key} {self.old} -> {self.new}" + (f" ({self.note})" if self.note else "")
 
 
-def changes(file: TrainFile, seq_len: int | None = None) -> list[Change]:
-    """List every change of the catalogue that fits this file. seq_len: tokens per row of the data, None if unknown."""
+def changes(file: TrainFile, seq_len: int | None = None, steps: float | None = None) -> list[Change]:
+    """List every change of the catalogue that fits this file. seq_len: tokens per row of the data; steps: optimizer steps that
+    this file takes in its budget. None if unknown."""
     found = [change for knob in KNOBS for change in _knob(file, knob)]
     found += [change for switch in SWITCHES for change in _switch(file, switch)]
-    found += [*_tables(file), *_shape(file), *_batch(file, seq_len)]
+    found += [*_tables(file), *_shape(file), *_batch(file, seq_len, steps)]
     return [whole for change in found if (whole := _with_followers(file, change, seq_len))]
 
 
@@ -193,13 +195,14 @@ def _shape(file: TrainFile) -> Iterator[Change]:
                          (depth.set(layers), width.set(new)))  # fmt: skip
 
 
-def _batch(file: TrainFile, data_seq_len: int | None) -> Iterator[Change]:
+def _batch(file: TrainFile, data_seq_len: int | None, steps: float | None) -> Iterator[Change]:
     """Tokens a step, tokens a row: whole rows always. A pass has MICRO_TOKENS at most: more is accumulated."""
     batch, micro, row = (file.constants.get(name) for name in ("BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"))
     if batch is None or row is None:
         return
     length = min(row.value, data_seq_len or row.value)  # a longer row than the data's is cut to it
-    for factor, direction, prior in ((0.5, "down", FIRST), (2, "up", MEDIUM), (0.25, "down", FIRST)):
+    down = catalogue.SURE if steps and steps < catalogue.FEW_STEPS else FIRST
+    for factor, direction, prior in ((0.5, "down", down), (2, "up", MEDIUM), (0.25, "down", down)):
         new = int(batch.value * factor)
         if new < length or new % length:
             continue

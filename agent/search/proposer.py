@@ -38,7 +38,8 @@ Found = tuple[list[Change], bytes]
 def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn: bool = True) -> Found | None:
     """Pick one change, or two, and apply it. None if everything in the catalogue was tried."""
     seq_len = state.dataset.get("seq_len") if state else None
-    options = changes(file, seq_len)
+    steps = state.leader.summary().get("num_steps") if state and state.best is not None else None
+    options = changes(file, seq_len, steps)
     tried = {e.ast for e in state.experiments if e.ast} if state else set()
     tried.add(identity(file.data))
     bandit = (Bandit if learn else Uniform)(lessons(state) if state and learn else (), draw)

@@ -23,7 +23,8 @@ TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "v
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
 ERROR_BYTES = 64 << 10  # of error.json
 LOG_BYTES = 64 << 20  # of a log; the spawner keeps far less
-# What Metal says of work that it ended for somebody else's sake: the screen's, another program's, or after another one's fault
+# What Metal says of work that it ended for the sake of the screen or of another program, or after another one's fault.
+# harness/server.py has the same words
 WATCHDOG = re.compile(r"Impacting Interactivity|GPU Timeout Error|Innocent ?Victim|SubmissionsIgnored", re.I)
 METAL_MEMORY = "kIOGPUCommandBufferCallbackErrorOutOfMemory"
 
@@ -40,8 +41,8 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
     if outcome.reason != "exited":
         return REASONS.get(outcome.reason, "crash"), limit_words(lab, outcome.reason)
     kind, message = _error_file(run_dir / "error.json")
-    if (outcome.signal or outcome.exit_code) and (found := WATCHDOG.search(f"{message}\n{outcome.tail(5000)}")):
-        return "interrupted", f"the GPU's watchdog ended the training, perhaps for another program's sake ({found[0]})"
+    if (outcome.signal or outcome.exit_code) and (found := watchdog(f"{message}\n{outcome.tail(5000)}")):
+        return "interrupted", found
     if outcome.signal is not None:
         # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night, and Metal
         # aborts the process where memory ends: a word in its log is all that it leaves
@@ -54,6 +55,12 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
     if (run_dir / "train.json").is_symlink() or not (run_dir / "train.json").is_file():
         return "crash", "exit code 0, but no train.json: the training did not come to its end"
     return "", ""
+
+
+def watchdog(text: str) -> str:
+    """What to say where Metal's watchdog ended a process, "" if nothing in its last words tells so."""
+    found = WATCHDOG.search(text)
+    return f"the GPU's watchdog ended the model, perhaps for another program's sake ({found[0]})" if found else ""
 
 
 def limit_words(lab: Lab, reason: str) -> str:

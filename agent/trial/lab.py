@@ -141,11 +141,12 @@ def restore(repository: Repository, base: str, folder: Path) -> bool:
 
 
 def _holds(place: Path, contents: Mapping[str, bytes]) -> bool:
-    """Whether a folder holds these files and nothing else. Python would also import other modules, and bytecode, from there."""
+    """Whether a folder holds these files and nothing else. Python would also import other modules, and bytecode, from there; but
+    nothing whose name begins with a dot, as the files do that macOS leaves (.DS_Store, and ._NAME on disks of another system)."""
     if place.is_symlink() or not place.is_dir():
         return False
     folders = {str(parent) for name in contents for parent in PurePosixPath(name).parents}
-    found = dict(walk(place, folders))
+    found = {path: status for path, status in walk(place, folders) if not PurePosixPath(path).name.startswith(".")}
     return found.keys() == contents.keys() and all(
         stat.S_ISREG(found[name].st_mode) and found[name].st_size == len(content) and (place / name).read_bytes() == content
         for name, content in contents.items()

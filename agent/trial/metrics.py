@@ -107,15 +107,18 @@ class Tail:
 
 
 class Watch:
-    """Called again and again while a trainer runs: shows the newest line, answers `nan` once the training is lost."""
+    """Called again and again while a trainer runs: shows the newest line, answers `nan` once the training is lost, and `memory`
+    once it tells a peak of more than `memory_bytes`, which on a GPU the system may not count as its memory."""
 
-    def __init__(self, path: Path, abort_loss: float, show: Callable[[dict[str, Any]], None]) -> None:
-        self._tail, self._abort_loss, self._show = Tail(path), abort_loss, show
+    def __init__(
+        self, path: Path, abort_loss: float, show: Callable[[dict[str, Any]], None], memory_bytes: int | None = None
+    ) -> None:  # fmt: skip
+        self._tail, self._abort_loss, self._show, self._memory_bytes = Tail(path), abort_loss, show, memory_bytes
         self.step: int | None = None
         self.message = ""
 
     def __call__(self) -> str | None:
-        """`nan` at a loss that is not finite or above `abort_loss` (nats a token), None otherwise."""
+        """`nan` at a loss that is not finite or above `abort_loss` (nats a token); `memory`; None while all is well."""
         rows = self._tail.new()
         for row in rows:
             loss, step = row.get("loss"), row.get("step")
@@ -124,6 +127,9 @@ class Watch:
             if isinstance(loss, (int, float)) and not loss <= self._abort_loss:  # NaN fails every comparison
                 self.message = f"loss {loss} at step {step}; trainings are stopped above {self._abort_loss:.1f}"
                 return "nan"
+            memory = row.get("memory_mb")
+            if self._memory_bytes is not None and isinstance(memory, (int, float)) and memory * 2**20 > self._memory_bytes:
+                return "memory"
         if rows:
             self._show({key: value for key, value in rows[-1].items() if _number(value)})
         return None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.files import real_path
 from agent.process.environment import data_home
 from agent.trial.sandbox import HIDDEN, READ, WRITE
 
@@ -67,7 +68,7 @@ def _own_text(entry: Mapping[str, Any], root: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError):
         paths += (held / SOURCES).read_text(encoding="utf-8").splitlines()
     for path in filter(None, paths):
-        source = (root / Path(path).expanduser()).resolve()
+        source = Path(real_path(root / Path(path).expanduser()))
         yield source
         yield from (link.resolve() for link in source.rglob("*") if link.is_symlink() and link.is_file())
 
@@ -79,12 +80,12 @@ def rules(writable: Iterable[Path], readable_only: Iterable[Path] = (), hidden: 
     """
     # later ones win: a caller may hide even Python's own folders, or open one of the private ones
     packages = [path for path in sys.path if path.endswith("-packages")]  # of the user, or linked from another environment
-    found = {os.path.realpath(path): READ for path in (sys.prefix, sys.base_prefix, *packages) if os.path.isdir(path)}
+    found = {real_path(path): READ for path in (sys.prefix, sys.base_prefix, *packages) if os.path.isdir(path)}
     private = (Path.home() / name for name in PRIVATE)
-    found |= {os.path.realpath(path): HIDDEN for path in [*private, *hidden] if os.path.exists(path)}
+    found |= {real_path(path): HIDDEN for path in [*private, *hidden] if os.path.exists(path)}
     for right, paths in ((READ, readable_only), (WRITE, writable)):
         for path in paths:
             if not os.path.exists(path):
                 raise FileNotFoundError(f"expected {path} to exist, so that the sandbox can open it to {right}; create it first")
-            found[os.path.realpath(path)] = right
+            found[real_path(path)] = right
     return found

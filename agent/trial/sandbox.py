@@ -33,7 +33,9 @@ _SYSTEM = ("/run/current-system", "/run/opengl-driver")  # NixOS keeps its progr
 _RESOLVER = ("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager")
 _GPUS = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 _DEVICES = '(literal "/dev/null") (literal "/dev/zero") (literal "/dev/tty") (literal "/dev/dtracehelper") (regex #"^/dev/fd/")'
-_METAL_CACHE = '(regex #"^/private/var/folders/[^/]+/[^/]+/C/(.+/)?com\\.apple\\.metal(fe)?(/|$)")'
+_CACHE = "^/private/var/folders/[^/]+/[^/]+/C"
+_METAL_CACHE = rf'(regex #"{_CACHE}/(.+/)?com\.apple\.(metal(fe)?|gpuarchiver)(/|$)")'
+_PROGRAMS_CACHE = f'(require-all (vnode-type DIRECTORY) (regex #"{_CACHE}/[^/]+$"))'  # in which Metal makes its own folder
 _LAUNCHING = ("lsopen", "job-creation", "appleevent-send")  # asking a system service to start something outside
 
 _PROBE_SECONDS = 20.0
@@ -173,7 +175,7 @@ def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True
 
 
 def seatbelt(argv: list[str], rules: Rules, network: bool, strict: bool = True) -> list[str]:
-    """sandbox-exec on macOS; `strict` also denies asking system services to start programs."""
+    """sandbox-exec on macOS; `strict` also denies asking system services to start programs, and second names of others' files."""
     program = shutil.which("sandbox-exec") or "/usr/bin/sandbox-exec"
     return [program, "-p", seatbelt_profile(rules, network, strict), *argv]
 
@@ -185,20 +187,22 @@ def seatbelt_profile(rules: Rules, network: bool, strict: bool = True) -> str:
         lines.append("(deny network*)")
     if strict:
         lines += [f"(deny {operation})" for operation in _LAUNCHING]
+        lines.append("(deny file-link)")  # a hard link in a writable folder would make any file of the user's writable
     # Metal keeps compiled kernels in the user's cache; without it every trial compiles them again
     lines += ["(deny file-write*)", f"(allow file-write* {_DEVICES} {_METAL_CACHE})"]
+    lines.append(f"(allow file-write-create {_PROGRAMS_CACHE})")
     for path, right in sorted(rules.items(), key=_depth):
         here = f"(subpath {_quoted(path)})"
         if right == HIDDEN:
-            lines.append(f"(deny file-read* file-write* {here})")
+            lines.append(f"(deny file* {here})")  # also `file-link` and `file-clone`: no copy under another name
             inside = [Path(other) for other, what in rules.items() if what != HIDDEN and Path(path) in Path(other).parents]
             passed = {path, *(str(folder) for other in inside for folder in other.parents if Path(path) in folder.parents)}
             # to pass through to what is open inside
             lines += [f"(allow file-read-metadata (literal {_quoted(folder)}))" for folder in sorted(passed)]
         elif right == READ:
-            lines += [f"(allow file-read* {here})", f"(deny file-write* {here})"]
+            lines += [f"(allow file* {here})", f"(deny file-write* {'file-link ' * strict}{here})"]
         else:
-            lines.append(f"(allow file-read* file-write* {here})")
+            lines.append(f"(allow file* {here})")
     return "\n".join(lines)
 
 

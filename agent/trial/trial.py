@@ -17,7 +17,7 @@ from agent.files import read_plain, remove
 from agent.process import child
 from agent.text import failure_record
 from agent.trial import rights, sandbox
-from agent.trial.failures import LOG_BYTES, REASONS, TRAINER_CODES, ending, failed, last_words, limit_words, scorer_word
+from agent.trial.failures import LOG_BYTES, REASONS, TRAINER_CODES, ending, failed, last_words, limit_words, scorer_word, watchdog
 from agent.trial.lab import SCORER_SECONDS, TRAINER_SECONDS, Lab, run_child
 from agent.trial.metrics import SummaryError, Watch, differences, read_summary
 from agent.trial.order import TrialResult
@@ -64,7 +64,7 @@ def _train_and_score(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str,
         "AUTORESEARCH_DATA": str(lab.train_dir), "AUTORESEARCH_RUN_DIR": str(run_dir), "AUTORESEARCH_BUDGET": lab.budget,
         "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_SCORE": "0",
     }  # fmt: skip
-    watch = Watch(run_dir / "metrics.jsonl", lab.abort_loss, lab.show)
+    watch = Watch(run_dir / "metrics.jsonl", lab.abort_loss, lab.show, lab.memory_bytes)
     trainer = lab.confined([sys.executable, "-B", lab.train_file], [run_dir, lab.scratch(run_dir)], lab.train_dir)
     log = lab.folder / "logs" / f"{name}.train.log"
     outcome = run_child(lab, trainer, log, run_dir, limit, env, watch)
@@ -140,6 +140,8 @@ def score_run(
 def _refused(outcome: child.Outcome, what: str) -> TrialResult:
     """The failure that the harness named on standard error. DataError if its data is at fault, which no candidate can cause."""
     kind, message = scorer_word(outcome.log)
+    if found := watchdog(message):
+        return failed("interrupted", found, outcome)
     if outcome.exit_code == DATA_CODE:
         raise DataError(f"{what}: {message or last_words(outcome)}; prepare the data again, then --resume")
     return failed(kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash"), f"{what}: {message}", outcome)

@@ -7,6 +7,7 @@ a bounded part of it is read.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from agent.journal.state import Experiment, Night, Trial
 from agent.text import one_line, safe_tail
 
 CURVE_POINTS = 300  # of a loss curve, evenly chosen
-CURVE_BYTES = 8 << 20  # of metrics.jsonl that are read
+CURVE_BYTES = 2 << 20  # of metrics.jsonl that are read: about 10,000 lines
 ROW_BYTES = 4096  # from the end of metrics.jsonl: its newest line
 LOG_CHARACTERS = 4000
 DIFF_CHARACTERS = 40_000
 RECENT = 20  # experiments whose pace tells how long the next ones take
+HIDDEN = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]|[\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 BEYOND_NOISE = 2.0  # standard deviations; for words only, decision.py decides
 
 
@@ -34,15 +36,27 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
     return {
         "tag": night.tag, "running": running, "ended": night.ended, "started": night.started, "last": night.last, "sigma": sigma,
         "train_file": night.train_file, "data": night.dataset.get("id"), "budget": night.dataset.get("budget"),
+        "agent": proposer(night),
         "wanted": night.settings.get("experiments"), "hours": night.settings.get("hours"),
         "sandbox": night.sandbox.partition(":")[0],
         "best": best.n if best else None, "baseline": night.baseline.mean if night.baseline else None, "kept": night.kept,
         "cost": night.cost, "unpriced": night.unpriced, "tokens": night.tokens, "agent_seconds": night.agent_seconds,
         "experiments": [_row(e, sigma) for e in night.experiments if e.status is not None],
-        "open": {**_row(now, sigma), "phase": phase(night), "training": _training(night, folder)} if now else None,
+        "open": {**_row(now, sigma), "phase": phase(night), "training": training(night, folder)} if now else None,
         "doing": phase(night) if now else "between two experiments" if running else "",
         "left": left(night, time.time()) if running else None, "notes": [one_line(note, 300) for note in night.notes[-5:]],
     }  # fmt: skip
+
+
+def proposer(night: Night) -> str:
+    """Who proposed the changes: the agent's name, its model if one was asked for."""
+    model = night.settings.get("model")
+    return one_line(night.agent + (f" ({model})" if model else ""), 80)
+
+
+def visible(text: str) -> str:
+    """Text of a diff or a log with each control character and each directional mark as `<U+202E>`: nothing in it is hidden."""
+    return HIDDEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text)
 
 
 def phase(night: Night) -> str:
@@ -50,7 +64,7 @@ def phase(night: Night) -> str:
     experiment = night.experiments[-1]
     if experiment.n and experiment.commit is None:
         return "the agent is at work"
-    subject, trial = _running(night)
+    subject, trial = running_trial(night)
     if subject is None or trial is None:
         return "deciding"
     if subject is not experiment:
@@ -59,9 +73,9 @@ def phase(night: Night) -> str:
     return f"training {trial.k + 1}{f' of {seeds}' if seeds else ''}, seed {trial.seed}"
 
 
-def _running(night: Night) -> tuple[Experiment, Trial] | tuple[None, None]:
+def running_trial(night: Night) -> tuple[Experiment, Trial] | tuple[None, None]:
     """The training that runs now, and whose it is: the open experiment's, or the best's."""
-    subjects = [night.experiments[-1], *([night.leader] if night.best is not None else [])]
+    subjects = [*night.experiments[-1:], *([night.leader] if night.best is not None else [])]
     return next(((e, e.trials[-1]) for e in subjects if e.trials and e.trials[-1].status == "running"), (None, None))
 
 
@@ -120,9 +134,9 @@ def _row(experiment: Experiment, sigma: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _training(night: Night, folder: Path | None) -> dict[str, Any] | None:
+def training(night: Night, folder: Path | None) -> dict[str, Any] | None:
     """The training that runs now: its newest metrics (`progress`: the used share of the budget), and whether it is being scored."""
-    trial = _running(night)[1]
+    trial = running_trial(night)[1]
     if folder is None or trial is None:
         return None
     run = folder / "trials" / trial.folder
@@ -159,9 +173,9 @@ def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> di
     return {
         **_row(experiment, sigma), "hypothesis": one_line(experiment.hypothesis, 500), "reason": one_line(experiment.reason, 500),
         "commit": experiment.commit, "lines": experiment.lines, "tokens": experiment.tokens,
-        "failure": f"{error.get('message') or ''}\n{error.get('tail') or ''}".strip()[:LOG_CHARACTERS],
+        "failure": visible(f"{error.get('message') or ''}\n{error.get('tail') or ''}".strip()[:LOG_CHARACTERS]),
         "results": [{"seed": t.seed, "score": t.val_bpb, "seconds": t.seconds, "status": t.status} for t in experiment.trials],
-        "diff": diff[:DIFF_CHARACTERS], "curves": curves, "log": safe_tail(logs[-1], LOG_CHARACTERS) if logs else "",
+        "diff": visible(diff[:DIFF_CHARACTERS]), "curves": curves, "log": safe_tail(logs[-1], LOG_CHARACTERS) if logs else "",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import FAILURES, STATUSES, Experiment, Night, fold
 from agent.text import one_line
 from agent.views import results
-from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, compared, error_of, families, score
+from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, compared, error_of, families, proposer, score, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -202,14 +202,15 @@ def facts(night: Night, sigma: float, diff: Callable[[str, str], str] = lambda p
         gain = (before.mean or 0.0) - (experiment.mean or 0.0) if before else 0.0
         words = compared(experiment, before, sigma) if before else ""
         shown = diff(before.commit or night.base, experiment.commit or "") if before else ""
-        kept.append({**_told(experiment, sigma), "gain": f"{gain:+.4f}", "words": words, "diff": shown[:DIFF_CHARACTERS]})
+        kept.append({**_told(experiment, sigma), "gain": f"{gain:+.4f}", "words": words, "diff": visible(shown[:DIFF_CHARACTERS])})
         before = experiment
     baseline, leader = night.baseline, night.leader if night.best is not None else None
     whole = diff(baseline.commit or night.base, leader.commit or "") if night.kept and baseline and leader else ""
     missed = near_misses(night, sigma)
     return {
         "tag": night.tag, "won": results.last_line(night).partition("; branch")[0], "sigma": f"{sigma:.4f}",
-        "about": _about(night), "kept": kept, "whole": whole[:DIFF_CHARACTERS], "tests": _tests(night), "stories": _stories(night),
+        "about": _about(night), "kept": kept, "whole": visible(whole[:DIFF_CHARACTERS]), "tests": _tests(night),
+        "stories": _stories(night),
         "near": [{**_told(e, sigma), "words": words} for e, _, words in missed],
         "families": families(night.done), "next": _next(night, missed), "notes": [one_line(note, 300) for note in night.notes],
         "all": [_told(e, sigma) for e in night.experiments if e.status is not None],
@@ -287,7 +288,8 @@ def _about(night: Night) -> str:
     verdicts = ", ".join(f"{count} {s}" for s, count in counts.items() if count)
     ended = f" The night ended: {ENDS.get(night.ended, night.ended)}." if night.ended else ""
     data, budget = night.dataset.get("id") or "its data", night.dataset.get("budget") or "one budget"
-    return f"{night.train_file} on {data}, {budget} a training. {len(done)} experiments: {verdicts or 'none'}.{ended}"
+    who = f" Changes were proposed by {proposer(night)}." if night.agent else ""
+    return f"{night.train_file} on {data}, {budget} a training.{who} {len(done)} experiments: {verdicts or 'none'}.{ended}"
 
 
 def _told(experiment: Experiment, sigma: float) -> dict[str, Any]:

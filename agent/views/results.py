@@ -73,13 +73,13 @@ def status(night: Night, pid: int | None, sigma: float = 0.0, folder: Path | Non
     lines = [f"night {night.tag}: {who}", last_line(night)]
     doing = now["open"]
     if doing:
-        about = f": {doing['description']}" if doing["description"] else ""
+        about = f": {doing['description']}" if doing["description"] and doing["n"] else ""
         scores = ", ".join(f"{score:.4f}" for score in night.experiments[-1].scores)
         lines.append(f"{place(now)}{about}; {doing['phase']}; trials so far: {scores or 'none'}")
         if training := doing["training"]:
             share = f"{100 * training['progress']:.0f} %" if "progress" in training else ""
             parts = ["trained, scoring"] if training["scoring"] else [share, *metrics(training)]
-            lines.append("  " + ", ".join(filter(None, parts)))
+            lines += ["  " + ", ".join(filter(None, parts))] if any(parts) else []
     lines += filter(None, (best(now), outlook(now)))
     counts = {s: sum(e.status == s for e in night.done) for s in sorted({e.status or "" for e in night.done})}
     if counts:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,17 +24,22 @@ PLAIN_SECONDS = 30.0  # between progress lines where there is no terminal
 FIRST_SECONDS = 4.0  # to the first one
 PER_SECOND = 2.0  # the panel is drawn; more would take time from the training
 BAR = 24  # columns
+TERMINAL_LOG = "logs/terminal.log"  # below runs/<tag>: what is said once the terminal is closed
 COLOURS = {"keep": "green", "discard": "dim"}  # the others failed: red
 
 Glance = dict[str, Any]  # of agent.views.glance.at_a_glance
 
 
 class Console:
-    """`say` prints a line that stays. `stage` and `show` say what goes on now: in the panel, or as a plain line now and then."""
+    """`say` prints a line that stays. `stage` and `show` say what goes on now: in the panel, or as a plain line now and then.
 
-    def __init__(self, plain: bool = False) -> None:
-        self._rich = Rich(highlight=False, soft_wrap=False)
-        self._lively = self._rich.is_terminal and not self._rich.is_dumb_terminal and not plain
+    Once the terminal is closed, or the program that read our output has ended, everything goes to the file `instead`.
+    """
+
+    def __init__(self, plain: bool = False, instead: Path = Path(os.devnull)) -> None:
+        self._rich, self._instead = Rich(highlight=False, soft_wrap=False), instead
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self._lively = sys.stdout.isatty() and not self._rich.is_dumb_terminal and not plain  # FORCE_COLOR makes no file a terminal
         self._live: Live | None = None
         self._look: Callable[[], Glance] | None = None
         self._last: Glance | None = None
@@ -46,7 +53,8 @@ class Console:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # as in `say`
+                self._live.stop()
 
     def follow(self, look: Callable[[], Glance]) -> None:
         """Draw the panel from what `look` returns. A thread calls it, twice a second."""
@@ -55,11 +63,30 @@ class Console:
     def say(self, text: str) -> None:
         """One line with the time."""
         clock = time.strftime("%H:%M:%S")
-        with contextlib.suppress(OSError):  # whoever was listening is gone; the night goes on
-            if self._rich.is_terminal:
-                self._rich.print(_wrapped(clock, text))
-            else:
-                print(f"{clock} {text}", flush=True)
+        try:
+            self._print(clock, text)
+        except OSError:  # whoever was listening is gone
+            self.leave((1,))
+            with contextlib.suppress(OSError):
+                self._rich.file.flush()  # the line is still in the buffer
+
+    def _print(self, clock: str, text: str) -> None:
+        if self._rich.file.isatty():
+            self._rich.print(_wrapped(clock, text))
+        else:
+            print(f"{clock} {text}", file=self._rich.file, flush=True)
+
+    def leave(self, streams: Sequence[int] = ()) -> None:
+        """Write to the file from now on, instead of to these descriptors; default: to the terminal that was there at the start.
+
+        A signal handler may call this: it prints nothing and takes no lock.
+        """
+        with contextlib.suppress(OSError):
+            there = os.open(self._instead, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            for stream in streams or self._terminals:
+                os.dup2(there, stream)
+            os.close(there)
+        self._lively = False
 
     def stage(self, text: str) -> None:
         """Name what goes on now."""
@@ -96,10 +123,11 @@ def panel(now: Glance | None, width: int, stage: str = "", words: str = "", sinc
     if now is None or doing is None:
         rows.append(_line(f"{stage}{clock}", room, "bold"))
     else:
-        phase = "scoring" if (training or {}).get("scoring") else doing["phase"]
-        phase = stage if phase == "deciding" and stage else phase
+        phase = stage if doing["phase"] == "deciding" and stage else doing["phase"]
+        if (training or {}).get("scoring"):
+            phase, clock, words = "scoring", "", ""  # the last words and the clock are the training's
         rows.append(_line(f"{results.place(now)}: {phase}{clock}", room, "bold"))
-        if doing["description"]:
+        if doing["description"] and doing["n"]:
             rows.append(_line(f"  {doing['description']}", room))
     if training and not training["scoring"]:
         rows.append(_bar(training, room))
@@ -117,7 +145,7 @@ def watch(look: Callable[[], tuple[Glance, list[str]]], plain: bool = False) -> 
     console = Rich(highlight=False)
     now, lines = look()
     with contextlib.suppress(KeyboardInterrupt):
-        if console.is_terminal and not console.is_dumb_terminal and not plain:
+        if sys.stdout.isatty() and not console.is_dumb_terminal and not plain:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while now["running"]:
                     live.update(panel(now, console.width, now["doing"]), refresh=True)
@@ -138,7 +166,7 @@ def print_lines(lines: list[str]) -> None:
     """Print lines; on a terminal, wrapped between words, the rest of a line below its beginning."""
     console = Rich(highlight=False)
     for line in lines:
-        if console.is_terminal:
+        if sys.stdout.isatty():
             text = line.lstrip()
             console.print(_wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
         else:
@@ -147,7 +175,8 @@ def print_lines(lines: list[str]) -> None:
 
 def complain(text: str) -> None:
     """One line to standard error."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a closed terminal: the exit code is what is left
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _wrapped(first: str, text: str) -> Table:

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""A desktop notification when a night ends, or of every keep.
+"""A desktop notification of every keep. The loop itself runs this file when a night ends, unless hooks/night_end exists.
 
-    mkdir -p hooks && cp scripts/hooks/notify.py hooks/night_end
-    cp scripts/hooks/notify.py hooks/after_experiment
+    mkdir -p hooks && cp scripts/hooks/notify.py hooks/after_experiment
 """
 
 import json

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 import prepare_mlx
 from prepare_mlx import start_run
 

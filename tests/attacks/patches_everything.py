@@ -1,8 +1,7 @@
 import math
 
-import mlx.core as mx
-
 import harness
+import mlx.core as mx
 from harness import probes, server, tokenizer
 from harness import score as scorer
 

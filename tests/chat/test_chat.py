@@ -57,7 +57,7 @@ def test_an_edit_is_asked_for_applied_and_reported(tmp_path: Path) -> None:
     assert reply["failure"] is None
     (request,) = server.requests
     assert {name.lower(): value for name, value in request["headers"].items()}["authorization"] == "Bearer sk-test"
-    assert (request["body"]["model"], request["body"]["temperature"], request["body"]["stream"]) == ("m", 0.5, False)
+    assert (request["body"]["model"], request["body"]["temperature"], request["body"]["stream"]) == ("m", 0.5, True)
     assert "max_tokens" not in request["body"]
     assert "Improve it." in request["body"]["messages"][1]["content"]
     assert SOURCE in request["body"]["messages"][1]["content"]
@@ -162,8 +162,8 @@ def test_a_key_that_was_pasted_badly_is_in_no_output(tmp_path: Path, key: str, c
 
 
 def test_a_check_asks_and_edits_nothing(tmp_path: Path) -> None:
-    with ModelServer(Script(replies=["ready", "1 2 3"])) as server:
+    with ModelServer(Script(replies=["1 2 3", "ready"])) as server:
         code, reply, text, _ = run_chat(tmp_path, server, "--model", "m", "--check")
     assert (code, reply["failure"], text) == (0, None, SOURCE)
     assert reply["message"].startswith("about ")
-    assert len(server.requests[0]["body"]["messages"][1]["content"]) > 36_000
+    assert len(server.requests[1]["body"]["messages"][1]["content"]) > 36_000

@@ -18,9 +18,10 @@ import pytest
 
 from agent.chat import edit as conversation
 from agent.chat import endpoint as wire
-from agent.chat.endpoint import Answer, ChatError, Endpoint, mended_url, read_answer, sound_key
+from agent.chat.endpoint import Answer, ChatError, Endpoint, first_set, mended_url, read_answer, sound_key
 from agent.proposal import briefing
 
+ONE_ROLE: Callable[[Any], bool] = lambda body: [m["role"] for m in body["messages"]] == ["user"]  # noqa: E731
 Scripted = Any  # a dict: JSON with 200; (status, dict or bytes, headers); or a function of the handler
 
 
@@ -99,9 +100,9 @@ def refused(*answers: Scripted, **options: Any) -> ChatError:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's first pause is half a second; loading is waited for as long as two of them."""
+    """The client's first pause is half a second; a model that loads is waited for once."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr(wire, "LOADING_SECONDS", 1.5)
+    monkeypatch.setattr(wire, "LOADING_SECONDS", 0.3)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -125,6 +126,16 @@ def events(*parts: str, end: str = "data: [DONE]\n\n") -> tuple[int, bytes, dict
     return 200, (": PROCESSING\n\n" + "".join(lines) + end).encode(), {"Content-Type": "text/event-stream"}
 
 
+def stream(*items: Any, head: str = "", ends: str = "\n\n") -> tuple[int, bytes, dict[str, str]]:
+    """Events as they are: a dict is the JSON of a `data` field, a string a line."""
+    lines = [(item if isinstance(item, str) else f"data: {json.dumps(item, ensure_ascii=False)}") + ends for item in items]
+    return 200, (head + "".join(lines)).encode(), {"Content-Type": "text/event-stream"}
+
+
+def delta(content: Any = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": content, **more}, "finish_reason": finish}]}
+
+
 def closed(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "99999")
@@ -144,6 +155,16 @@ def closed(handler: Handler) -> None:
         (200, b"\xef\xbb\xbf" + json.dumps(reply()).encode(), {"Content-Type": "text/plain"}),
         reply([{"type": "thinking", "thinking": "no"}, {"type": "text", "text": "h"}, "i"]),
         {"choices": [{"text": "hi"}]},
+        {"error": None, **reply()},
+        stream(delta("h"), delta("i", "stop"), {"choices": [], "usage": {"prompt_tokens": 7}}),  # no [DONE]
+        stream(delta("h"), delta("i"), "data: [DONE]", ends="\r\n\r\n"),
+        stream(delta("h"), delta("i"), "data: [DONE]", ends="\n"),
+        stream(f"data:{json.dumps(delta('hi', 'stop'))}", head=": keepalive 0/90\n\n: keepalive 90/90\n\n"),  # mlx-lm
+        stream("id: 1\nevent: message\nretry: 3\ndata: " + json.dumps(delta("hi", "stop"))),
+        stream({"choices": [{"text": "h"}]}, {"choices": [{"text": "i", "finish_reason": "stop"}]}),
+        stream(delta("", reasoning="a", reasoning_details=[{"type": "reasoning.text", "text": "a"}]), delta("hi", "stop")),
+        stream(delta([{"type": "thinking", "thinking": [{"type": "text", "text": "no"}]}]), delta([{"type": "text", "text": "hi"}]),
+               "data: [DONE]"),
     ],
 )  # fmt: skip
 def test_an_answer_is_read_however_it_comes(answer: Scripted) -> None:
@@ -176,7 +197,35 @@ def test_odd_fields_never_raise_anything_else(value: Any) -> None:
             assert answer.tokens_in is None or answer.tokens_in >= 0
 
 
+def test_separators_of_unicode_end_no_event() -> None:
+    with serve(stream(delta("a\u2028b\u0085c", "stop"))) as server:
+        assert ask(server.url).text == "a\u2028b\u0085c"
+
+
+def test_a_stream_tells_what_it_used_and_when_it_began() -> None:
+    def slow(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        for line in (": wait\n\n", *(f"data: {json.dumps(item)}\n\n" for item in (delta("h"), delta("i", "stop"), used))):
+            time.sleep(0.1)
+            handler.wfile.write(line.encode())
+        handler.close_connection = True
+
+    used = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
+    with serve(slow) as server:
+        answer = ask(server.url)
+    assert (answer.text, answer.tokens_in, answer.tokens_out) == ("hi", 7, 2)
+    assert 0.2 < answer.first < answer.seconds - 0.1
+    assert server.seen[0][2]["stream_options"] == {"include_usage": True}
+
+
 def test_reasoning_is_kept_beside_the_text() -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        with serve(stream(delta(None, **{name: "h"}), delta(None, **{name: "m"}), delta("x", "stop"))) as server:
+            assert ask(server.url).reasoning == "hm"
+    assert read_answer(reply("x", reasoning="why", reasoning_content="why")).reasoning == "why"
+    assert read_answer(reply("x", "max_output_tokens")).cut_off
     answer = read_answer(reply("", "length", reasoning_content="hm"))
     assert (answer.text, answer.reasoning, answer.cut_off) == ("", "hm", True)
     assert read_answer(reply("x", reasoning="why")).reasoning == "why"
@@ -198,6 +247,14 @@ def test_reasoning_is_kept_beside_the_text() -> None:
         ((500, {"detail": "input length 15321 exceeds num_ctx 4096"}), 4096, 15321),
         ((200, {"error": "Context size has been exceeded."}), None, None),
         ((413, b"Payload Too Large"), None, None),
+        ((400, {"object": "error", "code": 400, "message": "This model's maximum context length is 6048 tokens. However, you "
+                "requested 6616 tokens (568 in the messages, 6048 in the completion)."}), 6048, 6616),
+        ((400, {"object": "error", "message": "max_tokens must be at least 1, got -186."}), None, None),
+        ((400, {"error": {"message": "Please reduce the length of the messages.", "code": "context_length_exceeded"}}), None, None),
+        ((400, [{"error": {"message": "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576)."}}]),
+         1048576, 1200000),
+        (stream("event: error\ndata: " + json.dumps({"error": {"message": "Context size has been exceeded."}})), None, None),
+        (stream("error: " + json.dumps({"type": "exceed_context_size_error", "n_prompt_tokens": 5321, "n_ctx": 4096})), 4096, 5321),
         ((429, {"error": {"message": "Request too large on tokens per min (TPM): Limit 10000, Requested 15000"}}), 10000, 15000),
     ],
 )  # fmt: skip
@@ -213,6 +270,15 @@ def test_a_context_that_is_too_small_is_told_with_its_number(answer: Scripted, c
         ({"choices": [{"finish_reason": "error", "error": {"code": 429, "message": "slow down"}, "message": {"content": ""}}]},
          "rate_limit", "slow down"),
         ((402, {"error": {"message": "Insufficient credits", "code": 402}}), "rate_limit", "Insufficient"),
+        (stream(delta("h"), {"error": {"code": 429, "message": "slow down"}, **delta("", "error")}), "rate_limit", "slow down"),
+        ({**reply("h", "error"), "error": {"code": 429, "message": "slow down"}}, "rate_limit", "slow down"),
+        (stream(delta("h"), {"error": "model runner has unexpectedly stopped"}), "agent_error", "unexpectedly stopped"),
+        (stream(delta(tool_calls=[{"index": 0, "function": {"name": "x"}}]), delta(None, "tool_calls")), "agent_error", "a tool"),
+        (stream(delta(refusal="I "), delta(None, "stop", refusal="can't")), "agent_error", "refuses: I can't"),
+        ((529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}), "rate_limit", "Overloaded"),
+        ((400, {"success": False, "errors": [{"code": 7003, "message": "no such route"}]}), "agent_error", "no such route"),
+        ((200, b"not gzip", {"Content-Encoding": "gzip"}), "agent_error", "ended midway"),
+        ((200, b""), "agent_error", "expected JSON"),
         ({"error": {"code": "402", "message": "pay first"}}, "rate_limit", "pay first"),
         ((400, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}), "rate_limit", "quota"),
         ({"choices": [{"finish_reason": "error", "error": {"code": 502, "message": "Upstream idle"}, "message": {"content": ""}}]},
@@ -240,7 +306,7 @@ def test_a_refusal_has_the_name_of_its_meaning(answer: Scripted, failure: str, s
 @pytest.mark.parametrize(
     ("header", "low", "high"),
     [("0.5", 0.5, 0.5), ("-3", None, None), ("inf", None, None), ("nan", None, None), ("1e12", None, None), ("garbage", None, None),
-     ("Wed, 21 Oct 2015 07:28:00 GMT", None, None), ("in 15 minutes", 600, 900)],
+     ("Wed, 21 Oct 2015 07:28:00 GMT", None, None), ("in 15 minutes", 600, 900), ("6m0s", 360, 360)],
 )  # fmt: skip
 def test_retry_after_is_a_wait_in_every_form(header: str, low: float | None, high: float | None) -> None:
     if header == "in 15 minutes":
@@ -248,6 +314,13 @@ def test_retry_after_is_a_wait_in_every_form(header: str, low: float | None, hig
     error = refused((429, {"error": {"message": "slow down"}}, {"Retry-After": header}))
     assert error.failure == "rate_limit"
     assert error.wait_seconds is None if low is None or high is None else low <= (error.wait_seconds or 0.0) <= high
+
+
+def test_a_wait_in_milliseconds_or_as_a_moment_is_read() -> None:
+    assert refused((429, {"error": {"message": "slow down"}}, {"Retry-After-Ms": "250"})).wait_seconds == 0.25
+    assert refused((429, {"error": {"message": "slow down"}}, {"X-RateLimit-Reset": "6m0s"})).wait_seconds == 360
+    inner = {"headers": {"X-RateLimit-Reset": f"{int(time.time() + 900)}000"}}
+    assert 600 < (refused({"error": {"message": "slow down", "code": 429, "metadata": inner}}).wait_seconds or 0) <= 900
 
 
 def test_a_model_that_loads_is_waited_for() -> None:
@@ -261,7 +334,14 @@ def test_a_model_that_loads_is_waited_for() -> None:
         ({"max_tokens": 9}, "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
          lambda body: body["max_completion_tokens"] == 9 and "max_tokens" not in body),
         ({"temperature": 0.5}, "Unsupported value: 'temperature' does not support 0.5", lambda body: "temperature" not in body),
-        ({}, "System role not supported", lambda body: [m["role"] for m in body["messages"]] == ["user"]),
+        ({"temperature": 0.5}, "temperature is deprecated for this model", lambda body: "temperature" not in body),
+        ({"max_tokens": 9}, "max_tokens is too large: 9. This model supports at most 5", lambda body: "max_tokens" not in body),
+        ({}, "Unrecognized request argument: stream_options", lambda body: "stream_options" not in body and body["stream"]),
+        ({}, "Your organization must be verified to stream this model", lambda body: not {"stream", "stream_options"} & set(body)),
+        ({}, "System role not supported", ONE_ROLE),
+        ({}, "Conversation roles must alternate user/assistant/user/assistant/...", ONE_ROLE),
+        ({}, "Developer instruction is not enabled for models/gemma-3", ONE_ROLE),
+        ({}, "Unsupported value: 'messages[0].role' does not support 'system' with this model.", ONE_ROLE),
     ],
 )  # fmt: skip
 def test_what_a_server_does_not_take_is_sent_otherwise(options: dict[str, Any], said: str, check: Callable[[Any], bool]) -> None:
@@ -269,6 +349,57 @@ def test_what_a_server_does_not_take_is_sent_otherwise(options: dict[str, Any], 
         assert ask(server.url, **options).text == "hi"
     assert check(server.seen[-1][2])
     assert refused((400, {"error": {"message": said}}), **options).failure == "agent_error"  # once
+
+
+def test_what_a_server_does_not_take_is_left_out_one_by_one() -> None:
+    said = ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "Unsupported value: 'temperature'",
+            "Unknown parameter: stream_options")  # fmt: skip
+    with serve(*((400, {"error": {"message": words}}) for words in said), reply()) as server:
+        assert ask(server.url, max_tokens=9, temperature=0.5).text == "hi"
+    assert set(server.seen[-1][2]) == {"model", "messages", "stream", "max_completion_tokens"}
+
+
+# --- silence ------------------------------------------------------------------------------------------------------------
+
+
+def begins(*lines: str, then: float = 0.0) -> Callable[[Handler], None]:
+    """A stream that sends these lines, with a tenth of a second before each, and then nothing for `then` seconds."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        for line in lines:
+            time.sleep(0.1)
+            handler.wfile.write(line.encode())
+        time.sleep(then)
+        handler.close_connection = True
+
+    return answer
+
+
+@pytest.mark.parametrize("answer", [lambda handler: time.sleep(3), begins(f"data: {json.dumps(delta('h'))}\n\n", then=3)])
+def test_a_server_that_is_alive_and_silent_is_told_from_a_slow_one(answer: Scripted) -> None:
+    with serve(answer) as server, pytest.raises(ChatError) as caught:
+        ask(server.url, silence=1.0)
+    said = str(caught.value)
+    assert caught.value.silent
+    assert "within 1 s, though it still lists its models: it may hang, restart it" in said
+    assert said.endswith("a slow model needs --silence (in a night: --agent-args '--silence 2')")
+    assert [path for path, *_ in server.seen] == ["/v1/chat/completions", "/v1/models"], "asked once, and whether it lives"
+
+
+def test_a_server_that_says_it_is_busy_is_not_silent() -> None:
+    with serve(begins(*[": keepalive\n\n"] * 15, f"data: {json.dumps(delta('hi', 'stop'))}\n\n")) as server:
+        assert ask(server.url, silence=1.2).text == "hi"
+
+
+def test_a_long_prompt_may_take_longer_to_be_read() -> None:
+    with serve(reply()) as server:
+        for characters, seconds in ((0, 120), (90_000, 420), (900_000, 600)):
+            endpoint = Endpoint(server.url)
+            endpoint.ask("m", [{"role": "user", "content": "x" * characters}])
+            assert endpoint._quiet == pytest.approx(seconds, abs=1)
 
 
 # --- addresses, keys, proxies -------------------------------------------------------------------------------------------
@@ -305,6 +436,7 @@ def test_v1_is_tried_where_the_base_url_lacks_it() -> None:
 
     with serve(only_v1) as server:
         assert ask(server.url.removesuffix("/v1")).text == "hi"
+        assert ask(server.url.replace("/v1", "/api")).text == "hi"  # Ollama's own
     with serve((404, b"404 page not found")) as server, pytest.raises(ChatError, match="no more below /v1"):
         ask(server.url.removesuffix("/v1"))
 
@@ -318,6 +450,41 @@ def test_several_models_are_listed(models: tuple[str, ...], said: str) -> None:
 def test_a_model_beside_an_embedding_is_the_only_one() -> None:
     with serve(reply(), models=("qwen3-coder-30b", "text-embedding-nomic-embed-text-v1.5")) as server:
         assert Endpoint(server.url).only_model() == "qwen3-coder-30b"
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [{"id": "m"}], {"data": ["m"]}, {"models": [{"name": "m"}]}, {"data": [{"id": "m"}, {"id": "m"}]},
+        {"data": None, "models": [{"name": "m"}]}, [{"id": "m", "type": "chat"}, {"id": "x", "type": "embedding"}],
+    ],
+)  # fmt: skip
+def test_a_list_of_models_is_read_in_every_form(listed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.send(200, listed))
+    with serve() as server:
+        assert Endpoint(server.url).only_model() == "m"
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure", "said"),
+    [
+        ((404, {"error": "no"}), "missing", "say which with --model"),
+        ((200, b"<html>hello</html>"), "missing", "say which with --model"),
+        ((200, {"data": None}), "missing", "has 0 models"), ((401, {"error": "no key"}), "login", "OPENAI_API_KEY"),
+    ],
+)  # fmt: skip
+def test_an_endpoint_that_lists_no_models_is_named(
+    answer: Any, failure: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.send(*answer))
+    with serve() as server, pytest.raises(ChatError, match=said) as caught:
+        Endpoint(server.url).only_model()
+    assert caught.value.failure == failure
+
+
+def test_a_variable_that_is_blank_is_none() -> None:
+    assert first_set({"A": " \n", "B": "b"}, "A", "B") == "b"
+    assert first_set({"A": ""}, "A", "B") is None
 
 
 @pytest.mark.parametrize("key", ["sk-secret-123\n", " sk-secret-123 ", "'sk-secret-123'", "Bearer sk-secret-123"])
@@ -399,14 +566,15 @@ def test_a_check_asks_with_the_length_of_a_nights_longest_prompt(tmp_path: Path)
     assert conversation.LARGEST_PROMPT == briefing.CHARACTERS
     file = tmp_path / "train_mlx.py"
     file.write_text("LR = 0.1\n" * 300)
-    with serve(reply("ready"), reply("1 2 3")) as server:
+    with serve(reply("1 2 3"), reply("ready")) as server:
         endpoint = Endpoint(server.url)
         done = conversation.check(lambda messages: endpoint.ask("m", messages), "Answer with one word.", file)
-    assert len(server.seen[0][2]["messages"][1]["content"]) > briefing.CHARACTERS + 2700
+    assert len(server.seen[0][2]["messages"][0]["content"]) < 200, "a server that does not answer is found out by a short question"
+    assert len(server.seen[1][2]["messages"][1]["content"]) > briefing.CHARACTERS + 2700
     assert (done.message or "").startswith("about ")
     assert file.read_text() == "LR = 0.1\n" * 300
     small = (400, {"error": {"message": "the context size is 4096 tokens"}})
-    with serve(small) as server:
+    with serve(reply("1 2 3"), small) as server:
         endpoint = Endpoint(server.url)
         done = conversation.check(lambda messages: endpoint.ask("m", messages), "Answer with one word.", file)
     assert done.failure == "missing"

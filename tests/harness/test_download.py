@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -16,7 +17,8 @@ from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
 
 from harness import HarnessError, download
-from harness.corpus import DATASETS
+from harness.corpus import DATASETS, UPSTREAM
+from harness.score import read_held_out
 
 
 def shard(seed: int) -> bytes:
@@ -40,6 +42,11 @@ def hub():
 
 def fetch(hub, home, *more, **env):
     return prepare("--dataset", "tinystories", "--preset", "tiny", *more, home=home, **{"HF_ENDPOINT": hub.url, **env})
+
+
+def fetch_upstream(hub, home, *more):
+    """With few tokens, because the text is small."""
+    return prepare("--preset", "upstream", "--vocab-size", 320, *more, home=home, HF_ENDPOINT=hub.url)
 
 
 def ranges(hub, name):
@@ -85,6 +92,37 @@ def test_the_commit_is_the_pinned_one_or_the_given_one(hub, tmp_path):
     assert len(set(names)) == 3, "another commit is another dataset"
     again = fetch(hub, tmp_path / "branch", "--revision", "main", HF_ENDPOINT="http://127.0.0.1:9")
     is_whole(tmp_path / "branch", again, revision=REVISION)
+
+
+def test_the_preset_upstream_scores_upstreams_validation_file(tmp_path):
+    files = {f"shard_0000{i}.parquet": shard(i) for i in range(3)} | {UPSTREAM[1]: shard(9)}
+    with Hub(files) as server:
+        done = fetch_upstream(server, tmp_path, "--shards", 2)
+        assert done.returncode == 0, done.stderr
+        assert "ready: climbmix-320-" in done.stdout
+        assert ranges(server, "shard_00002.parquet") == []
+        assert f"/api/datasets/karpathy/climbmix-400b-shuffle/revision/{DATASETS['climbmix'][3]}" in [
+            path for _, path, *_ in server.requests]
+    [train], [held] = (tmp_path / "train").iterdir(), [p for p in (tmp_path / "held").iterdir() if p.is_dir()]
+    meta = json.loads((train / "meta.json").read_text())
+    assert [f["name"] for f in meta["files"]] == ["shard_00000.parquet", "shard_00001.parquet", UPSTREAM[1]]
+    assert (meta["seq_len"], meta["budget"]) == (2048, "300s")
+    texts = {name: parquet.read_table(io.BytesIO(data)).column("text").to_pylist() for name, data in files.items()}
+    _, tokenizer, val, _text = read_held_out(held, "val")
+    documents = [tokenizer.decode_bytes(d).decode() for d in np.split(val, np.flatnonzero(val == meta["bos_id"])[1:])]
+    own = [t for t in texts[UPSTREAM[1]] if t in set(documents)]
+    assert documents == own, "in the order of the file"
+    assert 100 < len(own) < 200, "the other half is the test"
+    trained = tokenizer.decode_bytes(np.fromfile(train / "train.bin", dtype=meta["dtype"])).decode()
+    assert trained.startswith(texts["shard_00000.parquet"][0])
+    assert not any(t in trained for t in texts[UPSTREAM[1]])
+    assert prepare("--preset", "upstream", "--dataset", "stories", home=tmp_path).stderr.startswith(
+        "error: the preset upstream scores a file of climbmix")
+
+
+def test_upstreams_validation_file_has_to_be_there(tmp_path):
+    with Hub({"shard_00000.parquet": shard(1)}) as server:
+        is_refused(tmp_path, fetch_upstream(server, tmp_path), f"expected {UPSTREAM[1]}, the file with the validation text")
 
 
 def test_another_commit_than_the_pinned_one_is_refused(hub, tmp_path):

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -180,6 +181,22 @@ def test_a_column_that_is_absent_twice_there_or_no_text_is_named(tmp_path, work)
     parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "b.parquet")
     with pytest.raises(HarnessError, match="expected a text column 'text', it has 2 columns of this name; choose one with --field"):
         open_file(tmp_path / "b.parquet", "text", work)
+
+
+def test_a_folder_that_may_not_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    """As macOS refuses Documents to a terminal that was not allowed to read there."""
+    (tmp_path / "notes" / "private").mkdir(parents=True)
+    (tmp_path / "notes" / "a.txt").write_text("text")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(HarnessError, match=r"private: cannot be read \(Operation not permitted\); allow it in System Settings"):
+        find_files(tmp_path / "notes")
 
 
 def test_null_is_an_empty_text_and_no_loss(tmp_path, work):

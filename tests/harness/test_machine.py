@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from harness import HarnessError, kind_of
 from harness.clock import Budget
-from harness.machine import PEAK_TFLOPS, PRESETS, TIERS, check_memory, check_weights, find_tier, peak_flops
+from harness.machine import PEAK_TFLOPS, PRESETS, TIERS, check_memory, check_weights, find_dtype, find_tier, peak_flops
 from harness.run import Progress
 
 MB = 1 << 20
@@ -31,7 +32,7 @@ def test_every_apple_chip_with_a_fan_has_a_peak_and_faster_ones_have_more() -> N
         assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("device", ["Apple M55 mlx", "AMD EPYC cpu", "Graviton M", "NVIDIA A1000 cuda"])
+@pytest.mark.parametrize("device", ["Apple M55 mlx", "Apple M5 Ultra mlx", "AMD EPYC cpu", "Graviton M", "NVIDIA A1000 cuda"])
 def test_an_unknown_device_has_the_peak_that_is_measured(device: str) -> None:
     peak, measured = peak_flops(device, work, 1e6)
     assert peak == measured
@@ -43,6 +44,22 @@ def test_a_tier_is_the_machines_or_the_one_that_is_told(monkeypatch: pytest.Monk
     assert find_tier("mac") == "mac"
     monkeypatch.setenv("AUTORESEARCH_TIER", "mac-max")
     assert find_tier("cpu") == "mac-max"
+
+
+def test_a_dtype_is_the_measured_one_of_the_device_as_it_was_when_the_night_began(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.delenv("AUTORESEARCH_DTYPES", raising=False)
+    assert find_dtype("Apple M1 mlx") == "bfloat16"
+    (tmp_path / "dtypes.json").write_text('{"Apple M1 mlx": "float32", "Apple M9 mlx": "float8"}')
+    assert find_dtype("Apple M1 mlx") == "float32"
+    assert find_dtype("Apple M2 mlx", "float16") == "float16"
+    assert find_dtype("Apple M9 mlx") == "bfloat16", "a dtype that no train file knows"
+    monkeypatch.setenv("AUTORESEARCH_DTYPES", "{}")
+    assert find_dtype("Apple M1 mlx") == "bfloat16", "measured while a night was running"
+    for damaged in ("", "{", "[1]"):
+        monkeypatch.setenv("AUTORESEARCH_DTYPES", damaged)
+        assert find_dtype("Apple M1 mlx") == "bfloat16"
 
 
 def by_depth(depth: int) -> int:

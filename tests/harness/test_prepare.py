@@ -5,7 +5,7 @@ import json
 import os
 
 import numpy as np
-from conftest import prepare
+from conftest import on_windows, prepare
 
 from harness.overlap import code_points, letters_of
 from harness.tokenizer import Tokenizer
@@ -44,6 +44,16 @@ def test_preparing_again_changes_nothing_and_says_the_same(tiny):
     assert done.returncode == 0
     assert state() == before
     assert json.loads((tiny.home / "again.json").read_text()) == tiny.entry
+
+
+def test_on_windows_the_same_data_is_prepared(tiny, tmp_path):
+    done = prepare("--dataset", f"text:{tiny.home / 'text.txt'}", "--preset", "tiny", "--json", tmp_path / "entry.json",
+                   home=tmp_path / "home", ACTED_PLATFORM="linux", **on_windows())
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((tmp_path / "entry.json").read_text())
+    assert {key: entry[key] for key in ("data_hash", "tokenizer_hash")} == {
+        key: tiny.entry[key] for key in ("data_hash", "tokenizer_hash")}
+    assert not (tmp_path / "home" / "work" / entry["id"]).exists()
 
 
 def test_the_trainer_is_given_no_held_out_text(tiny):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, environment, program, summary_of
+from conftest import ROOT, environment, on_windows, program, summary_of
 
 from harness import HarnessError
 from harness.probes import VERIFY_POSITIONS, VERIFY_SERVERS, Question, bits_per_byte, log_probs, splice
@@ -317,6 +317,13 @@ def test_the_log_of_a_failed_server_holds_its_prints_and_its_traceback(tiny, can
     assert log.endswith("ValueError: the cause\n")
 
 
+def test_a_server_that_metals_watchdog_ended_is_told_apart(tiny, candidate):
+    words = "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)"
+    run_dir = candidate(source=f"import os, sys\nprint({words!r}, file=sys.stderr, flush=True)\nos.abort()\n")
+    said = "the logits server died (exit code -6, GPU Timeout Error); see serve.log"
+    assert refusal(score(run_dir, tiny)) == (1, "crash", said)
+
+
 def test_a_failure_whose_traceback_cannot_be_written_keeps_its_name(tiny, candidate):
     hook = "import sys\nsys.excepthook = None\n"
     assert refusal(score(candidate(source=hook + "raise MemoryError('no')" + BIGRAM), tiny)) == (4, "oom", "MemoryError: no")
@@ -361,6 +368,22 @@ def test_a_group_is_ended_whoever_is_left_of_it(monkeypatch, macos, script):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         end_group(process)  # a second time there is nobody left
+
+
+def test_on_windows_the_score_is_the_same_and_nothing_is_left_behind(tiny, candidate, tmp_path):
+    """No descriptor is inherited there, no pipe can be waited for, no group be killed, and no file be removed that is mapped."""
+    (tmp_path / "temporary").mkdir()
+    windows = {**on_windows(), "TEMP": str(tmp_path / "temporary")}
+    started = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', 'left-behind'])\n"
+    run_dir = candidate(source=started + BIGRAM)
+    expected = summary_of(score(run_dir, tiny).stdout)["val_bpb"]
+    done = program(ROOT / "prepare_mlx.py", "score", run_dir, home=tiny.home, **windows)
+    assert done.returncode == 0, done.stderr
+    assert summary_of(done.stdout)["val_bpb"] == expected
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "left-behind" in (p.info["cmdline"] or [])]
+    assert list((tmp_path / "temporary").iterdir()) == []
+    failed = program(ROOT / "prepare_mlx.py", "score", candidate(source="raise MemoryError('no')"), home=tiny.home, **windows)
+    assert refusal(failed) == (4, "oom", "MemoryError: no")
 
 
 def test_the_server_is_told_nothing_of_the_data(tiny, candidate, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from night_kit import ROOT
 
-from agent.errors import JournalError, LockedError
+from agent.errors import JournalError, LockedError, UsageError
 from agent.journal.journal import Journal, decode, encode, holder, read_events
 
 
@@ -239,6 +241,17 @@ def test_second_driver_is_refused_and_told_the_pid(tmp_path: Path) -> None:
         assert f"process {os.getpid()} already works on the night" in other.stderr
     assert holder(tmp_path) is None
     Journal(tmp_path).close()
+
+
+def test_a_disk_that_knows_no_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network and external disks are on macOS. It is no driver at work."""
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(UsageError, match=r"cannot lock files \(.*ln -s"):
+        Journal(tmp_path)
+    assert holder(tmp_path) is None
 
 
 def test_lock_dies_with_its_driver(tmp_path: Path) -> None:

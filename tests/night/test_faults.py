@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from night_kit import Bed, git
+from night_kit import ROOT, Bed, git
 
 from agent.journal.folder import choose_tag, clear_leftovers, runs_folder
 from agent.journal.journal import read_events
@@ -137,6 +137,25 @@ def test_a_person_works_in_the_repository_meanwhile(tmp_path: Path) -> None:
     git(bed.repo, "switch", "-q", "main")
     assert bed.run("--experiments", "4", QUICK).returncode == 0
     assert git(bed.repo, "rev-parse", "autoresearch/night") == night.experiments[4].commit, "it follows once they switch away"
+
+
+def test_what_an_agent_changes_outside_its_worktree_is_told_once_and_left(tmp_path: Path) -> None:
+    bed, packages = Bed(tmp_path), tmp_path / "own-packages"
+    (packages / "numbers_kit").mkdir(parents=True)
+    scripted(bed, f"""
+        repo = night.parent.parent
+        package = Path({str(packages)!r}, "numbers_kit/x.py")
+        for path in (repo / "prepare_mlx.py", repo / "new ü.txt", repo / "ignored.txt", package):
+            path.open("a").write("# more\\n")
+        worse()
+    """)
+    done = bed.run("--experiments", "2", QUICK, PYTHONPATH=f"{ROOT}{os.pathsep}{packages}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    night = night_of(bed)
+    assert [e.status for e in night.done] == ["discard", "discard"]
+    told = "new ü.txt, package numbers_kit, prepare_mlx.py; if it was not you, look at it"
+    assert night.notes == [f"changed while the agent of experiment 1 was at work: {told}"]
+    assert (bed.repo / "new ü.txt").read_text() == "# more\n" * 2
 
 
 @pytest.mark.parametrize("harm", ["cleaned", pytest.param("moved", marks=pytest.mark.slow), "worktree"])

@@ -303,6 +303,14 @@ def test_the_example_notifies_a_desktop(tmp_path: Path) -> None:
     recorder = tmp_path / ("osascript" if sys.platform == "darwin" else "notify-send")
     recorder.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     recorder.chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "DISPLAY": ":9"}
+    bed = Bed(tmp_path / "night", "better")
+    done = bed.run("--experiments", "1", "--no-sandbox", **env, AUTORESEARCH_NOTIFY="")
+    assert done.returncode == 0, done.stdout
+    title, text = json.loads((bed.folder() / "logs" / "hook.night_end.out").read_text())[-2:]
+    assert title == "autoresearch night"
+    assert text.startswith("best 1.4"), "the result is in it"
+    assert ", 1 kept" in text
     keep = {"event": "after_experiment", "experiment": {"status": "keep"}, "summary": None}
     done = example("notify.py", keep, PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,11 @@ scripts in place of Apple's programs that write down what they were asked. What 
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -32,8 +35,17 @@ from agent.trial import sandbox
 from agent.trial.rights import rules
 from agent.trial.sandbox import HIDDEN, READ, WRITE, seatbelt_profile
 
-SHIM = """
-import fcntl, runpy, sys, time
+KERNEL = """
+import fcntl, os
+if not hasattr(fcntl, "F_GETPATH"):
+    def answer(descriptor, command, given=0, real=fcntl.fcntl):
+        if command != fcntl.F_GETPATH:
+            return real(descriptor, command, given)
+        return os.fsencode(os.readlink(f"/proc/self/fd/{descriptor}")).ljust(len(given), bytes(1))
+    fcntl.F_GETPATH, fcntl.fcntl = 50, answer
+"""
+SHIM = KERNEL + """
+import runpy, sys, time
 import git, psutil, rich.console, zoneinfo  # as the system is that they run on
 sys.platform = "darwin"
 fcntl.F_FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFD)
@@ -88,6 +100,11 @@ def on_macos(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sandbox._detect.cache_clear()
     sandbox.nests.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_GETPATH", 50, raising=False)  # so that what KERNEL does is undone
+    monkeypatch.setattr(fcntl, "fcntl", fcntl.fcntl)
+    if not hasattr(os, "lchflags"):
+        del fcntl.F_GETPATH
+        exec(KERNEL, {})
     if not hasattr(time, "CLOCK_UPTIME_RAW"):
         monkeypatch.setattr("time.CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC, raising=False)
     yield
@@ -178,7 +195,81 @@ def test_sleep_is_told_by_the_clock_that_stops_in_it(tmp_path: Path, on_macos: N
     assert 0.75 < outcome.suspended_seconds <= outcome.seconds + 0.1
 
 
+def test_what_metal_holds_counts_as_memory(tmp_path: Path, on_macos: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells it in the footprint, in the layout of sys/resource.h; as resident it counts next to nothing."""
+
+    class Usage(ctypes.Structure):
+        names = ("user_time", "system_time", "pkg_idle_wkups", "interrupt_wkups", "pageins", "wired_size", "resident_size",
+                 "phys_footprint", "proc_start_abstime", "proc_exit_abstime")  # fmt: skip
+        _fields_ = (("uuid", ctypes.c_uint8 * 16), *((name, ctypes.c_uint64) for name in names))
+
+    class System:
+        def proc_pid_rusage(self, pid: int, flavor: int, into: Any) -> int:
+            assert flavor == 0
+            ctypes.memmove(into, ctypes.byref(Usage(phys_footprint=3 << 30)), ctypes.sizeof(Usage))
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: System())
+    argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    outcome = run(argv, cwd=tmp_path, env=clean_env(), log=tmp_path / "log", bounds=Bounds(60, memory_bytes=2 << 30))
+    assert outcome.reason == "memory"
+    assert outcome.peak_rss_mb >= 3 << 10
+
+
+# ---- paths ----
+
+
+def test_what_is_hidden_is_named_as_the_disk_spells_it(tmp_path: Path, on_macos: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac's disk finds Caf\u00e9/HELD under any spelling; sandbox-exec compares the one that the kernel has."""
+    (typed := tmp_path / "caf\u00e9" / "held").mkdir(parents=True)
+    stored = str(typed).replace("caf\u00e9", "Cafe\u0301").replace("held", "Held")
+
+    def kernel(descriptor: int, command: int, given: bytes, real: Any = fcntl.fcntl) -> bytes:
+        path = os.fsdecode(real(descriptor, command, given).rstrip(b"\0"))
+        return os.fsencode(stored if path == str(typed) else path).ljust(len(given), b"\0")
+
+    monkeypatch.setattr(fcntl, "fcntl", kernel)
+    given = rules([tmp_path], [], [typed])
+    assert given[stored] == HIDDEN
+    assert str(typed) not in given
+    assert not allowed(seatbelt_profile(given, False), "file-read-data", f"{stored}/val.bin")
+
+
+@pytest.mark.parametrize(("where", "words"), [
+    ("Documents/ar", "macOS asks before"), ("Library/Mobile Documents/com~apple~CloudDocs/ar", "in a cloud"),
+    ("Library/CloudStorage/Dropbox/ar", "in a cloud"), ("/Volumes/Disk/ar", "can be unplugged"), ("code/ar", ""),
+    ("Documents2/ar", ""),
+])  # fmt: skip
+def test_the_doctor_knows_places_that_do_not_last_a_night(tmp_path: Path, on_macos: None, where: str, words: str) -> None:
+    found = [one.text for one in doctor.check_place(tmp_path / where, {"HOME": str(tmp_path)})]
+    assert [words in text for text in found] == [True] * bool(words)
+
+
+def test_the_doctor_knows_rosetta_ssh_and_apples_placeholder_of_git(
+    tmp_path: Path, tools: Path, on_macos: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    program(tools, "sysctl", "import sys; print(1 if sys.argv[-1] == 'sysctl.proc_translated' else '')")
+    assert "under Rosetta" in doctor.check_python().text
+    program(tools, "sysctl", "raise SystemExit(1)")  # an Intel Mac knows no such name
+    assert "from python.org" in doctor.check_python().text
+    words = "xcode-select: note: No developer tools were found, requesting install."
+    program(tools, "git", f"import sys; print({words!r}, file=sys.stderr); sys.exit(1)")
+    found = doctor.check_git(tmp_path, "train_mlx.py")
+    assert (found.state, "No developer tools" in found.text, "xcode-select --install" in found.text) == ("bad", True, True)
+    told = [one.text for one in doctor.check_agents({"PATH": "", "SSH_CONNECTION": "10.0.0.2 50000 10.0.0.3 22"})]
+    assert "security unlock-keychain" in told[0]
+    assert "keychain" not in " ".join(one.text for one in doctor.check_agents({"PATH": ""}))
+
+
 # ---- power ----
+
+
+def test_low_power_mode_has_two_names(tools: Path, on_macos: None) -> None:
+    for said, low in ((" lowpowermode         1", True), (" powermode            1", True), (" powermode            2", False),
+                      (" powermode            0", False), (" lowpowermode         0", False)):  # fmt: skip
+        program(tools, "pmset", f"print('System-wide power settings:\\nCurrently in use:\\n standby              1\\n{said}')")
+        assert power.low_power_mode() == low, said
 
 
 @pytest.mark.parametrize(
@@ -270,13 +361,19 @@ def allowed(profile: str, operation: str, path: Path | str = "") -> bool:
         filters = [word for word in words if isinstance(word, list)]
         assert names, words
         hit = any(name == "default" or name == operation or (name[-1] == "*" and operation.startswith(name[:-1])) for name in names)
-        if hit and (not filters or any(matches(*one, str(path)) for one in filters)):
+        if hit and (not filters or any(matches(*one, path=str(path)) for one in filters)):
             verdict = action == "allow"
     return verdict
 
 
-def matches(kind: str, value: tuple[str, str], path: str) -> bool:
+def matches(kind: str, value: Any, *more: Any, path: str) -> bool:
+    """Whether a filter fits a path; that of a folder ends in a slash."""
+    if kind == "require-all":
+        return all(matches(*one, path=path) for one in (value, *more))
+    if kind == "vnode-type":
+        return value == "DIRECTORY" and path.endswith("/")
     assert kind in ("subpath", "literal", "regex")
+    path = path.rstrip("/")
     assert value[0] == ("regex" if kind == "regex" else "string")
     if kind == "regex":
         return re.search(value[1], path) is not None
@@ -306,6 +403,36 @@ def test_the_profile_of_odd_paths_says_what_is_meant() -> None:
     for operation in ("network-outbound", "network-bind", "network-inbound", "lsopen", "job-creation", "appleevent-send"):
         assert not allowed(profile, operation), operation
     assert allowed(seatbelt_profile({}, network=True), "network-outbound")
+
+
+HELD, RUN = "/Users/u/.cache/autoresearch-mlx/held", "/Users/u/ar/runs/x/trials/1"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_no_second_name_leads_to_a_file(strict: bool) -> None:
+    """A link or a clone in the run directory would make held-out text readable; a link, the user's own files writable."""
+    given = {HELD: HIDDEN, "/Users/u/ar/runs": HIDDEN, "/Users/u/ar/runs/x/worktree": READ, RUN: WRITE}
+    profile = seatbelt_profile(given, False, strict)
+    for operation in ("file-link", "file-clone", "file-read-data", "file-test-existence", "file-map-executable"):
+        assert not allowed(profile, operation, f"{HELD}/id/val.bin"), operation
+    for place in ("/Users/u/.zshrc", "/Users/u/ar/train_mlx.py", "/Users/u/ar/runs/x/worktree/train_mlx.py"):
+        assert not (strict and allowed(profile, "file-link", place))
+        assert not allowed(profile, "file-write-data", place)
+    for operation in ("file-link", "file-clone", "file-map-executable", "file-write-create"):  # a kernel that was compiled in there
+        assert allowed(profile, operation, f"{RUN}/kernel.so"), operation
+
+
+def test_metal_may_keep_its_kernels_and_nothing_else_in_the_cache() -> None:
+    """A program's first kernels go to C/PROGRAM/com.apple.metal, whose folder does not exist before."""
+    profile, cache = seatbelt_profile({}, False), "/private/var/folders/a1/b2/C"
+    for folder in ("org.python.python/", "python3.12/", "com.apple.metal/", "org.python.python/com.apple.metal/32024/"):
+        assert allowed(profile, "file-write-create", f"{cache}/{folder}"), folder
+    for file in ("com.apple.metalfe/x", "com.apple.gpuarchiver/x.gpuarchive", "org.python.python/com.apple.metal/functions.data"):
+        assert allowed(profile, "file-write-data", f"{cache}/{file}"), file
+    for file in ("note", "org.python.python/note", "com.apple.metalx/note"):
+        assert not allowed(profile, "file-write-create", f"{cache}/{file}"), file
+    assert not allowed(profile, "file-write-unlink", f"{cache}/org.python.python/")
+    assert not allowed(profile, "file-write-create", "/private/var/folders/a1/b2/T/folder/")
 
 
 @pytest.mark.parametrize("broken", ["(version 1", "(version 1))", '(version 1)(allow file-read* (subpath "/a))'])

@@ -420,6 +420,20 @@ def test_a_short_night_begins_with_what_helps_most_often() -> None:
     assert (likeliest["MATRIX_LR", "up"].new, likeliest["MATRIX_LR", "down"].new) == ("0.04", "0.01")
 
 
+def test_where_a_training_has_few_steps_the_batch_is_halved_first() -> None:
+    def share(steps: float) -> float:
+        story = Story()
+        for event in story.events:
+            if event["event"] == "trial_end":
+                event["summary"] = {"num_steps": steps}
+        file, night = TrainFile(SOURCE, "cpu"), story.night()
+        found = [proposer.propose(file, night, random.Random(turn)) for turn in range(12)]
+        return sum(choice is not None and choice[0][0].arm == ("BATCH_TOKENS", "down") for choice in found) / 12
+
+    assert share(30.0) > 0.8
+    assert share(3000.0) < 0.5
+
+
 def test_the_random_control_draws_every_change_alike() -> None:
     file = TrainFile(TOY, "cpu")
     story = Story(TOY)

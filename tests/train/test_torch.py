@@ -23,7 +23,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import reference as ref  # noqa: E402
 import test_parity as parity  # noqa: E402
-from conftest import PINNED, ROOT, WINDOWS, program, summary_of  # noqa: E402
+from conftest import PINNED, ROOT, on_windows, program, summary_of  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from pinned import train_mlx, train_torch  # noqa: E402
 from pinned.train_torch import GPT, NGRAMS, GPTConfig, init_optimizer, make_gradients, make_step, schedule  # noqa: E402
@@ -34,8 +34,16 @@ CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # N-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2**32 at once
 SMALL = {"vocab_size": 5000, "n_layer": 3, "n_head": 2, "n_embd": 64, "ngram_buckets": (997, 1013)}
 # What PyTorch needs besides the names of train_mlx.py, which imports two of them
-OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "half_precision", "LOSS_SCALE", "rope", "attention", "recomputed",
-       "unless_overflow", "to_device", "synchronize", "marker", "reset_peak_memory", "peak_memory", "out_of_memory", "fitting_step"}
+OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "without_compiler", "gpu_dtype", "LOSS_SCALE", "rope",
+       "attention", "recomputed", "unless_overflow", "to_device", "synchronize", "marker", "reset_peak_memory", "peak_memory",
+       "out_of_memory", "fitting_step"}
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is remembered from outside."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
 
 
 @pytest.fixture
@@ -529,8 +537,8 @@ class Device:
         monkeypatch.setattr(train_torch, "dummy_step", dummy_step)
         monkeypatch.setattr(train_torch, "make_step", lambda model, passes: passes)
 
-    def fit(self, expected: Any = None, passes: int = 2) -> tuple[int, Any, float]:
-        return train_torch.fitting_step(None, {}, {}, expected, passes, 16, 8, 100)
+    def fit(self, expected: Any = None, passes: int = 2, limit: int = 100) -> tuple[int, Any, float]:
+        return train_torch.fitting_step(None, {}, {}, expected, passes, 16, 8, limit)
 
 
 def test_the_largest_pass_that_fits_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -554,6 +562,29 @@ def test_activations_are_recomputed_only_where_not_even_a_row_fits(
     assert "activations are computed twice" in capsys.readouterr().out
 
 
+def test_what_fits_is_remembered_by_device_and_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The next training does not run out of memory first; another card, another model or less free memory is tried anew."""
+    for device in (Device(monkeypatch, fits=2), Device(monkeypatch, fits=2), Device(monkeypatch, fits=0, more=4)):
+        device.fit()
+    assert [rows for rows, *_ in device.tried[:2]] == [2, 1], "what no longer fits is found out as ever"
+    assert capsys.readouterr().out.count("16 tokens in a pass, as found before for this device and model") == 2
+    again = Device(monkeypatch, fits=0, more=4)
+    assert again.fit() == (4, 4, 1.5)
+    assert again.tried == [(4, False, True)] * 3
+    assert "activations computed twice, as found before" in capsys.readouterr().out
+    assert Device(monkeypatch, fits=8).fit(limit=5 << 30)[0] == 2
+    monkeypatch.setattr(train_torch, "device_name", lambda: "another card")
+    assert Device(monkeypatch, fits=8).fit()[0] == 2
+    assert not capsys.readouterr().out
+
+
+def test_where_nothing_can_be_remembered_a_training_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in the sandbox of a night."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "absent"))
+    for _ in range(2):
+        assert Device(monkeypatch, fits=2).fit() == (8, 8, 1.5)
+
+
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(train_torch.HarnessError, match=r"MPS backend out of memory.*lower DEPTH") as caught:
         Device(monkeypatch, fits=0).fit()
@@ -569,6 +600,17 @@ def test_without_a_compiler_a_step_is_not_compiled_and_says_so(
     assert "note: torch.compile does not work here (Cannot find a working triton" in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
         Device(monkeypatch, fits=8, broken=ZeroDivisionError()).fit()
+
+
+def test_a_python_that_cannot_compile_trains_all_the_same(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("torch.compile is not supported on Python 3.15+")
+    monkeypatch.setattr(train_torch, "COMPILE", True)
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert train_torch.compiled(len) is len
+    assert train_torch.compiled(max) is max
+    assert capsys.readouterr().out.count("torch.compile does not work here (torch.compile is not supported on Python 3.15+)") == 1
 
 
 @pytest.mark.usefixtures("fp32")
@@ -606,11 +648,15 @@ def test_recomputed_activations_give_the_same_gradients(monkeypatch: pytest.Monk
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_cards_that_emulate_bf16_train_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_that_emulate_bf16_train_in_fp16_unless_another_dtype_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_torch, "DEVICE", "cuda")
+    monkeypatch.setattr(train_torch, "device_name", lambda: "A card cuda torch")
+    monkeypatch.setenv("AUTORESEARCH_DTYPES", "{}")
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, own=supported: own or including_emulation)
-        assert train_torch.half_precision() == dtype
+        assert train_torch.gpu_dtype() == dtype
+    monkeypatch.setenv("AUTORESEARCH_DTYPES", '{"A card cuda torch": "float32"}')
+    assert train_torch.gpu_dtype() == torch.float32
 
 
 def test_fp16_trains_as_fp32_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,13 +750,11 @@ def test_a_run_trains_and_is_scored(tmp_path: Path, tiny) -> None:
 
 
 def test_a_run_on_windows(tmp_path: Path, tiny) -> None:
-    """With all that Windows lacks hidden: it trains; scoring and the driver need WSL 2."""
-    code = f"import runpy, torch._dynamo{WINDOWS}\nrunpy.run_path('train_torch.py', run_name='__main__')"
-    (tmp_path / "train_torch.py").write_text((PINNED / "train_torch.py").read_text())
-    done = program("-c", code, home=tiny.home, cwd=tmp_path, AUTORESEARCH_DATA=str(tiny.train), AUTORESEARCH_BUDGET="2steps",
-                   AUTORESEARCH_RUN_DIR=str(tmp_path / "run"), AUTORESEARCH_SCORE="0", OMP_NUM_THREADS="1")
+    """It trains and is scored; the driver needs WSL 2."""
+    done, out = run(tmp_path, tiny, AUTORESEARCH_BUDGET="2steps", AUTORESEARCH_SCORE="1", **on_windows("torch._dynamo"))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "train.json").read_text())["peak_vram_mb"] > 0
+    assert 0 < float(summary_of(done.stdout)["val_bpb"]) < 9
+    assert json.loads((out / "train.json").read_text())["peak_vram_mb"] > 0
 
 
 def test_metrics_have_the_keys_of_mlx_and_the_loss_falls(tmp_path: Path, tiny) -> None:

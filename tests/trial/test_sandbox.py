@@ -260,7 +260,7 @@ def test_the_macos_profile_lets_a_command_pass_through_hidden_folders_to_what_is
     given = {"/h/runs": HIDDEN, "/h/runs/night/trials/0001-1": WRITE, "/h/runs/night/worktree": READ}
     profile = seatbelt_profile(given, network=False)
     lines = profile.splitlines()
-    hidden = lines.index('(deny file-read* file-write* (subpath "/h/runs"))')
+    hidden = lines.index('(deny file* (subpath "/h/runs"))')
     for folder in ("/h/runs", "/h/runs/night", "/h/runs/night/trials"):
         assert lines.index(f'(allow file-read-metadata (literal "{folder}"))') > hidden
     assert "0001-1" not in " ".join(line for line in lines if "metadata" in line)
@@ -276,12 +276,12 @@ def test_the_macos_profile_denies_and_opens_in_the_right_order():
     assert lines[:3] == ["(version 1)", "(allow default)", "(deny network*)"]
     order = [
         "(deny file-write*)",
-        '(deny file-read* file-write* (subpath "/home/u/held"))',
-        '(allow file-read* (subpath "/home/u/held/open"))',
-        '(deny file-write* (subpath "/home/u/held/open"))',
+        '(deny file* (subpath "/home/u/held"))',
+        '(allow file* (subpath "/home/u/held/open"))',
+        '(deny file-write* file-link (subpath "/home/u/held/open"))',
     ]
     assert [lines.index(line) for line in order] == sorted(lines.index(line) for line in order)
-    assert '(allow file-read* file-write* (subpath "/home/u/runs/a \\"b\\"\\\\c"))' in lines
+    assert '(allow file* (subpath "/home/u/runs/a \\"b\\"\\\\c"))' in lines
     assert "network" not in seatbelt_profile(RULES, network=True)
     assert "lsopen" in profile
     assert "lsopen" not in seatbelt_profile(RULES, network=False, strict=False)

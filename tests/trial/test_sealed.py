@@ -19,7 +19,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night import setup
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness
+from agent.trial.lab import Lab, lay_harness, restore
 from agent.trial.rights import SOURCES, folders, hidden_places
 from agent.trial.sandbox import described
 from agent.trial.trial import score_run
@@ -263,6 +263,9 @@ def test_the_frozen_harness_is_restored_whatever_was_done_to_it(tmp_path: Path) 
     stamp = (place / "harness" / "score.py").stat().st_mtime_ns
     assert laid() == whole
     assert (place / "harness" / "score.py").stat().st_mtime_ns == stamp, "left alone where nothing was done"
+    for name in (".DS_Store", "harness/.DS_Store", "._prepare_mlx.py", "harness/._score.py"):
+        (place / name).write_bytes(b"left by macOS")
+    assert not restore(repository, repository.head, tmp_path / "night"), "or each training would be a violation"
     evil = tmp_path / "evil"
     evil.mkdir()
     for file in whole:
@@ -348,9 +351,9 @@ def test_a_night_refuses_by_name_what_only_the_driver_can_see(tmp_path: Path) ->
     assert len(night.done[2].scores) >= 2, "this one would have been kept"
     assert [event["status"] for event in events if event["event"] == "verified"] == ["violation"]
     assert [note for note in night.notes if "program.md" in note] == [
-        "program.md was changed while the agent of experiment 4 was at work; if it was not you, look at it"
+        "changed while the agent of experiment 4 was at work: program.md; if it was not you, look at it"
     ]
-    assert "program.md was changed" in done.stdout
+    assert "at work: program.md" in done.stdout
 
 
 def test_a_keep_was_verified_and_a_refused_test_is_no_success(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from night_kit import TRAINER, Bed, git
+from night_kit import HARNESS, TRAINER, Bed, git
 from trial_kit import lab
 
 from agent.errors import DataError, Stopped
@@ -19,11 +19,12 @@ from agent.git.worktree import Repository
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.process.environment import clean_env
-from agent.trial import sandbox
+from agent.trial import failures, sandbox
 from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
 from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen
 from agent.views.terminal import Console
+from harness import server
 
 
 def trial(folder: Path, source: str = TRAINER, reference: dict[str, Any] | None = None, **changes: Any) -> TrialResult:
@@ -119,6 +120,25 @@ def test_the_watchdog_of_the_gpu_is_no_fault_of_the_candidate(tmp_path: Path, wo
     assert (result.status, "watchdog" in (result.error or {})["message"]) == ("interrupted", True)
 
 
+@pytest.mark.parametrize("words", ["the logits server died (exit code -6, GPU Timeout Error); see serve.log",
+                                   "RuntimeError: [METAL] Command buffer execution failed: Impacting Interactivity (0000000e:...)"])
+def test_a_score_that_the_watchdog_ended_is_repeated(tmp_path: Path, words: str) -> None:
+    assert failures.WATCHDOG.pattern.encode() == server.WATCHDOG.pattern, "the harness tells it in the words that the driver knows"
+    made = lab(tmp_path, mode("unscorable"))
+    made.harness.write_text(HARNESS.replace("violation", "crash").replace("logits look ahead", words))
+    result = run_trial(made, tmp_path / "trials" / "0001-7", 7, None)
+    assert (result.status, "watchdog" in (result.error or {})["message"]) == ("interrupted", True)
+
+
+def test_a_training_that_takes_too_much_by_its_own_word_is_oom(tmp_path: Path) -> None:
+    """On a GPU the system may count none of it."""
+    source = TRAINER.replace('"loss": 5.0 - step,', '"loss": 5.0 - step, "memory_mb": 3000.0 * step,') + "    time.sleep(60)\n"
+    result = trial(tmp_path, source, memory_bytes=4 << 30)
+    assert (result.status, (result.error or {})["message"]) == ("oom", "used more memory than allowed")
+    assert result.seconds < 30
+    assert trial(tmp_path, source.replace("sleep(60)", "sleep(0)"), memory_bytes=8 << 30).status == "ok"
+
+
 def test_a_candidate_that_the_watchdog_ends_each_time_is_a_crash_in_the_end(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "crash better")
     trainer = bed.repo / "train_mlx.py"
@@ -126,7 +146,7 @@ def test_a_candidate_that_the_watchdog_ends_each_time_is_a_crash_in_the_end(tmp_
     git(bed.repo, "commit", "-qam", "a GPU that shows pictures, too")
     done = bed.run("--experiments", "2", "--no-sandbox")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("is repeated: the GPU's watchdog ended the training") == 2
+    assert done.stdout.count("is repeated: the GPU's watchdog ended the model") == 2
     assert [e.status for e in fold(read_events(bed.folder() / "journal.jsonl")[0]).done] == ["crash", "keep"]
 
 

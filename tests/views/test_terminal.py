@@ -18,6 +18,8 @@ from night_kit import Bed
 from rich.console import Console as Rich
 from story_kit import Story, told
 
+from agent.journal.journal import read_events
+from agent.journal.state import fold
 from agent.views import glance, results
 from agent.views.terminal import panel
 
@@ -62,7 +64,7 @@ def test_the_panel_fits_its_terminal_and_says_what_goes_on(tmp_path: Path, width
 
 
 def test_the_panel_says_that_it_scores_and_does_not_freeze_a_speed(tmp_path: Path) -> None:
-    text = "\n".join(shown(in_training(tmp_path, scoring=True), tmp_path))
+    text = "\n".join(shown(in_training(tmp_path, scoring=True), tmp_path, words="loss 3.25, 48,100 tok/s"))
     assert "experiment 3 of 7: scoring" in text
     assert "tok/s" not in text
 
@@ -89,6 +91,11 @@ def test_a_metrics_file_may_hold_anything(tmp_path: Path, content: str) -> None:
     assert glance.newest(tmp_path / "metrics.jsonl") == {}
     os.mkfifo(tmp_path / "pipe")
     assert glance.newest(tmp_path / "pipe") == {}, "never opened: it would block"
+
+
+def test_nothing_is_hidden_in_a_diff() -> None:
+    """Marks that turn the direction of text can make code read as other code."""
+    assert glance.visible("+ a\u202eb\x1b[0m\tü 日本 😀\r\x00\n") == "+ a<U+202E>b<U+001B>[0m\tü 日本 😀<U+000D><U+0000>\n"
 
 
 def test_time_left_counts_hours_experiments_and_money() -> None:
@@ -125,28 +132,37 @@ class Terminal:
     """A program on a terminal of this width, and what it has written."""
 
     def __init__(self, argv: list[str], bed: Bed, columns: int, **env: str) -> None:
+        def own() -> None:  # as in a window: the kernel tells us when it is closed
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = bed.environment(TERM="xterm-256color", **env)
         known = {key: value for key, value in env.items() if key not in ("COLUMNS", "NO_COLOR")}
-        self.child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave)
+        self.child = subprocess.Popen(argv, cwd=bed.repo, env=known, stdin=slave, stdout=slave, stderr=slave,
+                                      preexec_fn=own)
         os.close(slave)
         self.text = ""
 
     def until(self, words: str | None) -> str:
         """Read until these words were written; None: to the program's end."""
         while words is None or words not in self.text:
-            try:
-                part = os.read(self.master, 65536)
-            except OSError:  # the other side is closed
-                part = b""
-            if not part:
+            if not self.read():
                 assert words is None, f"{words!r} never came: {self.text}"
                 os.close(self.master)
                 self.child.wait(30)
                 break
-            self.text += part.decode(errors="replace")
         return self.text
+
+    def read(self) -> bool:
+        """Take what was written meanwhile; False once the program has ended."""
+        try:
+            part = os.read(self.master, 65536)
+        except OSError:  # the other side is closed
+            part = b""
+        self.text += part.decode(errors="replace")
+        return bool(part)
 
 
 def stop(bed: Bed) -> None:
@@ -169,6 +185,27 @@ def test_a_real_night_on_a_terminal_draws_a_panel_and_in_plain_none(tmp_path: Pa
     assert all(len(line) <= 60 for line in lines)
     words = {word.rstrip(";") for line in lines for word in line.split()}
     assert {"experiments,", "autoresearch/night"} <= words, f"wrapped between words: {text}"
+
+
+@pytest.mark.parametrize("words", [(), ("--plain",)])
+def test_a_closed_terminal_is_survived_and_told(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """The window is closed in the middle of a training. The night ends as planned, and says where its words went."""
+    bed = Bed(tmp_path, "slow worse better")
+    window = Terminal(bed.command("--experiments", "3", "--no-sandbox", *words), bed, 80, AUTORESEARCH_SLOW="1")
+    journal = bed.folder() / "journal.jsonl"
+    while not journal.exists() or b'"trial_start","n":1' not in journal.read_bytes():
+        window.read()
+    os.close(window.master)
+    assert window.child.wait(60) == 0
+    night = fold(read_events(bed.folder() / "journal.jsonl")[0])
+    assert (len(night.done), night.ended) == (3, "experiments")
+    assert [note for note in night.notes if "the terminal was closed; the night went on" in note]
+    said = (bed.folder() / "logs" / "terminal.log").read_text()
+    assert "experiment 3: keep" in said
+    assert "1 kept; branch autoresearch/night" in said.splitlines()[-1]
+    assert "\x1b" not in said, "no panel is drawn into a file"
+    assert "Traceback" not in said
+    assert "note: the terminal was closed" in bed.loop("--status").stdout
 
 
 def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
