@@ -26,7 +26,8 @@ _NAME = re.compile(
     r"|(?:^|_)AUTH(?:_|$)|COOKIE|BEARER|PRIVATE|SIGNATURE|WEBHOOK|(?:^|_)DSN(?:_|$)",
     re.IGNORECASE,
 )
-_PART, _MOST_DOTS = re.compile(rb"[\s\\]*[\w\x80-\xff][\w\s\\\x80-\xff]*"), 500  # of a dotted name, also where it is broken into lines
+_PART = re.compile(rb"[\s\\]*[\w\x80-\xff][\w\s\\\x80-\xff]*")  # of a dotted name, also where it is broken into lines
+_MOST_DOTS = 500
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]?")  # colours, titles, the rest
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # can make text read as something else
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
