@@ -55,7 +55,8 @@ def git_bytes(cwd: Path, *args: str, stdin: bytes | None = None, index: Path | N
             source.write(stdin or b"")
             source.seek(0)
             out = git.cmd.Git(str(cwd)).execute(
-                command, env=environment, stdout_as_string=False, strip_newline_in_stdout=False, istream=source, kill_after_timeout=SECONDS,
+                command, env=environment, stdout_as_string=False, strip_newline_in_stdout=False, istream=source,
+                kill_after_timeout=SECONDS,
                 start_new_session=True,  # the terminal's Ctrl-C is for the driver, which finishes what it does
             )  # fmt: skip
     except git.exc.GitCommandNotFound as error:
