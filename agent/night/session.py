@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.coders.table import choose
+from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
 from agent.files import directory_bytes, read_plain, remove, write_anew
 from agent.git.command import DAMAGE

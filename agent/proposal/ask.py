@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from agent.coders.choice import arguments
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
-from agent.coders.table import arguments
 from agent.errors import Stopped
 from agent.files import DEEPEST, GIB, MOST_ENTRIES, directory_bytes, read_plain, remove
 from agent.git import guard
