@@ -25,7 +25,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night.power import stay_awake
 from agent.process.child import Bounds, Outcome, run, seconds_asleep
-from agent.process.environment import clean_env
+from agent.process.environment import clean_env, data_home
 from agent.text import one_line
 from agent.trial import rights, sandbox
 
@@ -77,11 +77,9 @@ class Bench:
         outcome = run(argv, cwd=self.repo, env=env, log=self.place / "log", stdout_to=out, bounds=Bounds(LONGEST))
         return outcome, out.read_text("utf-8", "replace")
 
-    def train(self, name: str, source: str | None = None) -> tuple[Outcome, dict[str, Any]]:
-        """A short training of the train file, or of another source: its outcome and what train.json says."""
-        file, folder = self.repo / "train_mlx.py", self.place / name
-        if source is not None:
-            file.write_text(source)
+    def train(self, name: str) -> tuple[Outcome, dict[str, Any]]:
+        """A short training of the train file: its outcome and what train.json says."""
+        folder = self.place / name
         outcome, _ = self.run(sys.executable, "train_mlx.py", "--budget", f"{STEPS}steps", "--run-dir", str(folder))
         try:
             return outcome, json.loads((folder / "train.json").read_text())
@@ -212,22 +210,19 @@ def memory(bench: Bench) -> Result:
 
 
 def dtypes(bench: Bench) -> Result:
-    """Which dtype trains fastest here? Chips before the M3 have no bf16 units."""
-    source, speeds = (bench.repo / "train_mlx.py").read_text(), {}
-    for name in ("bfloat16", "float16", "float32"):
-        changed, found = re.subn(r"^DTYPE = [^#\n]*", f"DTYPE = mx.{name}  ", source, flags=re.M)
-        if not found:
-            return Result("dtypes", "skip", "the train file has no line DTYPE = ...", {})
-        _, made = bench.train(name, changed)
-        if made:
-            speeds[name] = made["total_tokens"] / made["training_seconds"]
-    (bench.repo / "train_mlx.py").write_text(source)
-    if not speeds:
-        return Result("dtypes", "bad", "no dtype trains", {})
-    best = max(speeds, key=lambda name: speeds[name])
+    """Which dtype trains fastest here? Chips before the M3 have no bf16 units. It is remembered in the user's own data home."""
+    place = bench.place / "dtypes.json"
+    data = json.loads((bench.home / "current.json").read_text())["train_dir"]
+    outcome, _ = bench.run(
+        sys.executable, "scripts/benchmark.py", "dtype", "--steps", str(STEPS), "--data", data, "--json", str(place),
+        AUTORESEARCH_HOME=str(data_home()),
+    )  # fmt: skip
+    if not outcome.ok:
+        return Result("dtypes", "bad", f"no dtype trains: {one_line(outcome.tail(300), 200)}", {})
+    facts = json.loads(place.read_text())
+    speeds = {name: median(rates) for name, rates in facts["tokens_per_second"].items() if rates}
     words = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in speeds.items())
-    now = re.search(r"^DTYPE = ([^#\n]*)", source, re.M)
-    return Result("dtypes", "ok", f"{words}; fastest {best} (the file has {now[1].strip() if now else 'none'})", speeds)
+    return Result("dtypes", "ok", f"{words}; {facts['said']}", facts)
 
 
 def night(bench: Bench) -> Result:

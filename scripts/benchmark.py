@@ -1,6 +1,7 @@
 """How fast does a train file train on this machine: beside the other framework, technique by technique, and beside peers?
 
     python scripts/benchmark.py compare --backends mlx,mps   # train_mlx.py and train_torch.py from the same weights and batches
+    python scripts/benchmark.py dtype                        # which dtype is fastest on this GPU? trainings take it from then on
     python scripts/benchmark.py ablation                     # on the data prepared last, at this machine's size
     python scripts/benchmark.py anchor --peer fork=CHECKOUT  # depth 4, width 256, T 256, vocabulary 8192, fp32, 4,096 tokens a step
 
@@ -12,6 +13,7 @@ tokens of Zipf's frequencies: speed is compared there, not loss.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +21,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -50,6 +53,7 @@ from scripts.compare_peers import (  # noqa: E402
     wide_console,
     with_constants,
 )
+from scripts.meters import conditions, others_percent  # noqa: E402
 
 LIMIT = 1800                                                                    # seconds that one measurement may take
 ROW, VOCAB = 256, 8192                                                          # the anchor: everybody at one size
@@ -84,10 +88,12 @@ def random_text(folder: Path) -> Path:
     return folder
 
 
-def measure_ours(source: str, data: Path, steps: int) -> dict[str, Any]:
+def measure_ours(source: str, data: Path, steps: int, name: str = "train_mlx.py") -> dict[str, Any]:
+    """Train so many steps. Returns the shim's report and the name of the device."""
     with tempfile.TemporaryDirectory() as folder:
         variables = {"DATA": str(data), "RUN_DIR": f"{folder}/run", "BUDGET": f"{steps}steps", "SEED": "1", "SCORE": "0"}
-        return launch(TRAIN_FILE.name, source, Path(folder), {}, LIMIT, **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
+        report = launch(name, source, Path(folder), {}, LIMIT, **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
+        return report | {"device": json.loads(Path(folder, "run", "train.json").read_text())["device"]}
 
 
 def measure_peer(source: str, data: Path, steps: int, python: str) -> dict[str, Any]:
@@ -187,46 +193,128 @@ def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Dtype: measured on this device, remembered for its trainings
+# ---------------------------------------------------------------------------------------------------------------------
+
+USUAL = "bfloat16"
+GAIN = 1.05                                                                     # that another dtype than the usual one must bring
+
+
+def fastest(rates: dict[str, list[float]], allowed: Sequence[str]) -> str:
+    """The dtype to compute in, from tokens/s of several rounds each. Another one than USUAL only where it is faster by GAIN in the
+    median, and its slowest round is faster than the fastest one of USUAL."""
+    able = {name: values for name, values in rates.items() if values and name in allowed}
+    if not able:
+        raise Failed("no dtype that this train file can use was measured; the messages above say why")
+    middle = {name: statistics.median(values) for name, values in able.items()}
+    best = max(middle, key=lambda name: middle[name])
+    clear = USUAL not in able or (middle[best] >= GAIN * middle[USUAL] and min(able[best]) > max(able[USUAL]))
+    return best if clear else USUAL
+
+
+def remember(device: str, dtype: str) -> Path:
+    """Write the dtype of a device to the file that trainings and nights read; bf16 is no entry, so that the train file decides.
+    Returns the file."""
+    place, known = home() / "dtypes.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        known = dict(json.loads(place.read_text()))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    known.pop(device, None)
+    write_atomically(place, json.dumps(known | ({device: dtype} if dtype != USUAL else {}), indent=1).encode())
+    return place
+
+
+@main.command(name="dtype")
+@click.option("--framework", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
+@click.option("--rounds", "count", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each.")
+@click.option("--steps", type=click.IntRange(3), default=60, show_default=True, help="Of each measurement, warm-up included.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="train/<id>. Default: prepared last.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write tokens/s and the choice here.")
+def measure_dtypes(framework: str, count: int, steps: int, data: Path | None, out: Path | None) -> None:
+    """Train in bf16, fp16 and fp32, and let trainings and nights compute in the fastest from now on.
+
+    train_mlx.py has no loss scaling, without which small gradients are 0 in fp16: fp16 is measured, but not chosen there."""
+    data, console, gpus = prepared(data), wide_console(), {"mlx": {"mlx", "mlx-cuda"}, "torch": {"mps", "cuda"}}
+    file, prefix = (TRAIN_FILE, "mx") if framework == "mlx" else (TORCH_FILE, "torch")
+    source, allowed = file.read_text(), DTYPES.values() if framework == "torch" else ("bfloat16", "float32")
+    todo = {name: lambda name=name: measure_ours(with_constants(source, {"DTYPE": f"{prefix}.{name}"}), data, steps, file.name)
+            for name in ("bfloat16", "float16", "float32")}
+    reports = rounds(todo, count, console)
+    rates = {name: [r["tokens_per_second"] for r in own] for name, own in reports.items()}
+    chosen = fastest(rates, tuple(allowed))
+    device = next(r["device"] for own in reports.values() for r in own)
+    if gpus[framework] & set(available()[0]):
+        place = remember(device, chosen)
+        said = f"{file.name} computes in {chosen} on {device} from now on; to forget it, delete {place}" if chosen != USUAL else \
+            f"{file.name} stays with its usual dtype on {device}: no other that it can use is clearly faster"
+    else:
+        said = f"{chosen} is fastest; nothing is changed: {file.name} computes in float32 on every CPU"
+    for name, values in rates.items():
+        told = f"{statistics.median(values):,.0f} tokens/s, {min(values):,.0f} to {max(values):,.0f}" if values else "failed"
+        console.print(f"{name}: {told}", highlight=False)
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if out:
+        write_atomically(out, json.dumps({"device": device, "tokens_per_second": rates, "chosen": chosen, "said": said}).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Compare: MLX and PyTorch, the same training on each
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEG = Path(__file__).resolve().parent / "leg.py"
 TORCH_FILE = ROOT / "train_torch.py"
-# A leg: a train file on a device. name: (backend, "mlx" or "torch", mode: see leg.py; "" is as the file has it)
+# A leg: a train file on a device. name: (backend, "mlx" or "torch", mode: see leg.py)
 LEGS: dict[str, tuple[str, str, str]] = {
     "mlx": ("mlx", "mlx", "compiled"), "mlx, not compiled": ("mlx", "mlx", "eager"),
     "mps": ("mps", "torch", "eager"), "mps, compiled": ("mps", "torch", "compiled"),
     "mps, 16-bit attention scores": ("mps", "torch", "reductions"),
     "mlx-cuda": ("mlx-cuda", "mlx", "compiled"), "mlx-cuda, not compiled": ("mlx-cuda", "mlx", "eager"),
     "cuda": ("cuda", "torch", "compiled"), "cuda, not compiled": ("cuda", "torch", "eager"),
-    "mlx-cpu": ("mlx-cpu", "mlx", ""), "cpu": ("cpu", "torch", ""),
+    "mlx-cpu": ("mlx-cpu", "mlx", "eager"), "mlx-cpu, compiled": ("mlx-cpu", "mlx", "compiled"),
+    "cpu": ("cpu", "torch", "eager"), "cpu, compiled": ("cpu", "torch", "compiled"),
 }
 BACKENDS = tuple(dict.fromkeys(backend for backend, *_ in LEGS.values()))
+CPUS = {"cpu", "mlx-cpu"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2}                         # relative, of each of ten losses
-GPU_FP32 = 1e-3                                                                 # a GPU may multiply fp32 in fewer bits
+GPU_FP32 = 1e-3                                                                 # a GPU adds in another order in each run
 BPB_TOLERANCE = 0.01                                                            # relative, of val_bpb after equal steps
+SWAPPED_MB = 1.0                                                                # during a leg, from which on it doesn't count
+BUSY_PERCENT = 20                                                               # of the CPU, from which on a machine is loaded
 CANNOT = {
-    "mlx": "no separate attention kernels are timed; the backward pass of attention is fused for heads of 64 and 128 only",
+    "mlx": "the backward pass of attention is fused for heads of 64 and 128 channels only",
     "mps": "attention has no fused backward pass and RMSNorm is composed of smaller operations; torch.compile is a prototype",
     "mlx-cuda": "MLX's CUDA backend is younger than its Metal backend",
-    "mlx-cpu": "MLX computes everything but matrix products on one thread; mx.compile is off, as it needs a C++ compiler",
-    "cpu": "torch.compile is off, as it needs a C++ compiler; PyTorch doesn't count the memory of its arrays on a CPU",
+    "mlx-cpu": "MLX computes everything but matrix products on one thread",
+    "cpu": "PyTorch doesn't count the memory of its arrays on a CPU",
 }
 PARTS = ("forward", "backward", "optimizer", "loader")
+FRAMEWORKS = {"mlx": "MLX", "torch": "PyTorch"}
+INSTALL = {"mlx": "scripts/setup.sh", "torch": "scripts/setup.sh torch"}
 
 
-def available() -> list[str]:
-    """The backends that this machine has, by asking both frameworks in processes of their own."""
+def available() -> tuple[list[str], list[str]]:
+    """The backends that this machine has, by asking both frameworks in processes of their own; and why others are not there."""
     asked = {
         "mlx": "import mlx.core as mx; print('mlx-cpu', *['mlx'] * mx.metal.is_available(), "
                "*['mlx-cuda'] * (hasattr(mx, 'cuda') and mx.cuda.is_available()))",
         "torch": "import torch; print('cpu', *['mps'] * torch.backends.mps.is_available(), *['cuda'] * torch.cuda.is_available())"}
-    found: list[str] = []
+    found, missing = [], []
     for framework, code in asked.items():
-        if importlib.util.find_spec(framework):
-            found += subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
-    return [backend for backend in BACKENDS if backend in found]
+        if not importlib.util.find_spec(framework):
+            missing.append(f"{FRAMEWORKS[framework]} is not installed ({INSTALL[framework]} installs it)")
+            continue
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        found += done.stdout.split()
+        if done.returncode:
+            missing.append(f"{FRAMEWORKS[framework]} can't be imported ({last_line(done.stderr)})")
+    return [backend for backend in BACKENDS if backend in found], missing
+
+
+def last_line(text: str) -> str:
+    """What a failed program said last, where its error stands."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it said nothing"
 
 
 def machine() -> dict[str, Any]:
@@ -241,42 +329,52 @@ def machine() -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("mlx", "torch", "numpy") if importlib.util.find_spec(p)}
     return {"processor": name, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "python": platform.python_version(), "threads": os.environ.get("OMP_NUM_THREADS", "all"), **versions}
-
-
-def load() -> float:
-    """Running programs per core, ours included: above 1, they wait for each other."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+            "python": platform.python_version(), "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+            "conditions": conditions(), **versions}
 
 
 class Comparison:
-    """What all legs of one comparison share: constants, data, initial weights. `folder` is removed by the caller."""
+    """What all legs of one comparison share: constants, data, initial weights. `folder` is removed by the caller. `failed` says
+    why a leg has no result."""
 
-    def __init__(self, folder: Path, data: Path, tier: str, dtype: str, constants: dict[str, str]):
-        self.folder, self.data, self.tier, self.dtype, self.constants = folder, data, tier, dtype, constants
+    def __init__(self, folder: Path, data: Path, tier: str, dtype: str, constants: dict[str, str],
+                 tell: Callable[[str], None] = print):
+        self.folder, self.data, self.tier, self.dtype, self.constants, self.tell = folder, data, tier, dtype, constants, tell
         self.sources = {"mlx": TRAIN_FILE.read_text(), "torch": TORCH_FILE.read_text()}  # read once: they may be edited meanwhile
-        self.weights = folder / "weights.npz"
+        self.weights, self.failed = folder / "weights.npz", {}
 
-    def variables(self, backend: str) -> dict[str, str]:
-        """The environment of a leg, in which both train files choose the same tier, and the CPU if that is meant."""
-        return {"AUTORESEARCH_TIER": self.tier} | ({"AUTORESEARCH_DEVICE": "cpu"} if backend in ("cpu", "mlx-cpu") else {})
+    def variables(self, backend: str, dtype: str) -> dict[str, str]:
+        """The environment of a leg, in which both train files choose the same tier, and the CPU if that is meant. In fp32 MLX must
+        not round factors to TF32: PyTorch doesn't, unless it is asked to."""
+        return ({"AUTORESEARCH_TIER": self.tier} | ({"AUTORESEARCH_DEVICE": "cpu"} if backend in CPUS else {})
+                | ({"MLX_ENABLE_TF32": "0"} if dtype == "fp32" else {}))
 
     def start(self, leg: str, do: str, constants: dict[str, str] | None = None, environment: dict[str, str] | None = None,
-              **settings: Any) -> dict[str, Any]:
+              dtype: str = "", **settings: Any) -> dict[str, Any]:
         """Let the leg do one thing, see leg.py. Returns its report. Failed if it failed."""
-        backend, framework, mode = LEGS[leg]
+        (backend, framework, mode), dtype = LEGS[leg], dtype or self.dtype
         prefix = "mx" if framework == "mlx" else "torch"
-        chosen = self.constants | {"DTYPE": f"{prefix}.{DTYPES[self.dtype]}"} | (constants or {})
+        chosen = self.constants | {"DTYPE": f"{prefix}.{DTYPES[dtype]}"} | (constants or {})
         source = with_constants(self.sources[framework], chosen)
-        variables = self.variables(backend) | (environment or {})
-        settings = {"do": do, "data": str(self.data), "weights": str(self.weights), "mode": mode} | settings
+        variables = self.variables(backend, dtype) | (environment or {})
+        settings = {"do": do, "data": str(self.data), "weights": str(self.weights), "mode": mode, "backend": backend} | settings
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             return launch((TRAIN_FILE if framework == "mlx" else TORCH_FILE).name, source, Path(folder), settings, LIMIT, child=LEG,
                           **variables)
 
-    def new_weights(self, leg: str, constants: dict[str, str] | None = None) -> None:
-        """Initial weights, drawn once and loaded by every leg: equal seeds draw different numbers in each framework."""
-        self.start(leg, "save_weights", constants)
+    def attempt(self, what: Callable[..., dict[str, Any]], leg: str, *args: Any, **settings: Any) -> dict[str, Any] | None:
+        """The report of `what`, or None, and why in `failed`."""
+        try:
+            return what(leg, *args, **settings)
+        except Failed as failure:
+            self.failed[leg] = str(failure)
+            hint = "; smaller passes for all: --constant MICRO_TOKENS=..." if "memory" in last_line(str(failure)).lower() else ""
+            self.tell(f"{leg} failed: {last_line(str(failure))}{hint}")
+            return None
+
+    def new_weights(self, leg: str, constants: dict[str, str] | None = None) -> dict[str, Any]:
+        """Draw initial weights once, for every leg: equal seeds draw different numbers in each framework. Returns the shape."""
+        return self.start(leg, "save_weights", constants)
 
     def trained(self, leg: str, budget: str, constants: dict[str, str] | None = None) -> dict[str, Any]:
         """A whole training and its val_bpb."""
@@ -285,19 +383,109 @@ class Comparison:
             environment = {f"AUTORESEARCH_{k}": v for k, v in names.items()}
             report = self.start(leg, "train", constants, environment)
             held = home() / "held" / self.data.name
-            return report | {"val_bpb": scored(Path(run_dir), held, **self.variables(LEGS[leg][0]))}
+            return report | {"val_bpb": scored(Path(run_dir), held, **self.variables(LEGS[leg][0], self.dtype))}
+
+    def check(self, legs: list[str], shape: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Parity of each leg that trains at all, before anything is timed: in fp32 the gradients of one batch and ten losses, then
+        ten losses in the dtype that is timed. A batch is four rows in two passes."""
+        row = shape["seq_len"]
+        few = {"BATCH_TOKENS": str(min(shape["batch_tokens"], 4 * row)), "MICRO_TOKENS": str(2 * row)} | self.constants
+        checked: dict[str, dict[str, Any]] = {leg: {} for leg in legs}
+        for dtype in dict.fromkeys(("fp32", self.dtype)):
+            gradients = str(self.folder / "gradients.npz") if dtype == "fp32" else ""
+            reports = {leg: report for leg in checked if (report := self.attempt(
+                self.start, leg, "parity", few, dtype=dtype, steps=10, fill_zeros=True, gradients=gradients))}
+            found = parity(reports, dtype)
+            checked = {leg: checked[leg] | {dtype: found[leg]} for leg in found}
+        (self.folder / "gradients.npz").unlink(missing_ok=True)
+        for leg, p in checked.items():
+            p["passed"] = all(p[dtype]["passed"] for dtype in ("fp32", self.dtype))
+            self.tell(parity_sentence(leg, p))
+        return checked
+
+    def time(self, legs: list[str], count: int, rest: float, max_drift: float, lengths: dict[str, int],
+             timed: dict[str, list[dict[str, Any]]]) -> None:
+        """Time the legs in `count` rounds, each a fresh process, in the order ABBA from a random end; reports go to `timed`. A leg
+        in which the machine swapped, or a matrix product changed its speed by more than `max_drift` percent, is repeated once."""
+        backward, began, left = random.random() < 0.5, time.monotonic(), list(legs)
+        for i in range(count):
+            for leg in sorted(left, key=legs.index, reverse=backward != (i % 2 == 1)):
+                for again in (True, False):
+                    time.sleep(rest)
+                    busy = others_percent()
+                    report = self.attempt(self.start, leg, "times", pieces=True,
+                                          windows=["forward", "gradients", "step", "training"], **lengths)
+                    if not report or not (problem := spoiled(report, max_drift)):
+                        break
+                    self.tell(f"round {i + 1}, {leg}: {problem}" + ("; once more" if again else ""))
+                if not report:
+                    left.remove(leg)
+                elif report["swapped_mb"] > SWAPPED_MB:
+                    self.failed[leg] = f"in round {i + 1} {spoiled(report, max_drift)}: thrown away; close other programs"
+                    self.tell(f"{leg}: {self.failed[leg]}")
+                else:
+                    timed.setdefault(leg, []).append(report | {"round": i, "others_percent": busy})
+                    self.tell(f"round {i + 1}, {leg}: {report['tokens_per_second']:,.0f} tokens/s")
+            if i == 0 and count > 1:
+                self.tell(f"{count - 1} more rounds: about {(count - 1) * (time.monotonic() - began) / 60:.0f} min")
+
+    def sweep(self, legs: list[str], lengths: dict[str, int], base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Seconds a step as depth, batch and row length double twice, one at a time, and the exponents of their growth."""
+        shapes = np.load(self.weights)
+        depth = len({n.split(".")[1] for n in shapes.files if n.startswith("blocks.")})
+        width, tokens, row = shapes["wte.weight"].shape[1], base["batch_tokens"], base["seq_len"]
+        fixed = {"DEPTH": depth, "WIDTH": width, "BATCH_TOKENS": tokens, "SEQ_LEN": row}
+        axes = {"depth": ("DEPTH", depth), "batch": ("BATCH_TOKENS", tokens), "row length": ("SEQ_LEN", row)}
+        results: dict[str, dict[str, Any]] = {}
+        for what, (constant, first) in axes.items():
+            found: dict[str, dict[int, float]] = {leg: {} for leg in legs}
+            for size in (first, 2 * first, 4 * first):
+                constants = {k: str(v) for k, v in (fixed | {constant: size}).items()}
+                if what == "row length":  # whole rows
+                    constants["BATCH_TOKENS"] = str(max(tokens, size))
+                if not self.attempt(self.new_weights, legs[0], constants):
+                    continue
+                for leg in legs:
+                    if report := self.attempt(self.start, leg, "times", constants, windows=["step"], **lengths):
+                        found[leg][size] = report["seconds"]["step"]
+                        self.tell(f"{what} {size}, {leg}: {1000 * found[leg][size]:.1f} ms a step")
+            results[what] = {leg: {"sizes": list(times), "seconds": list(times.values()),
+                                   "exponent": exponent(list(times), list(times.values()))}
+                             for leg, times in found.items() if len(times) > 1}
+        return results
 
 
-def parity(found: dict[str, list[float]], dtype: str) -> dict[str, dict[str, Any]]:
-    """For each leg the largest relative difference of its losses from those of the first leg, and whether it may be timed."""
-    first = next(iter(found.values()))
-    results = {}
-    for leg, losses in found.items():
-        off = max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(losses, first, strict=True))
-        on_gpu = LEGS[leg][0] not in ("cpu", "mlx-cpu")
-        tolerance = GPU_FP32 if on_gpu and dtype == "fp32" else TOLERANCES[dtype]
-        results[leg] = {"losses": losses, "difference": off, "tolerance": tolerance, "passed": off <= tolerance}
+def parity(found: dict[str, dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
+    """For each leg the largest relative difference of its losses and of its gradients from those of the first leg, and whether it
+    may be timed. found: {leg: {"losses": [nats], "gradients": {name: relative difference}}}."""
+    results: dict[str, dict[str, Any]] = {}
+    first = next(iter(found.values()))["losses"] if found else []
+    for leg, report in found.items():
+        off = max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(report["losses"], first, strict=True))
+        worst, by = max(report["gradients"].items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf,
+                        default=("", 0.0))
+        tolerance = GPU_FP32 if LEGS[leg][0] not in CPUS and dtype == "fp32" else TOLERANCES[dtype]
+        results[leg] = {"losses": report["losses"], "difference": off, "gradient_difference": by, "gradient": worst,
+                        "tolerance": tolerance, "passed": off <= tolerance and by <= tolerance}
     return results
+
+
+def parity_sentence(leg: str, p: dict[str, Any]) -> str:
+    """Parity of one leg with the first one, in words."""
+    parts = []
+    for dtype in (key for key in p if key in DTYPES):
+        own = p[dtype]
+        gradients = f" and gradients within {own['gradient_difference']:.1e} ({own['gradient']})" if own["gradient"] else ""
+        parts.append(f"{len(own['losses'])} losses in {dtype} within {own['difference']:.1e}{gradients} (tolerance "
+                     f"{own['tolerance']:.0e})")
+    return f"Parity of {leg}: {', '.join(parts)}" + ("." if p["passed"] else ": failed, so it was not timed.")
+
+
+def spoiled(report: dict[str, Any], max_drift: float) -> str:
+    """Why a measurement may be wrong, "" if nothing is known."""
+    if report["swapped_mb"] > SWAPPED_MB:
+        return f"the machine wrote {report['swapped_mb']:,.0f} MB to swap"
+    return f"a matrix product changed its speed by {report['drift']:+.0%}" if abs(report["drift"]) > max_drift / 100 else ""
 
 
 def split(seconds: dict[str, float]) -> dict[str, float]:
@@ -321,82 +509,113 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one leg: median of each figure, spread of tokens/s, parts of a step."""
+    """Of one leg: median of each figure, spread of tokens/s, parts of a step, single operations."""
+    def median(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return statistics.median(known) if known else None
+
     figures = ("tokens_per_second", "mfu_percent", "product_tflops", "framework_mb", "process_mb", "import_seconds")
-    result = {key: statistics.median(r[key] for r in reports) if reports[0][key] is not None else None for key in figures}
     rates = [r["tokens_per_second"] for r in reports]
     parts = [split(r["seconds"]) for r in reports]
-    return result | {"lowest": min(rates), "highest": max(rates), "rounds": len(reports),
-                     "step_ms": statistics.median(1000 * r["seconds"]["training"] for r in reports),
-                     "parts_ms": {part: statistics.median(p[part] for p in parts) for part in PARTS},
-                     "first_step_seconds": statistics.median(r["first_seconds"]["step"] for r in reports),
-                     "largest_drift": max(abs(r["drift"]) for r in reports)}
+    energy = [r["energy"].get("joules_per_1000_tokens") for r in reports]
+    return {key: median([r[key] for r in reports]) for key in figures} | {
+        "lowest": min(rates), "highest": max(rates), "rounds": len(reports), "joules_per_1000_tokens": median(energy),
+        "watts": median([r["energy"].get("watts") for r in reports]),
+        "step_ms": statistics.median(1000 * r["seconds"]["training"] for r in reports),
+        "parts_ms": {part: statistics.median(p[part] for p in parts) for part in PARTS},
+        "pieces_ms": {name: statistics.median(r["pieces_ms"][name] for r in reports) for name in reports[0]["pieces_ms"]},
+        "first_step_seconds": statistics.median(r["first_seconds"]["step"] for r in reports),
+        "largest_drift": max(abs(r["drift"]) for r in reports)}
 
 
 def ratios(reports: dict[str, list[dict[str, Any]]], first: str) -> dict[str, dict[str, Any]]:
     """tokens/s of each leg over those of the leg `first`, round by round. A winner is named only if the interval excludes 1."""
     results = {}
+    base = {r["round"]: r["tokens_per_second"] for r in reports[first]}
     for leg in (leg for leg in reports if leg != first):
-        pairs = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(reports[leg], reports[first], strict=False)]
-        bounds = interval(pairs)
-        faster = leg if bounds and bounds[0] > 1 else first if bounds and bounds[1] < 1 else None
-        results[leg] = {"against": first, "pairs": pairs, "median": statistics.median(pairs), "interval_95": bounds,
-                        "faster": faster}
+        pairs = [r["tokens_per_second"] / base[r["round"]] for r in reports[leg] if r["round"] in base]
+        if pairs:
+            bounds = interval(pairs)
+            faster = leg if bounds and bounds[0] > 1 else first if bounds and bounds[1] < 1 else None
+            results[leg] = {"against": first, "pairs": pairs, "median": statistics.median(pairs), "interval_95": bounds,
+                            "faster": faster}
     return results
 
 
 def table_of(result: dict[str, Any]) -> list[list[str]]:
     """The table of a comparison as rows of cells, a column for each leg, heading first."""
-    def scores(key: str) -> list[str]:
+    def trained(key: str, title: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
         runs = result[key]["legs"]
-        return [f"val_bpb after {result[key]['budget']}",
-                *(f"{runs[leg]['val_bpb']:.4f}" if leg in runs else "-" for leg in result["legs"])]
+        return [f"{title} {result[key]['budget']}", *(cell(runs[leg]) if leg in runs else "-" for leg in result["legs"])]
+
+    def number(form: str, value: float | None) -> str:
+        return format(value, form) if value is not None else "-"
 
     rows = [["", *result["legs"]]]
+    pieces = dict.fromkeys(name for leg in result["legs"].values() for name in leg["pieces_ms"])
     for title, cell in (
             ("tokens/s, median", lambda m: f"{m['tokens_per_second']:,.0f}"),
             ("lowest to highest", lambda m: f"{m['lowest']:,.0f} to {m['highest']:,.0f}"),
             ("ms a step", lambda m: f"{m['step_ms']:.1f}"),
             *((part, lambda m, part=part: f"{m['parts_ms'][part]:.1f}") for part in PARTS),
+            *((f"{name} alone, ms", lambda m, name=name: number(".2f", m["pieces_ms"].get(name))) for name in pieces),
             ("MFU of a product, %", lambda m: f"{m['mfu_percent']:.1f}"),
             ("product, TFLOP/s", lambda m: f"{m['product_tflops']:.2f}"),
-            ("arrays at their peak, MB", lambda m: f"{m['framework_mb']:,.0f}" if m["framework_mb"] is not None else "-"),
+            ("arrays at their peak, MB", lambda m: number(",.0f", m["framework_mb"])),
             ("process at its peak, MB", lambda m: f"{m['process_mb']:,.0f}"),
+            ("energy, J per 1,000 tokens", lambda m: number(".2f", m["joules_per_1000_tokens"])),
+            ("power, W", lambda m: number(".1f", m["watts"])),
             ("import, s (not counted)", lambda m: f"{m['import_seconds']:.1f}"),
             ("first step, s (not counted)", lambda m: f"{m['first_step_seconds']:.1f}")):
         rows.append([title, *(cell(m) for m in result["legs"].values())])
-    return rows + [scores(key) for key in ("equal_steps", "equal_seconds") if key in result]
+    for key in ("equal_steps", "equal_seconds"):
+        if key in result:
+            rows.append(trained(key, "val_bpb after", lambda run: f"{run['val_bpb']:.4f}"))
+    if "equal_seconds" in result:
+        rows.append(trained("equal_seconds", "steps in", lambda run: f"{run['num_steps']:,}"))
+    return rows
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the table doesn't show, one sentence a line."""
-    m, s = result["machine"], result["settings"]
-    loaded = " (a loaded machine: figures are low and spread)" if result["load"] > 1.2 else ""
+    m, s, reports = result["machine"], result["settings"], [r for leg in result["reports"].values() for r in leg]
+    busy = statistics.median(r["others_percent"] for r in reports)
+    loaded = " (a loaded machine: figures are low and spread)" if busy > BUSY_PERCENT else ""
     lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; CPU threads: {m['threads']}; "
-             f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}. "
-             f"Programs per core during the rounds: {result['load']:.1f}{loaded}.",
+             f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}.",
+             f"Before each leg other programs used {busy:.0f} % of the CPU in the median, at most "
+             f"{max(r['others_percent'] for r in reports):.0f} %{loaded}. No leg counts in which the machine swapped.",
+             *(f"About this machine: {line}." for line in m["conditions"]),
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['batch_tokens']:,} tokens a step in rows of {s['seq_len']}, gradient "
              f"accumulation steps: {s['passes']}; {s['flops_per_token'] / 1e6:.2f} MFLOPs a token, {s['dtype']}, tier {s['tier']}, "
              f"data {s['data']}. {s['rounds']} rounds in fresh processes, windows of {s['steps']} steps after {s['warmup']} of "
              f"warm-up, windows of each part: {s['repeats']}."]
-    for leg, p in result["parity"].items():
-        if leg != next(iter(result["parity"])):
-            lines.append(f"Parity of {leg}: {len(p['losses'])} losses within {p['difference']:.1e} (tolerance {p['tolerance']:.0e})"
-                         + ("." if p["passed"] else ": failed, so it was not timed."))
+    if result.get("interrupted"):
+        lines.append("It was interrupted: what is missing was not measured.")
+    lines += [parity_sentence(leg, p) for leg, p in result["parity"].items() if leg != next(iter(result["parity"]))]
     for leg, r in result["ratios"].items():
         bounds = f"95 % interval {r['interval_95'][0]:.2f} to {r['interval_95'][1]:.2f}" if r["interval_95"] else \
             "too few rounds for an interval, six are needed"
         verdict = f"{r['faster']} is faster" if r["faster"] else "no winner"
         lines.append(f"{leg} over {r['against']}: {r['median']:.2f} times the tokens/s, {bounds}: {verdict}.")
-    if steps := result.get("equal_steps"):
+    if (steps := result.get("equal_steps")) and len(steps["legs"]) > 1:
         lines.append(f"val_bpb after {steps['budget']}: apart by {steps['difference']:.2%} "
                      f"({'they agree' if steps['agree'] else 'they disagree, so one is wrong'}; tolerance {BPB_TOLERANCE:.0%}).")
     for what, legs in result.get("sweep", {}).items():
-        lines.append(f"Time of a step grows with {what} to the power of "
-                     + ", ".join(f"{leg['exponent']:.2f} ({name})" for name, leg in legs.items()) + ".")
+        if legs:
+            lines.append(f"Time of a step grows with {what} to the power of "
+                         + ", ".join(f"{leg['exponent']:.2f} ({name})" for name, leg in legs.items()) + ".")
+    for told in ("source", "untold"):
+        by_words: dict[str, list[str]] = {}
+        for leg, own in result["reports"].items():
+            for words in dict.fromkeys(r["energy"][told] for r in own if told in r["energy"]):
+                by_words.setdefault(words, []).append(leg)
+        lines += [f"Energy of {', '.join(legs)}{' is not told' if told == 'untold' else ''}: {words}."
+                  for words, legs in by_words.items()]
     drifted = [f"{leg} {m['largest_drift']:.0%}" for leg, m in result["legs"].items() if m["largest_drift"] > s["max_drift"] / 100]
     lines += [f"The speed of a matrix product drifted during a leg: {', '.join(drifted)}."] if drifted else []
-    lines += [f"{leg} failed: {said.splitlines()[-1][:300]}" for leg, said in result["failed"].items()]
+    lines += [f"{leg} failed: {last_line(said)}." for leg, said in result["failed"].items()]
+    lines += [f"{words[0].upper()}{words[1:]}." for words in result["missing"]]
     backends = dict.fromkeys(LEGS[leg][0] for leg in result["legs"])
     return lines + [f"{backend}: {CANNOT[backend]}." for backend in backends if backend in CANNOT]
 
@@ -407,6 +626,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     legs, m, s = result["legs"], result["machine"], result["settings"]
+    busy = statistics.median(r["others_percent"] for leg in result["reports"].values() for r in leg)
     figure, axes = pyplot.subplots(figsize=(9, 1.7 + 0.62 * len(legs)), dpi=120)
     longest = max(leg["step_ms"] for leg in legs.values())
     for row, leg in enumerate(legs.values()):
@@ -417,12 +637,11 @@ def picture(result: dict[str, Any], path: Path) -> None:
             left += width
         axes.text(left + 0.01 * longest, row, f"{leg['tokens_per_second']:,.0f} tokens/s\n"
                   f"{leg['lowest']:,.0f} to {leg['highest']:,.0f}", va="center", fontsize=8)
-    frameworks = {"mlx": "MLX", "torch": "PyTorch"}
-    axes.set_yticks(range(len(legs)), [f"{frameworks[LEGS[leg][1]]}\n{leg}" for leg in legs])
+    axes.set_yticks(range(len(legs)), [f"{FRAMEWORKS[LEGS[leg][1]]}\n{leg}" for leg in legs])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * longest)
     axes.set_xlabel("milliseconds a step (median)")
-    axes.set_title(f"{m['processor']}, {m['cores']} cores{', loaded' if result['load'] > 1.2 else ''}: "
+    axes.set_title(f"{m['processor']}, {m['cores']} cores{', loaded' if busy > BUSY_PERCENT else ''}: "
                    f"{s['parameters'] / 1e6:.1f} M parameters, {s['batch_tokens']:,} tokens a step, rows of {s['seq_len']}, "
                    f"{s['dtype']}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -434,7 +653,6 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 def write(result: dict[str, Any], folder: Path, name: str) -> None:
     """NAME.json with everything, NAME.md with the table, NAME.png with the picture."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = table_of(result)
     lines = [f"# {' and '.join(result['legs'])}", "", f"![milliseconds a step]({name}.png)", "",
              *("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])), "",
@@ -444,13 +662,16 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
     picture(result, folder / f"{name}.png")
 
 
-def chosen_backends(context: click.Context, option: click.Parameter, value: str | None) -> list[str]:
-    """--backends as a list; default: all this machine has."""
-    here = available()
+def chosen_backends(context: click.Context, option: click.Parameter, value: str | None) -> tuple[list[str], list[str]]:
+    """--backends as a list, default: all this machine has; and why others are not there."""
+    here, missing = available()
     asked = value.split(",") if value else here
-    if missing := [backend for backend in asked if backend not in here]:
-        raise click.BadParameter(f"{', '.join(missing)}: expected some of those that this machine has: {', '.join(here) or 'none'}")
-    return list(dict.fromkeys(asked))
+    if wrong := [backend for backend in asked if backend not in here]:
+        raise click.BadParameter(f"{', '.join(wrong)}: expected some of those that this machine has: {', '.join(here) or 'none'}"
+                                 + "".join(f"; {reason}" for reason in missing))
+    if not asked:
+        raise click.BadParameter(f"there is nothing to measure here: {'; '.join(missing)}")
+    return list(dict.fromkeys(asked)), missing
 
 
 def assignments(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -461,133 +682,136 @@ def assignments(context: click.Context, option: click.Parameter, values: tuple[s
     return {name: value for name, _, value in pairs}
 
 
+def writable(context: click.Context, option: click.Parameter, folder: Path) -> Path:
+    """--out, tried before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise click.BadParameter(f"{folder} can't be written: {error.strerror}") from error
+
+
 @main.command()
 @click.option("--backends", callback=chosen_backends, help=f"Some of {','.join(BACKENDS)}. Default: all this machine has.")
-@click.option("--tier", type=click.Choice(TIERS), help="Whose constants. Default: this machine's; cuda is upstream's shape.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of activations. Default: fp32 on a CPU, else bf16.")
+@click.option("--tier", "tiers", multiple=True, type=click.Choice(TIERS), help="Whose constants; can be repeated. Default: this "
+              "machine's, and on a GPU also cuda, upstream's shape.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Of activations; can be repeated. Default: "
+              "fp32 on a CPU, else bf16.")
 @click.option("--constant", "constants", multiple=True, callback=assignments, help="NAME=VALUE in both files; can be repeated.")
 @click.option("--rounds", "count", type=click.IntRange(1), default=6, show_default=True, help="Six give a 95 % interval.")
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of each window.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Windows of each part in a round.")
+@click.option("--steps", type=click.IntRange(1), help="Of each window. Default: 50 with a GPU, else 5.")
+@click.option("--repeats", type=click.IntRange(1), help="Windows of each part in a round. Default: 3 with a GPU, else 1.")
 @click.option("--max-drift", type=click.FloatRange(0), default=3, show_default=True,
               help="Percent: a leg during which a matrix product changed its speed by more is repeated once.")
-@click.option("--warmup", type=click.IntRange(1), default=10, show_default=True, help="Steps before each window, not counted.")
+@click.option("--warmup", type=click.IntRange(1), help="Steps before each window, not counted. Default: 10 with a GPU, else 2.")
 @click.option("--rest", type=click.FloatRange(0), help="Seconds before each leg. Default: 10 with a GPU, else 0.")
 @click.option("--equal-steps", default="200steps", show_default=True, help="Budget of a training each; 0: none.")
 @click.option("--equal-seconds", default="60s", show_default=True, help="Budget of a training each; 0: none.")
 @click.option("--sweep", is_flag=True, help="Double depth, batch and row length twice each, and report growth exponents.")
+@click.option("--compile-cpu", is_flag=True, help="Time compiled legs on a CPU, too: a C++ compiler runs for minutes in each.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="train/<id>. Default: prepared last.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks", show_default=True,
+              callback=writable)
 @click.option("--name", help="Of the files. Default: backends, tier and dtype.")
-def compare(backends: list[str], tier: str | None, dtype: str | None, constants: dict[str, str], count: int, steps: int,
-            repeats: int, max_drift: float, warmup: int, rest: float | None, equal_steps: str, equal_seconds: str, sweep: bool,
-            data: Path | None, out: Path, name: str | None) -> None:
-    """MLX and PyTorch on this machine: the same model, optimizer, batches, initial weights and dtype on each."""
-    console, on_cpu = wide_console(), {"cpu", "mlx-cpu"} >= set(backends)
-    tier, dtype = tier or ("cpu" if on_cpu else detect_preset()), dtype or ("fp32" if on_cpu else "bf16")
+def compare(backends: tuple[list[str], list[str]], tiers: tuple[str, ...], dtypes: tuple[str, ...], constants: dict[str, str],
+            count: int, steps: int | None, repeats: int | None, max_drift: float, warmup: int | None, rest: float | None,
+            equal_steps: str, equal_seconds: str, sweep: bool, compile_cpu: bool, data: Path | None, out: Path,
+            name: str | None) -> None:
+    """MLX and PyTorch on this machine: the same model, optimizer, batches, initial weights and dtype on each. Ctrl-C writes what
+    has been measured."""
+    console, (chosen, missing) = wide_console(), backends
+    on_cpu = set(chosen) <= CPUS
+    lengths = {"steps": steps or (5 if on_cpu else 50), "repeats": repeats or (1 if on_cpu else 3),
+               "warmup": warmup or (2 if on_cpu else 10)}
     rest = rest if rest is not None else 0 if on_cpu else 10
     data = prepared(data)
-    legs = [leg for leg, (backend, *_) in LEGS.items() if backend in backends]
-    legs.sort(key=lambda leg: backends.index(LEGS[leg][0]))
-    failed: dict[str, str] = {}
+    tiers = tiers or (("cpu",) if on_cpu else tuple(dict.fromkeys((detect_preset(), "cuda"))))
+    legs = [leg for backend in chosen for leg in LEGS if LEGS[leg][0] == backend]
+    if not (compile_cpu and shutil.which("c++")) and CPUS & set(chosen):
+        legs = [leg for leg in legs if LEGS[leg][0] not in CPUS or LEGS[leg][2] != "compiled"]
+        missing = [*missing, "neither framework compiles for the CPU: " + (
+            "no C++ compiler was found" if compile_cpu else "both train files leave it off there, --compile-cpu turns it on")]
 
     def tell(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def attempt(what: Callable[..., dict[str, Any]], leg: str, *args: str, **settings: Any) -> dict[str, Any] | None:
-        try:
-            return what(leg, *args, **settings)
-        except Failed as failure:
-            failed[leg] = str(failure)
-            tell(f"{leg}: failed: {failure}")
-            return None
+    for words in missing:
+        tell(f"note: {words}")
+    budgets = {"equal_steps": equal_steps, "equal_seconds": equal_seconds}
+    if not (home() / "held" / data.name).is_dir():
+        tell(f"note: no held-out text of {data.name} in {home() / 'held'}, so val_bpb is left out")
+        budgets = {}
+    for tier in tiers:
+        for dtype in dtypes or ("fp32" if on_cpu else "bf16",):
+            own = name or f"{'-vs-'.join(chosen)}-{tier}-{dtype}"
+            own += f"-{tier}-{dtype}" if name and len(tiers) * max(1, len(dtypes)) > 1 else ""
+            tell(f"{tier}, {dtype}: {', '.join(legs)}")
+            with tempfile.TemporaryDirectory() as folder:
+                shared = Comparison(Path(folder), data, tier, dtype, {"DROPOUT": "(0.0,)"} | constants, tell)
+                result = compared(shared, chosen, legs, count, rest, max_drift, lengths, budgets, sweep)
+            result["settings"]["constants"], result["missing"] = constants, missing
+            write(result, out, own)
+            rows = table_of(result)
+            table = Table(*rows[0], show_edge=False, pad_edge=False)
+            for row in rows[1:]:
+                table.add_row(*row)
+            console.print(table)
+            for line in sentences(result):
+                tell(line)
+            tell(f"written: {own}.json, .md and .png in {out}")
+            if result.get("interrupted"):
+                raise click.Abort
 
-    with tempfile.TemporaryDirectory() as folder:
-        shared = Comparison(Path(folder), data, tier, dtype, {"DROPOUT": "(0.0,)"} | constants)
-        shared.new_weights(legs[0])
-        losses = {leg: report["losses"] for leg in legs
-                  if (report := attempt(shared.start, leg, "losses", steps=10, fill_zeros=True))}
-        if not losses:
-            raise click.ClickException("no leg could train; the first message above says why")
-        checked = parity(losses, dtype)
-        for leg, p in checked.items():
-            tell(f"{leg}: ten losses from {p['losses'][0]:.4f} to {p['losses'][-1]:.4f} nats, off by {p['difference']:.1e}, "
-                 + ("timed" if p["passed"] else f"more than {p['tolerance']:.0e}: not timed"))
-        timed: dict[str, list[dict[str, Any]]] = {leg: [] for leg, p in checked.items() if p["passed"]}
 
-        lengths = {"steps": steps, "repeats": repeats, "warmup": warmup}
-        loads, backward = [], random.random() < 0.5
-        for i in range(count):
-            for leg in sorted(timed, key=legs.index, reverse=backward != (i % 2 == 1)):  # ABBA
-                for attempt_number in (0, 1):
-                    time.sleep(rest)
-                    loads.append(load())
-                    report = attempt(shared.start, leg, "times", windows=["forward", "gradients", "step", "training"], **lengths)
-                    if not report or abs(report["drift"]) <= max_drift / 100 or attempt_number:
-                        break
-                if not report:
-                    del timed[leg]
-                    continue
-                timed[leg].append(report)
-                tell(f"round {i + 1}, {leg}: {report['tokens_per_second']:,.0f} tokens/s, product drift {report['drift']:+.1%}")
+def compared(shared: Comparison, backends: list[str], legs: list[str], count: int, rest: float, max_drift: float,
+             lengths: dict[str, int], budgets: dict[str, str], sweep: bool) -> dict[str, Any]:
+    """Measure one comparison: parity, rounds, whole trainings, growth. Once something is timed, Ctrl-C ends it early with what
+    there is. Errors: ClickException if there is nothing."""
+    timed: dict[str, list[dict[str, Any]]] = {}
+    checked: dict[str, dict[str, Any]] = {}
+    more: dict[str, Any] = {}
+
+    def best() -> list[str]:
+        """The fastest leg of each backend."""
+        rate = {leg: statistics.median(r["tokens_per_second"] for r in reports) for leg, reports in timed.items()}
+        return [max(group, key=lambda leg: rate[leg]) for backend in backends
+                if (group := [leg for leg in rate if LEGS[leg][0] == backend])]
+
+    try:
+        shape = next((s for leg in legs if (s := shared.attempt(shared.new_weights, leg))), None)
+        checked = shared.check(legs, shape) if shape else {}
+        if not checked:
+            raise click.ClickException("no leg could train; the messages above say why")
+        shared.time([leg for leg, p in checked.items() if p["passed"]], count, rest, max_drift, lengths, timed)
         if not timed:
             raise click.ClickException("no leg was timed; the messages above say why")
-
-        result: dict[str, Any] = {
-            "machine": machine(), "date": time.strftime("%Y-%m-%d"), "load": statistics.median(loads), "parity": checked,
-            "settings": {"tier": tier, "dtype": dtype, "constants": constants, "data": data.name, "rounds": count,
-                         "max_drift": max_drift, **lengths,
-                         **{k: next(iter(timed.values()))[0][k] for k in (
-                             "batch_tokens", "passes", "seq_len", "flops_per_token", "parameters")}},
-            "legs": {leg: medians(reports) for leg, reports in timed.items()}, "ratios": ratios(timed, next(iter(timed))),
-            "failed": failed, "reports": timed}
-        best = [max(group, key=lambda leg: result["legs"][leg]["tokens_per_second"]) for backend in backends
-                if (group := [leg for leg in timed if LEGS[leg][0] == backend])]
-        result["best"] = best
-        for key, budget in (("equal_steps", equal_steps), ("equal_seconds", equal_seconds)):
+        for key, budget in budgets.items():
             if budget != "0":
-                runs = {leg: run for leg in best if (run := attempt(shared.trained, leg, budget))}
-                scores = [run["val_bpb"] for run in runs.values()]
-                off = max(scores) / min(scores) - 1 if scores else math.nan
-                result[key] = {"budget": budget, "legs": runs} | (
-                    {"difference": off, "agree": off <= BPB_TOLERANCE} if key == "equal_steps" else {})
+                runs = more.setdefault(key, {"budget": budget, "legs": {}})["legs"]
+                for leg in best():
+                    if run := shared.attempt(shared.trained, leg, budget):
+                        runs[leg] = run
+                        shared.tell(f"{leg}: val_bpb {run['val_bpb']:.4f} after {run['num_steps']} steps")
         if sweep:
-            result["sweep"] = swept(shared, best, lengths, next(iter(timed.values()))[0], tell)
-    name = name or f"{'-vs-'.join(backends)}-{tier}-{dtype}"
-    write(result, out, name)
-    rows = table_of(result)
-    table = Table(*rows[0], show_edge=False, pad_edge=False)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-    for line in sentences(result):
-        tell(line)
-    tell(f"written: {name}.json, .md and .png in {out}")
-
-
-def swept(shared: Comparison, legs: list[str], lengths: dict[str, int], base: dict[str, Any],
-          tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Seconds a step as depth, batch and row length double twice, one at a time, and the exponents of their growth."""
-    shapes = np.load(shared.weights)
-    depth = len({n.split(".")[1] for n in shapes.files if n.startswith("blocks.")})
-    width, tokens, row = shapes["wte.weight"].shape[1], base["batch_tokens"], base["seq_len"]
-    fixed = {"DEPTH": depth, "WIDTH": width, "BATCH_TOKENS": tokens, "SEQ_LEN": row}
-    axes = {"depth": ("DEPTH", [depth, 2 * depth, 4 * depth]), "batch": ("BATCH_TOKENS", [tokens, 2 * tokens, 4 * tokens]),
-            "row length": ("SEQ_LEN", [row, 2 * row, 4 * row])}
-    results: dict[str, dict[str, Any]] = {}
-    for what, (constant, sizes) in axes.items():
-        found: dict[str, list[dict[str, Any]]] = {leg: [] for leg in legs}
-        for size in sizes:
-            constants = {k: str(v) for k, v in (fixed | {constant: size}).items()}
-            if what == "row length":  # whole rows
-                constants["BATCH_TOKENS"] = str(max(tokens, size))
-            shared.new_weights(legs[0], constants)
-            for leg in legs:
-                found[leg].append(shared.start(leg, "times", constants, windows=["step"], long_rows=True, **lengths))
-                tell(f"{what} {size}, {leg}: {1000 * found[leg][-1]['seconds']['step']:.1f} ms a step")
-        results[what] = {leg: {"sizes": sizes, "seconds": (times := [r["seconds"]["step"] for r in reports]),
-                               "exponent": exponent(sizes, times)} for leg, reports in found.items()}
-    return results
+            more["sweep"] = shared.sweep(best(), lengths, next(iter(timed.values()))[0])
+    except KeyboardInterrupt:
+        if not timed:
+            raise
+        more["interrupted"] = True
+        shared.tell("interrupted: this was measured so far")
+    if steps := more.get("equal_steps"):
+        scores = [run["val_bpb"] for run in steps["legs"].values()]
+        steps["difference"] = max(scores) / min(scores) - 1 if scores else math.nan
+        steps["agree"] = steps["difference"] <= BPB_TOLERANCE
+    timed = {leg: timed[leg] for leg in legs if leg in timed}
+    shape = {k: next(iter(timed.values()))[0][k] for k in ("batch_tokens", "passes", "seq_len", "flops_per_token", "parameters")}
+    return {
+        "machine": machine(), "date": time.strftime("%Y-%m-%d"), "parity": checked,
+        "settings": {"tier": shared.tier, "dtype": shared.dtype, "data": shared.data.name, "rounds": count, "max_drift": max_drift,
+                     **lengths, **shape},
+        "legs": {leg: medians(reports) for leg, reports in timed.items()}, "ratios": ratios(timed, next(iter(timed))),
+        "best": best(), "failed": shared.failed, "reports": timed, **more}
 
 
 if __name__ == "__main__":

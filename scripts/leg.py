@@ -3,8 +3,8 @@
     PEER_SETTINGS='{"do": "times", ...}' python leg.py TRAIN_FILE
 
 train_mlx.py and train_torch.py have the same names, so one text here drives both; what differs stands in the two classes. A
-mode is "compiled", "eager", "reductions" (eager, with 16-bit attention scores in PyTorch) or "", as the file has it.
-Parts of a step are differences of whole windows: nothing waits for the device inside a step, because that would slow it down.
+mode is "compiled", "eager" or "reductions" (eager, with 16-bit attention scores in PyTorch). Parts of a step are differences of
+whole windows: nothing waits for the device inside a step, because that would slow it down.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness.clock import speed
 from harness.run import batches
+from scripts.meters import Macmon, Untold, energy_meter, process_peak, swapped_out
 
+ENERGY_SECONDS = 1.0                                                            # of windows, from which on energy is told
 PROBE_SECONDS = 0.3                                                             # of matrix products, before and after a leg
 
 
@@ -40,16 +42,6 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], seq_len: int) -> int:
     return 6 * sum(math.prod(shapes[n]) for n in products) + 12 * shapes["wte.weight"][1] * seq_len * depth
 
 
-def process_peak() -> float:
-    """Peak bytes that this process held in memory."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class OnMLX:
     """train_mlx.py, driven step by step."""
 
@@ -57,12 +49,11 @@ class OnMLX:
         import mlx.core as mx
         from mlx.utils import tree_flatten, tree_unflatten
         self.module, self.mx, self.flatten, self.unflatten = module, mx, tree_flatten, tree_unflatten
-        if mode:
-            (mx.enable_compile if mode == "compiled" else mx.disable_compile)()
-        self.array = mx.array
+        (mx.enable_compile if mode == "compiled" else mx.disable_compile)()
+        self.array, self.numbers, self.compiled = mx.array, np.array, mx.compile
 
-    def numbers(self, model: Any) -> dict[str, np.ndarray]:
-        return {n: np.array(p) for n, p in self.flatten(model.parameters())}
+    def parameters(self, model: Any) -> dict[str, Any]:
+        return dict(self.flatten(model.parameters()))
 
     def fill(self, model: Any, weights: dict[str, np.ndarray]) -> None:
         model.update(self.unflatten([(n, self.mx.array(p)) for n, p in weights.items()]))
@@ -82,6 +73,20 @@ class OnMLX:
                 model.ngrams.weight = self.mx.zeros((0,))
             return result
         return call
+
+    def random(self, *shape: int) -> Any:
+        return self.mx.random.normal(shape).astype(self.module.DTYPE)
+
+    def attention(self, q: Any, k: Any, v: Any) -> Any:
+        return self.module.attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
+
+    def gradient(self, function: Callable) -> Callable:
+        """The gradients of the sum of what `function` returns, for each of its arrays."""
+        mx = self.mx
+
+        def both(*arrays: Any) -> Any:
+            return mx.grad(lambda *a: function(*a).astype(mx.float32).sum(), tuple(range(len(arrays))))(*arrays)
+        return mx.compile(both)
 
     def begin(self, *values: Any) -> None:
         self.mx.async_eval(values)
@@ -105,15 +110,18 @@ class OnTorch:
         self.module, self.torch = module, torch
         if mode == "reductions":  # attention without a fused kernel keeps its scores in 16 bits, half the memory
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        if mode:
-            setattr(module, "compiled", lambda f: torch.compile(f, dynamic=False) if mode == "compiled" else f)  # noqa: B010
+        setattr(module, "compiled", lambda f: torch.compile(f, dynamic=False) if mode == "compiled" else f)  # noqa: B010
+        self.compiled = module.compiled
 
     def array(self, numbers: np.ndarray) -> Any:
         t = self.module.to_device(self.torch.from_numpy(np.ascontiguousarray(numbers)))
         return t if t.is_floating_point() else t.long()
 
-    def numbers(self, model: Any) -> dict[str, np.ndarray]:
-        return {n: p.detach().cpu().numpy() for n, p in model.named_parameters()}
+    def numbers(self, t: Any) -> np.ndarray:
+        return t.detach().cpu().numpy()
+
+    def parameters(self, model: Any) -> dict[str, Any]:
+        return dict(model.named_parameters())
 
     def fill(self, model: Any, weights: dict[str, np.ndarray]) -> None:
         with self.torch.no_grad():
@@ -132,6 +140,21 @@ class OnTorch:
         def call(params: dict[str, Any], x: Any, y: Any) -> Any:  # with gradients required, it keeps what backward needs
             return loss({n: p.detach().requires_grad_(n != self.module.NGRAMS) for n, p in params.items()}, x, y)
         return call
+
+    def random(self, *shape: int) -> Any:
+        return self.module.to_device(self.torch.randn(shape)).to(self.module.DTYPE)
+
+    def attention(self, q: Any, k: Any, v: Any) -> Any:
+        return self.module.attention(q, k, v)
+
+    def gradient(self, function: Callable) -> Callable:
+        """The gradients of the sum of what `function` returns, for each of its tensors."""
+        forward = self.module.compiled(lambda *tensors: function(*tensors).float().sum())
+
+        def both(*tensors: Any) -> Any:
+            tensors = tuple(t.detach().requires_grad_() for t in tensors)
+            return self.torch.autograd.grad(forward(*tensors), tensors)
+        return both
 
     def begin(self, *values: Any) -> None:
         """PyTorch begins by itself."""
@@ -157,12 +180,12 @@ class Leg:
         sys.modules["train_file"] = self.module  # dataclasses look their module up
         spec.loader.exec_module(self.module)  # type: ignore[union-attr]
         ours = OnMLX if "\nimport mlx" in path.read_text() else OnTorch
-        self.on: Any = ours(self.module, settings.get("mode", ""))
+        self.on: Any = ours(self.module, settings["mode"])
         self.facts: dict[str, Any] = {"import_seconds": time.perf_counter() - began, "device": self.module.device_name()}
         self.data = Path(settings["data"])
         self.meta = json.loads((self.data / "meta.json").read_text())
         m = self.module
-        self.seq_len = m.SEQ_LEN if settings.get("long_rows") else min(m.SEQ_LEN, self.meta["seq_len"])
+        self.seq_len = m.SEQ_LEN  # also where the data asks for shorter rows: the shape that is measured is the file's
         rows = max(1, m.BATCH_TOKENS // self.seq_len)
         fewest = math.ceil(rows * self.seq_len / m.MICRO_TOKENS)
         self.passes = next((n for n in range(fewest, rows) if rows % n == 0), rows)  # as `train` does
@@ -194,22 +217,79 @@ class Leg:
         """Write the initial weights that every leg starts from."""
         model = self.module.GPT(self.module.GPTConfig(vocab_size=self.meta["vocab_size"]))
         model.init_weights(1)
-        np.savez(self.settings["weights"], **self.on.numbers(model))
-        return self.facts
+        np.savez(self.settings["weights"], **{n: self.on.numbers(p) for n, p in self.on.parameters(model).items()})
+        return self.facts | {"seq_len": self.seq_len, "batch_tokens": self.batch_tokens}
 
-    def losses(self) -> dict[str, Any]:
-        """The losses in nats of the first steps from the same weights on the same batches."""
-        _, params, moments, step = self.build()
-        loader, found, n = self.loader(), [], self.settings["steps"]
+    def parity(self) -> dict[str, Any]:
+        """The losses in nats of the first steps from the same weights on the same batches. With settings["gradients"], a file, also
+        the gradients of the first batch: the first leg writes them there, another one tells how far its own are from those,
+        {name: norm of the difference over norm}."""
+        model, params, moments, step = self.build()
+        off = {}
+        if self.settings.get("gradients"):
+            batch = map(self.on.array, next(self.loader()))
+            _, grads, _ = self.module.make_gradients(model)(params, self.on.rates(), *batch)
+            own, place = {n: self.on.numbers(g) for n, g in grads.items()}, Path(self.settings["gradients"])
+            if not place.exists():
+                np.savez(place, **own)
+            first = np.load(place)
+            off = {n: float(np.linalg.norm(own[n] - first[n]) / np.linalg.norm(first[n])) for n in first.files}
+        loader, losses, n = self.loader(), [], self.settings["steps"]
         for i in range(n):
             params, moments, loss = step(params, moments, self.module.schedule(i / n, i), loader)
-            found.append(loss.item())
-        return self.facts | {"losses": found}
+            losses.append(loss.item())
+        return self.facts | {"losses": losses, "gradients": off}
+
+    def pieces(self, moments: dict[str, Any]) -> dict[str, float]:
+        """Milliseconds of single operations at this model's shapes: forward and backward pass of attention and of a norm, the
+        update of the n-gram tables by one batch, a Muon step on the largest group of matrices."""
+        m, on, rng = self.module, self.on, np.random.default_rng(3)
+        rows, T, C, heads = self.rows, self.seq_len, m.WIDTH, max(1, m.WIDTH // m.HEAD_DIM)
+        weights, state = self.weights(), {}
+        attention, norm = on.gradient(on.attention), on.gradient(m.norm)
+        qkv, x = [on.random(rows, heads, T, C // heads) for _ in range(3)], on.random(rows, T, C)
+        todo: dict[str, Callable] = {"attention": lambda: attention(*qkv), "norm": lambda: norm(x)}
+
+        def updates(name: str, function: Callable, *first: Any) -> None:
+            state[name] = first
+
+            def one() -> Any:  # nobody else holds what it takes, so that an update may happen in place
+                state[name] = tuple(function(*state.pop(name)))
+                return state[name]
+            todo[name] = one
+
+        groups = m.matrix_groups(weights)
+        largest = max(groups, key=lambda key: sum(weights[n].size for n in groups[key]))
+        matrices = np.stack([weights[n] for n in groups[largest]])
+        grads = on.array(rng.standard_normal(matrices.shape, dtype=np.float32))
+        muon = on.compiled(lambda p, a, b: m.muon(p, grads, a, b, 0.02, 0.9, 0.1))
+        updates("Muon", muon, on.array(matrices), *moments[largest])
+        if m.NGRAMS in weights:
+            seen = m.ngram_rows(on.array(next(self.loader())[0]), m.NGRAM_BUCKETS)[0]
+            g = on.array(rng.standard_normal((rows, T, C), dtype=np.float32))
+            table = on.array(weights[m.NGRAMS])
+            updates("n-gram rows", lambda table, v: m.adagrad_rows(table, v, seen, g, 0.1), table, *moments[m.NGRAMS])
+            del table  # or no update could happen in place
+        found = {}
+        for name, piece in todo.items():
+            times = []
+            for _ in range(1 + self.settings["repeats"]):  # the first may compile
+                start = time.perf_counter()
+                for _ in range(self.settings["steps"]):
+                    on.begin(piece())
+                on.wait()
+                times.append((time.perf_counter() - start) / self.settings["steps"])
+            found[name] = 1000 * statistics.median(times[1:])
+        return found
 
     def times(self) -> dict[str, Any]:
         """Seconds a step of windows that hold more and more of it, and what follows from them."""
         probe, probe_flops = self.module.matmul_probe()
-        before = speed(probe, PROBE_SECONDS) * probe_flops
+        before, swapped = speed(probe, PROBE_SECONDS) * probe_flops, swapped_out()
+        try:
+            meter, untold = energy_meter(self.settings["backend"] in ("cuda", "mlx-cuda")), ""
+        except Untold as error:
+            meter, untold = None, str(error)
         model, params, moments, step = self.build()
         loader, rates, on = self.loader(), self.on.rates(), self.on
         kept = list(islice(loader, 4 * self.passes))
@@ -244,15 +324,25 @@ class Leg:
                 windows[name]()
             on.wait()
         on.reset_peak()
+        joules = 0.0
         for _ in range(self.settings["repeats"]):
             for name in names:  # in turn, so that a slow second hits one window of each
-                start = time.perf_counter()
+                counted, start = meter.joules() if meter and name == "training" else 0.0, time.perf_counter()
                 for _ in range(self.settings["steps"]):
                     windows[name]()
                 on.wait()
                 measured[name].append((time.perf_counter() - start) / self.settings["steps"])
-        seconds, peak = {name: statistics.median(measured[name]) for name in names}, on.peak()
-        after = speed(probe, PROBE_SECONDS) * probe_flops
+                joules += meter.joules() - counted if meter and name == "training" else 0.0
+        seconds, peak, memory = {name: statistics.median(measured[name]) for name in names}, on.peak(), process_peak()
+        after, swapped = speed(probe, PROBE_SECONDS) * probe_flops, swapped_out() - swapped
+        trained = sum(measured["training"]) * self.settings["steps"]
+        if meter and not (trained >= ENERGY_SECONDS and math.isfinite(joules)):
+            untold = f"the windows lasted {trained:.1f} s, expected at least {ENERGY_SECONDS:.0f}: ask for more --steps"
+        energy = {"untold": untold} if untold or not meter else {
+            "watts": joules / trained, "source": meter.source,
+            "joules_per_1000_tokens": 1000 * joules / (len(measured["training"]) * self.settings["steps"] * self.batch_tokens)}
+        if isinstance(meter, Macmon):
+            meter.close()
         whole = seconds.get("training") or seconds["step"]
         shapes = {n: tuple(p.shape) for n, p in self.weights().items()}
         flops, product = flops_per_token(shapes, self.seq_len), (before + after) / 2
@@ -261,7 +351,9 @@ class Leg:
             "batch_tokens": self.batch_tokens, "passes": self.passes, "seq_len": self.seq_len, "flops_per_token": flops,
             "parameters": sum(math.prod(s) for s in shapes.values()), "product_tflops": product / 1e12, "drift": after / before - 1,
             "mfu_percent": 100 * flops * self.batch_tokens / whole / product,
-            "framework_mb": peak / 2**20 if peak is not None else None, "process_mb": process_peak() / 2**20}
+            "framework_mb": peak / 2**20 if peak is not None else None, "process_mb": memory / 2**20,
+            "swapped_mb": swapped / 2**20, "energy": energy,
+            "pieces_ms": self.pieces(moments) if self.settings.get("pieces") else {}}
 
     def train(self) -> dict[str, Any]:
         """A whole training by the file's own loop from our weights, for the scorer."""

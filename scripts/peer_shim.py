@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import runpy
 import sys
 import time
@@ -31,6 +30,7 @@ from harness.probes import log_probs
 from harness.run import batches, row_starts
 from harness.score import EVAL_BUFFER_BYTES
 from harness.tokenizer import Tokenizer as OurTokenizer
+from scripts.meters import process_peak
 
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("PEER_SETTINGS", "{}"))
 MAX_SEQ_LEN: int = SETTINGS.get("seq_len", 0)                                   # tokens in a training row
@@ -56,8 +56,7 @@ def memory() -> dict[str, float]:
     """Peak MB of the framework's arrays (0: PyTorch doesn't count on a CPU) and of the process, compiling included."""
     mlx, torch = sys.modules.get("mlx.core"), sys.modules.get("torch")
     peak = mlx.get_peak_memory() if mlx else torch.cuda.max_memory_allocated() if torch else 0
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"framework_mb": peak / 2**20, "process_mb": resident / 2**20}
+    return {"framework_mb": peak / 2**20, "process_mb": process_peak() / 2**20}
 
 
 def write_report() -> None:

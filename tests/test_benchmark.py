@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from conftest import PINNED, ROOT, Dataset, environment, prepare
 from mlx.utils import tree_flatten
 from pinned import train_mlx
 
-from scripts import benchmark, compare_peers, leg, peer_shim
+from harness.machine import find_dtype
+from scripts import benchmark, compare_peers, leg, meters, peer_shim
 from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE
 from scripts.benchmark import OURS, edited, variant
 from scripts.compare_peers import Failed, adapt
@@ -126,7 +130,18 @@ WINDOWS = {"forward": 0.010, "gradients": 0.031, "step": 0.045, "training": 0.04
 def measured(rate: float, **more: object) -> dict:
     """A report of a leg."""
     return {"tokens_per_second": rate, "mfu_percent": 40.0, "product_tflops": 0.1, "framework_mb": None, "process_mb": 300.0,
-            "import_seconds": 1.0, "seconds": WINDOWS, "first_seconds": {"step": 2.0}, "drift": 0.01, **more}
+            "import_seconds": 1.0, "seconds": WINDOWS, "first_seconds": {"step": 2.0}, "drift": 0.01, "swapped_mb": 0.0,
+            "energy": {"untold": "no meter"}, "pieces_ms": {"Muon": 1.25}, "others_percent": 4.0, "round": 0, **more}
+
+
+def in_turn(*rates: float, **more: object) -> list[dict]:
+    """Reports of a leg, one a round."""
+    return [measured(rate, round=i, **more) for i, rate in enumerate(rates)]
+
+
+def lost(*losses: float, gradient: float = 0.0) -> dict:
+    """A report of parity."""
+    return {"losses": list(losses), "gradients": {"wte.weight": 0.0, "lm_head.weight": gradient}}
 
 
 def test_flops_are_those_of_both_files_own_count() -> None:
@@ -148,23 +163,56 @@ def test_an_interval_needs_six_values_and_covers_the_median() -> None:
 
 
 def test_a_winner_is_named_only_if_the_interval_excludes_one() -> None:
-    def reports(*rates: float) -> list[dict]:
-        return [measured(rate) for rate in rates]
-
-    base = reports(*[100.0] * 6)
-    found = benchmark.ratios({"a": base, "fast": reports(*range(110, 116)), "slow": reports(*range(90, 96)),
-                              "even": reports(90, 95, 99, 101, 105, 110), "few": reports(200, 210)}, "a")
+    found = benchmark.ratios({"a": in_turn(*[100.0] * 6), "fast": in_turn(*range(110, 116)), "slow": in_turn(*range(90, 96)),
+                              "even": in_turn(90, 95, 99, 101, 105, 110), "few": in_turn(200, 210)}, "a")
     assert {name: r["faster"] for name, r in found.items()} == {"fast": "fast", "slow": "a", "even": None, "few": None}
     assert found["fast"]["median"] == pytest.approx(1.125)
 
 
-def test_a_leg_whose_losses_are_off_may_not_be_timed() -> None:
-    first = [6.9, 5.0, 4.0]
-    found = benchmark.parity({"mlx-cpu": first, "cpu": [6.9, 5.0004, 4.0]}, "fp32")
-    assert found["cpu"]["passed"]
-    assert not benchmark.parity({"mlx-cpu": first, "cpu": [6.9, 5.0006, 4.0]}, "fp32")["cpu"]["passed"]
-    assert not benchmark.parity({"mlx-cpu": first, "cpu": [6.9, math.nan, 4.0]}, "fp32")["cpu"]["passed"]
-    assert benchmark.parity({"mlx": first, "mps": [6.9, 5.05, 4.0]}, "bf16")["mps"]["passed"]
+def test_a_round_that_one_leg_lacks_is_no_pair() -> None:
+    found = benchmark.ratios({"a": in_turn(100, 200, 100), "b": [measured(100, round=0), measured(100, round=2)]}, "a")
+    assert found["b"]["pairs"] == [1, 1]
+
+
+@pytest.mark.parametrize(("dtype", "other", "passed"), [
+    ("fp32", lost(6.9, 5.0004, 4.0), True), ("fp32", lost(6.9, 5.0006, 4.0), False), ("fp32", lost(6.9, math.nan, 4.0), False),
+    ("bf16", lost(6.9, 5.05, 4.0), True), ("fp32", lost(6.9, 5.0, 4.0, gradient=9e-5), True),
+    ("fp32", lost(6.9, 5.0, 4.0, gradient=2e-4), False), ("fp32", lost(6.9, 5.0, 4.0, gradient=math.nan), False)])
+def test_a_leg_whose_losses_or_gradients_are_off_may_not_be_timed(dtype: str, other: dict, passed: bool) -> None:
+    found = benchmark.parity({"mlx-cpu": lost(6.9, 5.0, 4.0), "cpu": other}, dtype)
+    assert found["mlx-cpu"]["passed"]
+    assert found["cpu"]["passed"] == passed
+    if not passed and other["gradients"]["lm_head.weight"]:
+        assert found["cpu"]["gradient"] == "lm_head.weight"
+
+
+@pytest.mark.parametrize(("report", "problem"), [
+    ({}, ""), ({"drift": -0.031}, "a matrix product changed its speed by -3%"),
+    ({"swapped_mb": 70.0, "drift": 0.5}, "the machine wrote 70 MB to swap"), ({"swapped_mb": 0.5}, "")])
+def test_a_leg_is_repeated_where_the_machine_swapped_or_changed_its_speed(report: dict, problem: str) -> None:
+    assert benchmark.spoiled(measured(1, **report), max_drift=3) == problem
+
+
+def test_a_leg_that_swaps_twice_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that swaps once is measured again, one that fails is asked no more."""
+    monkeypatch.setattr(benchmark, "others_percent", lambda: 1.0)
+    said: list[str] = []
+    shared = benchmark.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, said.append)
+    swaps, asked = {"mlx-cpu": [9.0] * 4, "cpu": [9.0, 0.0, 0.0]}, []
+
+    def start(leg: str, do: str, **settings: object) -> dict:
+        asked.append((leg, do))
+        if leg == "cuda":
+            raise Failed("exit code 1: ...\nno such device\n")
+        return measured(100, swapped_mb=swaps[leg].pop(0))
+    monkeypatch.setattr(shared, "start", start)
+    timed: dict[str, list[dict]] = {}
+    shared.time(["mlx-cpu", "cpu", "cuda"], 2, 0.0, 3.0, {"steps": 1}, timed)
+    assert [r["round"] for r in timed["cpu"]] == [0, 1]
+    assert "mlx-cpu" not in timed
+    assert "in round 2 the machine wrote 9 MB to swap: thrown away" in shared.failed["mlx-cpu"]
+    assert asked.count(("cuda", "times")) == 1
+    assert "cuda failed: no such device" in said
 
 
 def test_growth_is_told_as_an_exponent() -> None:
@@ -174,31 +222,82 @@ def test_growth_is_told_as_an_exponent() -> None:
 
 def test_a_comparison_writes_table_picture_and_json(tmp_path: Path) -> None:
     """With a leg that failed and one that wasn't timed."""
-    reports = {"mlx-cpu": [measured(100.0), measured(120.0)], "cpu": [measured(200.0, drift=0.2), measured(300.0)]}
+    energy = {"watts": 20.0, "joules_per_1000_tokens": 4.5, "source": "a meter"}
+    reports = {"mlx-cpu": in_turn(100, 120, energy=energy), "cpu": [measured(200.0, drift=0.2), measured(300.0, round=1)]}
+    checked = {leg: {"fp32": p, "passed": p["passed"]} for leg, p in benchmark.parity(
+        {"mlx-cpu": lost(1.0), "cpu": lost(1.0, gradient=2e-5), "mps": lost(2.0)}, "fp32").items()}
     result = {
         "machine": {"processor": "A processor", "cores": 2, "memory_gb": 8.0, "system": "Linux", "mlx": "1",
-                    "threads": "all"}, "date": "2026-01-01",
-        "load": 3.0, "parity": benchmark.parity({"mlx-cpu": [1.0], "cpu": [1.0], "mps": [2.0]}, "fp32"),
+                    "threads": "all", "conditions": ["it runs on its battery"]}, "date": "2026-01-01",
+        "parity": checked, "missing": ["no compiler"], "interrupted": True,
         "settings": {"tier": "cpu", "dtype": "fp32", "data": "d", "rounds": 2, "steps": 3, "repeats": 1, "warmup": 1,
                      "max_drift": 3, "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
         "legs": {name: benchmark.medians(r) for name, r in reports.items()}, "ratios": benchmark.ratios(reports, "mlx-cpu"),
         "failed": {"cuda": "exit code 1: ...\nRuntimeError: no such device"}, "reports": reports,
-        "equal_steps": {"budget": "9steps", "legs": {"cpu": {"val_bpb": 1.5}}, "difference": 0.02, "agree": False}}
+        "equal_steps": {"budget": "9steps", "legs": {"cpu": {"val_bpb": 1.5}}, "difference": 0.02, "agree": False},
+        "equal_seconds": {"budget": "9s", "legs": {"cpu": {"val_bpb": 1.25, "num_steps": 1234}}}}
     benchmark.write(result, tmp_path, "x")
     assert json.loads((tmp_path / "x.json").read_text())["legs"]["cpu"]["tokens_per_second"] == 250
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "x.md").read_text()
     for words in ("| tokens/s, median | 110 | 250 |", "| backward | 21.0 | 21.0 |", "| val_bpb after 9steps | - | 1.5000 |",
-                  "a loaded machine", "2.25 times the tokens/s, too few rounds", "one is wrong", "cpu 20%",
-                  "Parity of mps: 1 losses within 1.0e+00 (tolerance 1e-03): failed, so it was not timed.",
+                  "| steps in 9s | - | 1,234 |", "| Muon alone, ms | 1.25 | 1.25 |", "| energy, J per 1,000 tokens | 4.50 | - |",
+                  "Energy of mlx-cpu: a meter.", "Energy of cpu is not told: no meter.", "No compiler.", "It was interrupted",
+                  "at most 4 %. No leg counts in which the machine swapped", "About this machine: it runs on its battery.",
+                  "1 losses in fp32 within 0.0e+00 and gradients within 2.0e-05 (lm_head.weight) (tolerance 1e-04).",
+                  "2.25 times the tokens/s, too few rounds", "one is wrong", "cpu 20%",
+                  "Parity of mps: 1 losses in fp32 within 1.0e+00 and gradients within 0.0e+00 (wte.weight) (tolerance 1e-03): "
+                  "failed, so it was not timed.",
                   "cuda failed: RuntimeError: no such device"):
         assert words in text, words
+    busy = {leg: [r | {"others_percent": 70.0} for r in own] for leg, own in reports.items()}
+    assert any("a loaded machine" in line for line in benchmark.sentences(result | {"reports": busy}))
 
 
 def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
     refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu,abacus"])
     assert refused.exit_code == 2
     assert re.search(r"abacus: expected some of those that this machine has:.* mlx-cpu", refused.output.replace("\n", " "))
+
+
+@pytest.mark.parametrize("words", [["--out", "/proc/nowhere"], ["--constant", "DEPTH"]])
+def test_what_would_fail_in_the_end_is_refused_at_once(words: list[str]) -> None:
+    refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu", *words])
+    assert refused.exit_code == 2
+    assert "/proc/nowhere can't be written" in refused.output or "expected NAME=VALUE, got DEPTH" in refused.output
+
+
+def test_a_framework_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    here, missing = benchmark.available()
+    assert "mlx-cpu" in here
+    assert missing == ["PyTorch is not installed (scripts/setup.sh torch installs it)"]
+
+
+@pytest.mark.parametrize("stage", ["parity", "times", "train"])
+def test_ctrl_c_keeps_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """In the check of parity there is nothing yet; in the second round the first one counts, in a training both do."""
+    monkeypatch.setattr(benchmark, "others_percent", lambda: 1.0)
+    shared = benchmark.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, lambda text: None)
+    shape = dict.fromkeys(("batch_tokens", "passes", "seq_len", "flops_per_token", "parameters"), 1)
+    done: list[str] = []
+
+    def start(leg: str, do: str, *_: object, **__: object) -> dict:
+        if do == stage and (do != "times" or "times" in done):
+            raise KeyboardInterrupt
+        done.append(do)
+        return {"save_weights": shape, "parity": lost(5.0, 4.0)}.get(do) or measured(100.0, **shape)
+    monkeypatch.setattr(shared, "start", start)
+
+    def compare() -> dict:
+        return benchmark.compared(shared, ["cpu"], ["cpu"], 2, 0.0, 3.0, {}, {"equal_steps": "1steps"}, False)
+    if stage == "parity":
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+        return
+    result = compare()
+    assert result["interrupted"]
+    assert result["legs"]["cpu"]["rounds"] == (1 if stage == "times" else 2)
 
 
 def test_without_prepared_data_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,19 +310,27 @@ def test_without_prepared_data_the_command_says_what_to_do(tmp_path: Path, monke
 def test_one_backend_is_measured_and_trained(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "TRAIN_FILE", PINNED / "train_mlx.py")
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tiny.home))
-    small = [word for constant in ("DEPTH=1", "WIDTH=64", "BATCH_TOKENS=256", "NGRAM_BUCKETS=(97,)")
+    monkeypatch.setattr(benchmark, "others_percent", lambda: 3.0)  # without waiting for a second
+    small = [word for constant in ("DEPTH=1", "WIDTH=64", "SEQ_LEN=32", "BATCH_TOKENS=256", "NGRAM_BUCKETS=(97,)")
              for word in ("--constant", constant)]
     done = CliRunner().invoke(benchmark.main, [
         "compare", "--backends", "mlx-cpu", "--data", str(tiny.train), *small, "--rounds", "1", "--steps", "2", "--repeats", "1",
-        "--warmup", "1", "--equal-steps", "3steps", "--equal-seconds", "0", "--out", str(tmp_path), "--name", "x"])
+        "--warmup", "1", "--equal-steps", "3steps", "--equal-seconds", "0", "--sweep", "--out", str(tmp_path), "--name", "x"])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "x.json").read_text())
-    assert len(result["parity"]["mlx-cpu"]["losses"]) == 10
+    assert len(result["parity"]["mlx-cpu"]["fp32"]["losses"]) == 10
     (report,) = result["reports"]["mlx-cpu"]
     assert report["batch_tokens"] == 256
     assert report["seq_len"] == 32
     assert report["tokens_per_second"] == pytest.approx(256 / report["seconds"]["training"])
     assert 0 < report["framework_mb"] < report["process_mb"]
+    assert report["pieces_ms"].keys() == {"attention", "norm", "Muon", "n-gram rows"}
+    assert min(report["pieces_ms"].values()) > 0
+    assert report["swapped_mb"] < 1e6
+    assert report["energy"].keys() in ({"untold"}, {"watts", "joules_per_1000_tokens", "source"})
+    assert report["others_percent"] == 3
+    assert {what: legs["mlx-cpu"]["sizes"] for what, legs in result["sweep"].items()} == {
+        "depth": [1, 2, 4], "batch": [256, 512, 1024], "row length": [32, 64, 128]}
     assert result["equal_steps"]["legs"]["mlx-cpu"]["num_steps"] == 3
     assert 1 < result["equal_steps"]["legs"]["mlx-cpu"]["val_bpb"] < 10
 
@@ -242,3 +349,153 @@ def test_upstreams_attention_without_its_kernel(monkeypatch: pytest.MonkeyPatch)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         expected = torch.einsum("bhts,bshd->bthd", weights, v)
         assert torch.allclose(attend(q, k, v, causal=True, window_size=(window, 0)), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dtype: measured and remembered
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rates", "allowed", "chosen"), [
+    ({"bfloat16": [100, 101], "float32": [99, 98]}, ("bfloat16", "float32"), "bfloat16"),
+    ({"bfloat16": [100, 101], "float32": [120, 119]}, ("bfloat16", "float32"), "float32"),
+    ({"bfloat16": [100, 101], "float32": [103, 104]}, ("bfloat16", "float32"), "bfloat16"),  # too little
+    ({"bfloat16": [100, 125], "float32": [120, 130]}, ("bfloat16", "float32"), "bfloat16"),  # not in each round
+    ({"bfloat16": [100, 101], "float16": [150, 151], "float32": [90, 91]}, ("bfloat16", "float32"), "bfloat16"),  # can't be used
+    ({"bfloat16": [100, 101], "float16": [150, 151], "float32": [90, 91]}, ("bfloat16", "float16", "float32"), "float16"),
+    ({"bfloat16": [], "float32": [90, 91]}, ("bfloat16", "float32"), "float32")])
+def test_another_dtype_has_to_be_clearly_faster(rates: dict[str, list[float]], allowed: tuple[str, ...], chosen: str) -> None:
+    assert benchmark.fastest(rates, allowed) == chosen
+
+
+def test_a_measured_dtype_is_what_trainings_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "new"))
+    monkeypatch.delenv("AUTORESEARCH_DTYPES", raising=False)
+    place = benchmark.remember("Apple M1 mlx", "float32")
+    assert benchmark.remember("Apple M1 mps torch", "float16") == place
+    assert (find_dtype("Apple M1 mlx"), find_dtype("Apple M1 mps torch")) == ("float32", "float16")
+    benchmark.remember("Apple M1 mlx", "bfloat16")
+    assert json.loads(place.read_text()) == {"Apple M1 mps torch": "float16"}
+    place.write_text("{damaged")
+    benchmark.remember("Apple M1 mlx", "float32")
+    assert find_dtype("Apple M1 mlx") == "float32"
+
+
+def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(tiny: Dataset, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    source = compare_peers.with_constants(SOURCE, {"DEPTH": 1, "WIDTH": 64, "BATCH_TOKENS": 256, "NGRAM_BUCKETS": "()"})
+    monkeypatch.setattr(benchmark, "TRAIN_FILE", tmp_path / "train_mlx.py")
+    (tmp_path / "train_mlx.py").write_text(source)
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.setattr(benchmark, "available", lambda: (["mlx-cpu"], []))
+    arguments = ["dtype", "--rounds", "1", "--steps", "4", "--data", str(tiny.train), "--json", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(benchmark.main, arguments)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in told["tokens_per_second"].values())
+    assert told["tokens_per_second"].keys() == {"bfloat16", "float16", "float32"}
+    assert told["device"].endswith(" mlx")
+    assert "nothing is changed" in told["said"]
+    assert not (tmp_path / "dtypes.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_this_process_peak_grows_with_what_it_holds() -> None:
+    before = meters.process_peak()
+    held = bytearray(300 << 20)
+    held[:: 4096] = b"x" * len(held[:: 4096])
+    assert before < meters.process_peak() < 100 * 2**30
+
+
+def test_rapl_adds_the_packages_up_and_its_counters_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "RAPL", tmp_path)
+    with pytest.raises(meters.Untold, match="has no RAPL counters"):
+        meters.Rapl()
+    for name, value in (("intel-rapl:0", 900_000), ("intel-rapl:1", 5_000_000), ("intel-rapl:0:0", 77)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000\n")
+    meter = meters.Rapl()
+    assert meter.joules() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000")  # wrapped
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("7000000")
+    assert meter.joules() == pytest.approx(0.2 + 2.0)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    (tmp_path / "intel-rapl:0" / "energy_uj").mkdir()  # root may read a file without permissions, not a folder
+    with pytest.raises(meters.Untold, match="read by root only; `sudo chmod"):
+        meters.Rapl()
+
+
+MACMON = """#!/bin/sh
+echo '{"cpu_power": 4.0, "all_power": 20.0, "sys_power": 30.0}'
+echo '{"cpu_power": 4.0, "all_power": 10.0, "sys_power": 30.0}'
+"""
+
+
+@pytest.mark.parametrize(("program", "told"), [(MACMON + "exec sleep 60\n", True), ("#!/bin/sh\necho no Apple chip\n", False)])
+def test_macmons_power_is_added_up_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: bool) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(meters.shutil, "which", lambda name: None)
+    with pytest.raises(meters.Untold, match="brew install macmon"):
+        meters.Macmon()
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "macmon").write_text(program)
+    (tmp_path / "macmon").chmod(0o755)
+    if not told:
+        with pytest.raises(meters.Untold, match="gives no power here"):
+            meters.Macmon()
+        return
+    meter = meters.Macmon()
+    try:
+        while meter.watts != 10:
+            time.sleep(0.01)
+        before, start = meter.joules(), time.monotonic()
+        time.sleep(0.2)
+        assert meter.joules() - before == pytest.approx(10 * (time.monotonic() - start), rel=0.2)
+    finally:
+        meter.close()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to make a library that acts NVML's part")
+def test_nvmls_counter_is_read_in_joules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvml.c").write_text("""
+static int index; static unsigned long long energy = 1500;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **handle) { index = i; *handle = &index; return i < 4 ? 0 : 2; }
+int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *mj) {
+    if (handle != &index) return 2;
+    if (index == 3) return 3;
+    *mj = energy; energy += 2000; return 0; }
+""")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "nvml.so", tmp_path / "nvml.c"], check=True)
+    monkeypatch.setattr(meters, "NVML", str(tmp_path / "nvml.so"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    meter = meters.energy_meter(on_cuda=True)
+    before = meter.joules()
+    assert meter.joules() - before == 2
+    for devices, why in (("3", "no energy counter"), ("7", "no access to GPU 7"), ("MIG-1", "no access to GPU MIG-1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        with pytest.raises(meters.Untold, match=why):
+            meters.Nvml()
+    monkeypatch.setattr(meters, "NVML", str(tmp_path / "none.so"))
+    with pytest.raises(meters.Untold, match="no access"):
+        meters.Nvml()
+
+
+def test_a_mac_tells_what_it_swapped_and_that_it_has_no_fan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("vm_stat", "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPageouts:   9.\nSwapouts:   3.\n"),
+                       ("system_profiler", "Hardware:\n      Model Name: MacBook Air\n")):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'E'\n{said}E\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(meters, "MAC", True)
+    assert meters.swapped_out() == 3 * 16384
+    assert any(line.startswith("no fan") for line in meters.conditions())
+    monkeypatch.setattr(meters, "MAC", False)
+    assert meters.swapped_out() >= 0
+    assert 0 <= meters.others_percent(0.05) <= 100

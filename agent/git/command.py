@@ -61,5 +61,6 @@ def git_bytes(cwd: Path, *args: str, stdin: bytes | None = None) -> bytes:
         raise UsageError(f"git is not installed, or {cwd} is gone: {error}") from None
     except git.exc.GitCommandError as error:
         words = str(error.stderr or error.stdout).strip().removeprefix("stderr: ").strip("' \n")
-        raise GitFailed(f"git {' '.join(args)[:200]}: {words or f'exit status {error.status}'}") from None
+        told = " ".join(word for word in args if not word.startswith(("--git-dir=", "--work-tree=")))
+        raise GitFailed(f"git {told[:200]}: {words or f'exit status {error.status}'}") from None
     return out if isinstance(out, bytes) else str(out).encode()

@@ -68,9 +68,7 @@ class Engine:
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
         self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
-        self._alone = False  # whether it is journalled that the terminal was closed
-        self._said = ""  # the last word about the branch: the same one after each experiment is said once
-        self._told = set[str]()  # names of files outside the worktree that changed during an agent's work: each is told once
+        self._noted = {""}  # what was said once in this session and need not be said after each experiment
 
     def record(self, event: str, **fields: Any) -> None:
         """Journal an event, without secrets and numbers that no journal can hold, and move the state on by it."""
@@ -162,10 +160,9 @@ class Engine:
             self.restored()
         prune(self.night, self.lab.folder)  # first what makes room
         self.worktree.fill(self._branch())
-        if (stays := self.worktree.move(self._branch())) and stays != self._said:
-            self.console.say(f"note: {stays}")
-        self._said = stays
-        self.worktree.keep_refs({e.n: e.commit for e in self.night.experiments if e.commit})
+        stays = self.worktree.move(self._branch())
+        for words in (stays, *self.worktree.keep_refs({e.n: e.commit for e in self.night.experiments if e.commit})):
+            self.note_once(words)
         with contextlib.suppress(OSError):  # a view; it is written again after the next experiment
             results.write_results(self.night, self.lab.folder / "results.tsv")
 
@@ -175,9 +172,8 @@ class Engine:
             return "stopped", "stopped by request"
         if self.journal.follow():
             self.restored()
-        if self.stopper.alone and not self._alone:
-            self._alone = True
-            self.note(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
+        if self.stopper.alone:
+            self.note_once(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
         free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
         if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
             return end
@@ -221,8 +217,8 @@ class Engine:
         self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
         after = elsewhere(self.worktree.repository)
-        if new := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._told):
-            self._told.update(new)
+        if new := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._noted):
+            self._noted.update(new)
             self.note(f"changed while the agent of experiment {n} was at work: {_listed(new)}; if it was not you, look at it")
         if proposal.droppings:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
@@ -367,6 +363,11 @@ class Engine:
         """Something the user should know and the night can do without: journalled and said."""
         self.record("note", text=text)
         self.console.say(f"note: {text}")
+
+    def note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
     def _branch(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base

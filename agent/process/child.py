@@ -50,6 +50,7 @@ class Bounds:
     memory_bytes: int | None = None  # summed over the family; a page shared by two processes counts twice
     directories: tuple[Path, ...] = ()
     directory_bytes: int | None = None  # of all `directories` together; a directory too deep or too full to count is over the limit
+    spare_bytes: int = 0  # must stay free on their disk, because files without a name or in a locked folder cannot be counted
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,12 @@ class _Child:
         self.peak_mb = max(self.peak_mb, resident / 2**20)
         if bounds.memory_bytes is not None and resident > bounds.memory_bytes:
             return "memory"
-        if bounds.directory_bytes is not None:
-            return "disk" if sum(map(directory_bytes, bounds.directories)) > bounds.directory_bytes else None
+        if bounds.directory_bytes is not None and sum(map(directory_bytes, bounds.directories)) > bounds.directory_bytes:
+            return "disk"
+        with contextlib.suppress(OSError):  # none of them is there any more
+            there = next((folder for folder in bounds.directories if folder.is_dir()), None)
+            if there and shutil.disk_usage(there).free < bounds.spare_bytes:
+                return "disk"
         return None
 
     def _end(self) -> None:
@@ -282,7 +287,10 @@ class _Child:
         deadline = time.monotonic() + self.grace + supervise.KILL_SECONDS + 2.0
         while self.supervised and time.monotonic() < deadline:
             self._read(TICK_SECONDS)
-        if self._told("left") != 0:  # the child killed or stopped its supervisor, or outlived it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(TICK_SECONDS)
+        # The child may have killed or stopped its supervisor, and written false reports in its place
+        if self.process.returncode != 0 or self._told("left") != 0:
             end_processes([*descendants(self.family), self.family], self.marker)
         self.process.wait()
         deadline = time.monotonic() + 1.0
@@ -296,7 +304,9 @@ class _Child:
         problem, code, peak_kb = self._told("missing"), self._told("exit"), self._told("peak_kb")
         if problem is not None:
             return self._missing(str(problem))
-        status = code if isinstance(code, int) else -signal.SIGKILL  # no exit code: the supervisor itself was killed
+        status = -int(signal.SIGKILL)  # unless the supervisor ended properly and reported an exit code
+        if self.process.returncode == 0 and isinstance(code, int) and -signal.NSIG < code < 256:
+            status = code
         if os.path.basename(self.argv[0]) == "bwrap" and 128 < status < 128 + signal.NSIG:
             status = 128 - status  # the sandbox reports a signal of its child as a shell does
         return Outcome(

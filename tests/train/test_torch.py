@@ -815,7 +815,7 @@ def compared(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **constan
     monkeypatch.setattr(benchmark, "TORCH_FILE", PINNED / "train_torch.py")
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tiny.home))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = {"DROPOUT": "(0.0,)", "DEPTH": "2", "WIDTH": "64", "BATCH_TOKENS": "256", "MICRO_TOKENS": "128",
+    small = {"DROPOUT": "(0.0,)", "DEPTH": "2", "WIDTH": "64", "SEQ_LEN": "32", "BATCH_TOKENS": "256", "MICRO_TOKENS": "128",
              "NGRAM_BUCKETS": "(97, 101)"}
     shared = benchmark.Comparison(folder, tiny.train, "cpu", "fp32", small | constants)
     shared.new_weights("mlx-cpu")
@@ -825,18 +825,25 @@ def compared(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **constan
 def test_the_backends_lose_alike_over_ten_steps(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same weights and batches, with every learning rate as it is and two passes a step."""
     shared = compared(tiny, tmp_path, monkeypatch)
-    losses = {name: shared.start(name, "losses", steps=10, fill_zeros=True)["losses"] for name in ("mlx-cpu", "cpu")}
+    checked = shared.check(["mlx-cpu", "cpu"], {"seq_len": 32, "batch_tokens": 256})
+    losses = {name: p["fp32"]["losses"] for name, p in checked.items()}
     assert losses["cpu"] == pytest.approx(losses["mlx-cpu"], rel=1e-4)
     assert losses["cpu"][-1] < losses["cpu"][0] - 0.5
-    assert benchmark.parity(losses, "fp32")["cpu"]["passed"]
+    assert 0 < checked["cpu"]["fp32"]["gradient_difference"] < 1e-4
+    assert checked["cpu"]["passed"]
 
 
-def test_another_optimizer_on_one_side_is_noticed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth more of one learning rate."""
+@pytest.mark.parametrize(("what", "constants"), [("optimizer", {"MATRIX_LR": "0.022"}), ("model", {"EPS": "1e-3"})])
+def test_another_optimizer_or_model_on_one_side_is_noticed(
+        tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, constants: dict[str, str]) -> None:
+    """A tenth more of one learning rate shows in the losses, another epsilon in the gradients, too."""
     shared = compared(tiny, tmp_path, monkeypatch)
-    losses = {name: shared.start(name, "losses", {"MATRIX_LR": rate}, steps=10, fill_zeros=True)["losses"]
-              for name, rate in (("mlx-cpu", "0.02"), ("cpu", "0.022"))}
-    assert not benchmark.parity(losses, "fp32")["cpu"]["passed"]
+    reports = {name: shared.start(name, "parity", own, steps=10, fill_zeros=True, gradients=str(tmp_path / "gradients.npz"))
+               for name, own in (("mlx-cpu", {}), ("cpu", constants))}
+    found = benchmark.parity(reports, "fp32")["cpu"]
+    assert not found["passed"]
+    assert found["difference"] > 1e-4
+    assert (found["gradient_difference"] > 1e-4) == (what == "model")
 
 
 def test_the_backends_reach_the_same_score_after_equal_steps(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
