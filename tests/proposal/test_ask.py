@@ -128,7 +128,7 @@ def test_arguments_of_the_users_reach_the_agent(desk: Place) -> None:
     got = desk.ask(f"{EDIT}\nprint('DESCRIPTION:', sys.argv[1:])", agent_args="--effort high --note 'two words'")
     assert got.description == "['--effort', 'high', '--note', 'two words']"
     with pytest.raises(CoderError, match=r"--agent-args .*split into words: No closing quotation; expected such as"):
-        table.arguments("it's")
+        choice.arguments("it's")
 
 
 def test_what_an_agents_git_does_stays_in_a_repository_of_its_own(desk: Place) -> None:
