@@ -24,7 +24,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 from rich.text import Text
 
-from agent.coders import table
+from agent.coders import choice
 from agent.errors import NightError
 from agent.files import GIB, real_path
 from agent.journal.settings import Settings
@@ -180,7 +180,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
 def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
     """Each installed agent: does it start, is there a sign of a login? None is needed: `search` is built in."""
     absent = []
-    for coder in table.TABLE.values():
+    for coder in choice.TABLE.values():
         if not coder.login_env and not coder.login_files:
             continue  # built in
         path = coder.find(environ)
@@ -198,7 +198,7 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
         locked = "over SSH the keychain is locked, and claude, copilot and cursor keep their login there"
         yield Finding("agent", "note", f"{locked}; in this session: security unlock-keychain, or set the agent's key as a variable")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
-    yield Finding("agent", "ok", f"without --agent a night takes {table.detect(environ).coder.name}{others}")
+    yield Finding("agent", "ok", f"without --agent a night takes {choice.detect(environ).coder.name}{others}")
 
 
 def ask_agents(environ: Mapping[str, str], folder: Path, train_file: str) -> Iterable[Finding]:
@@ -212,7 +212,7 @@ def ask_agents(environ: Mapping[str, str], folder: Path, train_file: str) -> Ite
     except OSError as error:
         yield Finding("agents", "bad", f"{train_file} can't be read ({error}); run this in the project's folder")
         return
-    for coder in table.TABLE.values():
+    for coder in choice.TABLE.values():
         if not (coder.login_env or coder.login_files) or coder.find(environ) is None:
             continue  # chat and local are asked before their night: only that knows their model
         with tempfile.TemporaryDirectory() as scratch:

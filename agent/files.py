@@ -111,7 +111,7 @@ def remove(path: Path) -> None:
     """
     try:
         status = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     if not stat.S_ISDIR(status.st_mode):
         _unlink(path)

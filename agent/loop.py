@@ -12,8 +12,8 @@ import click
 import cloup
 from cloup import option, option_group
 
+from agent.coders.choice import choose
 from agent.coders.coder import CoderError
-from agent.coders.table import choose
 from agent.errors import NightError, Stopped, UsageError
 from agent.files import directory_bytes, remove
 from agent.git.worktree import Repository, Worktree

@@ -46,7 +46,8 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
     batch_rows = max(1, min(batch_rows or 256, rows // 8, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))  # at least 8 batches
     threads, log = concurrent.futures.ThreadPoolExecutor(os.cpu_count()), bytearray()  # NumPy releases the interpreter lock
     load_seconds = [0.0]
-    (run_dir / "serve.log").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a candidate may have made a folder of it
+        (run_dir / "serve.log").unlink()
 
     def ask(questions: list[Question], ids: np.ndarray) -> np.ndarray:
         groups = [questions[a : a + batch_rows] for a in range(0, len(questions), batch_rows)]
@@ -104,7 +105,8 @@ def read_held_out(held: Path, split: str) -> tuple[dict, Tokenizer, np.ndarray, 
 
 
 def read_facts(run_dir: Path) -> dict:
-    """Read train.json, which the trainer wrote and nobody trusts: numbers must be finite, names short and on one line.
+    """Read train.json, which the trainer wrote and nobody trusts: numbers must be finite and, but for the seed, not negative;
+    names must be short and on one line.
     Errors: HarnessError("crash") if there is no readable train.json, ("violation") for any other value."""
     try:
         with os.fdopen(open_plain(run_dir / "train.json"), "rb") as file:
@@ -114,8 +116,9 @@ def read_facts(run_dir: Path) -> dict:
     for key in ("training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens", "num_steps", "num_params",
                 "depth", "seed", "suspended_seconds", "speed_index", "products_per_second"):
         value = facts.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e18:
-            raise HarnessError("violation", f"train.json: expected a finite number for {key}, got {str(value)[:80]}")
+        least = -1e18 if key == "seed" else 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e18:
+            raise HarnessError("violation", f"train.json: expected a finite number for {key}, not below 0, got {str(value)[:80]}")
     for key in ("budget", "device", "data"):
         if not re.fullmatch(r"\w[\w.,@:()+ -]{0,95}", str(facts.get(key))):
             raise HarnessError("violation", f"train.json: expected a short name for {key}, got {str(facts.get(key))[:80]!r}")

@@ -457,8 +457,7 @@ held[:: 4096] = b"x" * len(held[:: 4096])
 print(before, process_peak())"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = map(float, done.stdout.split())
-    assert before > 2**20
-    assert 0.9 * (300 << 20) < after - before < 1.5 * (300 << 20)
+    assert 2**20 < before < 300 << 20 < after < 600 << 20
 
 
 def test_rapl_adds_the_packages_up_and_its_counters_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,3 +130,41 @@ def test_no_file_records_a_registry_or_an_absolute_home() -> None:
     found = [(name, host) for name in tracked if name and (ROOT / name).is_file() for host in hosts
              if host in (ROOT / name).read_bytes().decode("utf-8", "ignore")]
     assert not found
+
+
+def named_in_the_guide() -> list[tuple[str, list[str]]]:
+    """Each bullet of "Where is what" in CONTRIBUTING.md: the folder it is about, and what it has between code marks."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Where is what\n")[2].partition("\n## ")[0]
+    part = folder = ""
+    found = []
+    for bullet in re.split(r"\n(?=- |#|\*\*|\n)", section):
+        if bullet.startswith("### "):
+            part = folder = "".join(re.findall(r"^### `(\w+/)`", bullet))
+        elif heading := re.match(r"(?:\*\*|- )`(\w+/)`", bullet):  # a folder of agent/
+            folder = part + heading[1]
+        found.append((folder, re.findall(r"`([^`\s]+)`", bullet)))
+    return found
+
+
+def place(folder: str, name: str) -> str:
+    """The path of a name in the guide: relative to the bullet's folder, else to the folder above it, else to the repository."""
+    return next((path for path in (folder + name, folder.split("/")[0] + "/" + name, name) if (ROOT / path).exists()), "")
+
+
+def test_the_guide_names_every_file_and_no_other() -> None:
+    mentioned = {(folder, name) for folder, names in named_in_the_guide() for name in names}
+    files = {(folder, name) for folder, name in mentioned if re.search(r"(/|\.(py|md|html|sh|ipynb))$", name)}
+    assert not {name for folder, name in files if not place(folder, name)}
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    ours = {name for name in tracked if name.startswith(("agent/", "harness/")) and not Path(name).stem.startswith("__")}
+    assert not ours - {place(folder, name) for folder, name in files}
+
+
+def test_a_function_in_the_guide_is_in_a_file_of_its_bullet() -> None:
+    checked = 0
+    for folder, names in named_in_the_guide():
+        sources = "".join((ROOT / place(folder, name)).read_text() for name in names if name.endswith(".py"))
+        for function in [name.removesuffix("()") for name in names if name.endswith("()")]:
+            assert f"def {function}(" in sources, (function, names)
+            checked += 1
+    assert checked > 5

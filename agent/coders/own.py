@@ -67,7 +67,7 @@ OWN = (
         env_set=OURS,
         edit_only=EDITS,
     ),
-    Coder(  # the agent's own command is put behind it by `table.acp`
+    Coder(  # the agent's own command is put behind it by `choice.acp`
         name="acp",
         binary=sys.executable,
         arguments=lambda job: ["-m", "agent.acp", job.train_file, *model(job, "--model"), "--"],

@@ -21,6 +21,7 @@ import os
 import re
 import stat
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,8 +33,9 @@ from agent.git import filetree
 from agent.git.command import GitFailed, run_git
 from agent.git.filetree import LINK, MODULE, OTHER, TreeEntry
 from agent.git.worktree import Repository
+from agent.text import parsed
 
-TRAIN_FILE_BYTES = 1 << 20
+TRAIN_FILE_BYTES = 96 << 10  # twice our longest; at 200 KB of `a.a.a.a` Python 3.10 dies of a full stack as it parses them
 MOST_VIOLATIONS = 20  # more say nothing new
 MOST_DROPPINGS = 200  # likewise; the rest is removed all the same
 _LARGEST_WATCHED = 1 << 20  # bytes of a hook or an attributes file whose content is compared
@@ -101,11 +103,12 @@ def remember(repository: Repository) -> dict[str, str]:
 def elsewhere(repository: Repository) -> dict[str, int]:
     """Digests of what lies outside the worktree and an agent may write to, of size, time and mode only.
 
-    By path for each file in the user's checkout that git knows or would add, and as "package NAME" for an installed package.
+    By path for each file in the user's checkout that git knows or would add; as "package NAME" for an installed package, a module
+    of Python's own, or a program beside this Python.
     """
     found: dict[str, int] = {}
 
-    def look(name: str, path: str | Path) -> None:
+    def look(name: str, path: str) -> None:
         with contextlib.suppress(OSError):
             status = os.lstat(path)
             seen = hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
@@ -114,13 +117,16 @@ def elsewhere(repository: Repository) -> dict[str, int]:
     with contextlib.suppress(GitFailed):  # a damaged index is the user's, and costs no experiment
         listing = run_git(repository.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         for path in listing.split("\0")[:-1]:
-            look(_shown(path), repository.root / path)
-    for packages in {os.path.realpath(path) for path in sys.path if path.endswith("-packages")}:
-        for folder, inner, files in os.walk(packages):
-            inner[:] = [name for name in inner if name != "__pycache__"]  # Python itself writes there
+            look(_shown(path), f"{repository.root}/{path}")
+    places = [path for path in sys.path if path.endswith("-packages")]
+    places += [sysconfig.get_path("stdlib"), *([sysconfig.get_path("scripts")] if sys.prefix != sys.base_prefix else [])]
+    for place in {os.path.realpath(path) for path in places}:
+        for folder, inner, files in os.walk(place):
+            # Python itself writes to the first; the others are places of their own
+            inner[:] = [name for name in inner if name not in ("__pycache__", "site-packages", "dist-packages")]
+            top = folder[len(place) + 1 :].partition(os.sep)[0]
             for file in files:
-                path = os.path.join(folder, file)
-                look("package " + os.path.relpath(path, packages).split(os.sep)[0], path)
+                look(f"package {top or file}", f"{folder}{os.sep}{file}")
     return found
 
 
@@ -236,7 +242,7 @@ def _new_names(old: bytes, new: bytes) -> set[str]:
 def _names(source: bytes) -> set[str]:
     names: set[str] = set()
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = list(ast.walk(parsed(source)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return names  # it will not be trained
     for node in nodes:

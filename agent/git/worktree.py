@@ -64,8 +64,9 @@ class Repository:
         self.algorithm = run_git(self.root, "rev-parse", "--show-object-format")
 
     def git(self, *args: str, stdin: bytes | None = None) -> str:
-        """Output of a command on this repository, whose folder is named and not searched for."""
-        return run_git(self.root, f"--git-dir={self.common}", *args, stdin=stdin)
+        """Output of a command on this repository, whose folder is named and not searched for. The user's index is not read, as it
+        may be damaged: `git diff-tree` would fail then, which has no need of it."""
+        return run_git(self.root, f"--git-dir={self.common}", *args, stdin=stdin, index=self.common / "autoresearch-no-index")
 
     def file_at(self, commit: str, path: str) -> bytes:
         """A file's content at a commit; UsageError if it isn't there."""
@@ -141,18 +142,26 @@ class Repository:
         refs = self.git("for-each-ref", "--count=1", "--format=%(refname)", f"refs/autoresearch/{tag}/")
         return f"candidates of an earlier night are kept under refs/autoresearch/{tag}" if refs else ""
 
-    def set_refs(self, refs: dict[str, str]) -> None:
-        """Point refs of the night at commits. A lock that a killed git left on one of them is removed."""
-        lines = "".join(f"update {name}\0{commit}\0\0" for name, commit in refs.items()).encode()
+    def set_ref(self, name: str, commit: str) -> str:
+        """Point a ref of the night at a commit. A lock that a killed git left on it is removed. The words for the user where it
+        cannot be set. GuardError if there is no such commit."""
         try:
-            self.git("update-ref", "-z", "--stdin", stdin=lines)
+            self.git("update-ref", name, commit)
         except GitFailed:
-            deadline = time.monotonic() + _LOCK_SECONDS
-            for lock in [self.common / f"{name}.lock" for name in refs]:
-                while lock.exists() and time.monotonic() < deadline:  # whoever holds it may still run
-                    time.sleep(0.05)
-                remove(lock)
-            self.git("update-ref", "-z", "--stdin", stdin=lines)
+            deadline, lock = time.monotonic() + _LOCK_SECONDS, self.common / f"{name}.lock"
+            while lock.exists() and time.monotonic() < deadline:  # whoever holds it may still run
+                time.sleep(0.05)
+            remove(lock)
+            if not self.resolve(commit):
+                raise GuardError(
+                    f"commit {commit[:9]} is gone from git: {name} was deleted, and then what no ref leads to; fetch it from a "
+                    "clone or a backup"
+                ) from None
+            try:
+                self.git("update-ref", name, commit)
+            except GitFailed as error:
+                return f"{name} stays where it is: {str(error).rpartition('fatal: ')[2]}"
+        return ""
 
     def commit(self, parent: str, file: str, content: bytes, message: str) -> str:
         """Write a commit that differs from `parent` in one file at the top, without index, worktree or filters."""
@@ -194,6 +203,7 @@ class Worktree:
         self.branch = f"autoresearch/{tag}"
         self._ref = f"refs/heads/{self.branch}"
         self._tree: tuple[str, dict[str, TreeEntry]] = "", {}
+        self._lost = set[str]()  # commits of candidates that are gone from git
 
     @property
     def common(self) -> Path:
@@ -230,14 +240,15 @@ class Worktree:
         self.fill(commit)
 
     def move(self, commit: str) -> str:
-        """Move the branch to `commit`. Where the user has meanwhile checked it out it stays, and the words for them come back."""
+        """Move the branch to `commit`. Where it stays, as the user has meanwhile checked it out, the words for them come back.
+
+        GuardError if there is no such commit."""
         if self.repository.resolve(self._ref) == commit:
             return ""
         if taken := self.repository.checked_out(self._ref):
             stays = f"{taken} has branch {self.branch} checked out, so it stays where it is"
             return f"{stays}; switch away (git switch -), and it follows"
-        self.repository.set_refs({self._ref: commit})
-        return ""
+        return self.repository.set_ref(self._ref, commit)
 
     def fill(self, commit: str) -> None:
         """The files of a commit in the worktree and nothing else, whatever was done to it. GuardError if they cannot be read."""
@@ -269,13 +280,22 @@ class Worktree:
         """The change between two commits, without context."""
         return self.repository.git("diff-tree", "-p", "--text", "--no-ext-diff", "--no-textconv", "--no-color", "-U0", old, new)
 
-    def keep_refs(self, candidates: dict[int, str]) -> None:
-        """Candidates by their number stay reachable as refs/autoresearch/<tag>/NNNN, also where somebody has deleted a ref."""
+    def keep_refs(self, candidates: dict[int, str]) -> list[str]:
+        """Candidates by their number stay reachable as refs/autoresearch/<tag>/NNNN, also where somebody has deleted a ref.
+
+        Returns the words for the user about each that cannot."""
         wanted = {f"refs/autoresearch/{self.tag}/{n:04d}": commit for n, commit in candidates.items()}
         listing = self.repository.git("for-each-ref", "--format=%(refname) %(objectname)", f"refs/autoresearch/{self.tag}/")
         present = dict(line.split(" ") for line in listing.splitlines())
-        if missing := {name: commit for name, commit in wanted.items() if present.get(name) != commit}:
-            self.repository.set_refs(missing)
+        problems = []
+        for name, commit in wanted.items():
+            if present.get(name) != commit and commit not in self._lost:
+                try:
+                    problems.append(self.repository.set_ref(name, commit))
+                except GuardError as gone:  # an old candidate: the night can do without
+                    self._lost.add(commit)
+                    problems.append(str(gone))
+        return list(filter(None, problems))
 
     def close(self) -> None:
         """Remove the worktree; branch and refs stay. OSError if it cannot be removed."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.journal.state import Experiment, Night
-from agent.text import failure_record
+from agent.text import failure_record, parsed
 from agent.trial.order import TrialResult
 
 _SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
@@ -60,11 +60,10 @@ class Verdict(NamedTuple):
     error: dict[str, Any] | None
 
 
-def fingerprint(path: Path) -> Source:
-    """Look at a train file. SourceError if it does not parse, OSError if it cannot be read."""
+def fingerprint(content: bytes, name: str = "the train file") -> Source:
+    """Identity and length of a Python source. SourceError, which says `name`, if the source does not parse."""
     try:
-        content = path.read_bytes()
-        whole = ast.parse(content, filename=path.name)
+        whole = parsed(content)
         names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(whole) if not _is_method(node)}
         hidden = _text_bytes(content) if names & _RUNS_TEXT else 0
         tree = ast.fix_missing_locations(_Essence().visit(whole))
@@ -73,16 +72,16 @@ def fingerprint(path: Path) -> Source:
         lines = math.ceil((tokens + hidden) / TOKENS_A_LINE)
     except SyntaxError as error:
         text = (error.text or "").strip()
-        raise SourceError(f"{path.name}, line {error.lineno}: {error.msg}: {text}") from None
+        raise SourceError(f"{name}, line {error.lineno}: {error.msg}: {text}") from None
     except (ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        raise SourceError(f"{path.name}: not a Python source: {error}") from None
+        raise SourceError(f"{name}: not a Python source: {error}") from None
     return Source(hashlib.sha256(dump.encode("utf-8", "surrogatepass")).hexdigest(), lines)
 
 
 def source(path: Path) -> Source:
     """Identity and length of a train file; `UNREADABLE` if it does not parse."""
     try:
-        return fingerprint(path)
+        return fingerprint(path.read_bytes(), path.name)
     except (SourceError, OSError):
         return UNREADABLE
 
@@ -106,7 +105,7 @@ def early_verdict(night: Night, experiment: Experiment) -> Verdict | None:
 def broken(train_file: Path) -> Verdict | None:
     """A crash, if the train file does not parse: found before a budget is spent on it."""
     try:
-        fingerprint(train_file)
+        fingerprint(train_file.read_bytes(), train_file.name)
     except (SourceError, OSError) as wrong:
         return _fault("crash", str(wrong))
     return None
@@ -164,7 +163,7 @@ _STRUCTURE = {
 def _text_bytes(source: bytes) -> int:
     """Bytes of comments and docstrings: of all that `_Essence` leaves out."""
     comments = sum(_weight(token) for token in _tokens(source) if token.type == tokenize.COMMENT)
-    documented = (node for node in ast.walk(ast.parse(source)) if isinstance(node, _DOCUMENTED))
+    documented = (node for node in ast.walk(parsed(source)) if isinstance(node, _DOCUMENTED))
     docstrings = (ast.get_docstring(node, clean=False) or "" for node in documented)
     return comments + sum(len(text.encode("utf-8", "surrogatepass")) for text in docstrings)
 

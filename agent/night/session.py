@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.coders.table import choose
+from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
 from agent.files import directory_bytes, read_plain, remove, write_anew
 from agent.git.command import DAMAGE
@@ -30,7 +30,7 @@ from agent.proposal.ask import Desk
 from agent.proposal.check import before_the_night
 from agent.text import one_line, safe_tail, safe_text
 from agent.trial import sandbox
-from agent.trial.lab import Lab, lay_harness, run_child
+from agent.trial.lab import Lab, TrainText, lay_harness, run_child
 from agent.trial.rights import folders, hidden_places
 from agent.views import results
 from agent.views.terminal import Console
@@ -73,7 +73,8 @@ def run_session(
     train_dir, held_dir = folders(night.dataset)
     lab = Lab(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness, repository=repository, base=night.base,
-        train_dir=train_dir, held_dir=held_dir, budget=night.dataset["budget"], vocab_size=int(night.dataset["vocab_size"]),
+        train_dir=train_dir, held_dir=held_dir, text=TrainText(train_dir), budget=night.dataset["budget"],
+        vocab_size=int(night.dataset["vocab_size"]),
         hidden=hidden_places(night.dataset, root, worktree.common, worktree.path), startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from agent.coders.choice import arguments
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
-from agent.coders.table import arguments
 from agent.errors import Stopped
 from agent.files import DEEPEST, GIB, MOST_ENTRIES, directory_bytes, read_plain, remove
 from agent.git import guard
@@ -88,8 +87,7 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         lingering = Lingering(desk.coder, job, out, log, LINGER_SECONDS)
         outcome = child.run(
             command.argv, cwd=root, env=env, log=log, stdin=command.stdin, stdout_to=out, stop=desk.stop,
-            watch=lambda: "disk" if _free(desk) < 0 else lingering(), bounds=_bounds(desk, scratch),
-            pidfile=desk.folder / "agent.pid",
+            watch=lingering, bounds=_bounds(desk, scratch), pidfile=desk.folder / "agent.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
@@ -114,17 +112,11 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
     return replace(_judge(desk, outcome, reply, usage, violations, before, after), droppings=tuple(found.droppings))
 
 
-def _free(desk: Desk) -> int:
-    """Bytes that an agent may still fill the night's disk with; negative once the night's reserve is touched."""
-    return shutil.disk_usage(desk.folder).free - int(desk.settings.disk_gb * 1e9 / 2)
-
-
 def _bounds(desk: Desk, scratch: Path) -> child.Bounds:
     written = (desk.worktree.path, scratch)
-    taken = sum(map(directory_bytes, written))
-    room = taken + max(0, min(AGENT_BYTES, _free(desk)))
     return child.Bounds(
-        desk.settings.max_agent_minutes * 60, desk.coder.idle_seconds, directories=written, directory_bytes=room
+        desk.settings.max_agent_minutes * 60, desk.coder.idle_seconds, directories=written,
+        directory_bytes=sum(map(directory_bytes, written)) + AGENT_BYTES, spare_bytes=int(desk.settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
 
 

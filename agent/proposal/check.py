@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.coders.choice import arguments
 from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
-from agent.coders.table import arguments
 from agent.errors import AgentError, Stopped
 from agent.files import GIB, read_plain, remove
 from agent.git.command import run_git

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
-import shutil
+import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agent.errors import Stopped
-from agent.files import GIB, directory_bytes, remove
+from agent.files import GIB, read_plain, remove
 from agent.git.filetree import walk
 from agent.git.worktree import Repository
 from agent.process import child
@@ -30,7 +33,50 @@ TRAINER_SECONDS, SCORER_SECONDS, LOAD_SECONDS = "trainer_seconds", "scorer_secon
 # steps and answers, which are slower in a larger model
 OVERHEAD, SLOWER = 1.5, 3.0
 SLACK_SECONDS, SLACK_SHARE, LOAD_SLACK_SECONDS = 10.0, 0.05, 5.0
+_META_BYTES = 1 << 20
 DATA_VARIABLES = ("AUTORESEARCH_HOME", "AUTORESEARCH_DATA", "AUTORESEARCH_JOURNAL")  # the user's own; they lead to data
+
+
+class TrainText:
+    """The folder of the training text, compared with the digests in its `meta.json` as that was when the session began.
+
+    An agent has the user's rights, and so has a training without a sandbox: either could put held-out text there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._known, self._digests = folder, dict[str, tuple[int, ...]](), dict[str, str]()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # data of another maker, without digests
+            content = read_plain(folder / "meta.json", _META_BYTES)
+            self._digests = {entry["name"]: entry["sha256"] for entry in json.loads(content)["prepared"]}
+            self._digests["meta.json"] = hashlib.sha256(content).hexdigest()
+
+    def changed(self) -> str:
+        """The name of a file that is no longer as it was prepared, "" if there is none.
+
+        A file is read again only if its size, times or inode changed; `st_ctime`, of the last change of any kind, cannot be forged.
+        """
+        now = dict[str, os.stat_result]()
+        with contextlib.suppress(OSError):  # the folder is gone, and all its files with it
+            now = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(self.folder)}
+        for name in sorted({*now, *self._digests} if self._digests else ()):
+            if name.startswith((".DS_Store", "._")):  # macOS left these
+                continue
+            status = now.get(name)
+            if status is None or not stat.S_ISREG(status.st_mode):
+                return name
+            stamp = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if self._known.get(name) != stamp and _sha256(self.folder / name) != self._digests.get(name):
+                return name
+            self._known[name] = stamp
+        return ""
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,6 +93,7 @@ class Lab:
     vocab_size: int
     repository: Repository | None = None  # with `base`: where the harness comes from; None: it is not compared before a score
     base: str = ""
+    text: TrainText | None = None  # None: the training text is not compared before a training
     hidden: tuple[Path, ...] = ()  # beside the night's folder and data: what a candidate may not see, but for what is opened inside
     startup_seconds: float = 120.0  # compilation, loading, saving: on top of the budget, until the baseline's need is known
     memory_bytes: int | None = None
@@ -78,6 +125,10 @@ class Lab:
     def restore_harness(self) -> bool:
         """Have the night's copy of the harness as its commit has it. Returns whether anything had been changed."""
         return self.repository is not None and restore(self.repository, self.base, self.folder)
+
+    def changed_text(self) -> str:
+        """The file of the training text that is not what was prepared, "" if there is none."""
+        return self.text.changed() if self.text is not None else ""
 
     @property
     def budget_seconds(self) -> float | None:
@@ -165,9 +216,10 @@ def run_child(
 ) -> child.Outcome:  # fmt: skip
     log.parent.mkdir(exist_ok=True)
     written = (run_dir, lab.scratch(run_dir))
-    taken, free = sum(map(directory_bytes, written)), shutil.disk_usage(run_dir).free
-    room = min(lab.directory_bytes, taken + max(0, free - lab.spare_bytes))
-    bounds = child.Bounds(wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=room)
+    bounds = child.Bounds(
+        wall_seconds=wall, memory_bytes=lab.memory_bytes, directories=written, directory_bytes=lab.directory_bytes,
+        spare_bytes=lab.spare_bytes,
+    )  # fmt: skip
     known = {name: value for name, value in lab.environ.items() if name not in DATA_VARIABLES}
     outcome = child.run(
         argv, cwd=lab.worktree, env={**known, "TMPDIR": str(lab.scratch(run_dir)), **(env or {})}, log=log, bounds=bounds,

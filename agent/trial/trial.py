@@ -47,8 +47,13 @@ def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] |
     """Train what the worktree holds with one seed and score it. `reference` is the baseline's summary: the score must be comparable
     with it, and the time that the baseline took bounds what this trial may take.
 
-    Stopped if the user wants to stop at once, DataError if there is no Python to start it with.
+    Stopped if the user wants to stop at once. DataError if there is no Python to start it with, or the training text was changed.
     """
+    if changed := lab.changed_text():
+        raise DataError(
+            f"{changed} of the training text {lab.train_dir} is not what was prepared: an agent, a training or another program "
+            "changed it; prepare the data again with prepare_mlx.py, then --resume"
+        )
     _fresh(run_dir)
     _fresh(lab.scratch(run_dir))
     try:
@@ -73,6 +78,8 @@ def _train_and_score(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str,
         return failed("interrupted", slept, outcome)
     if lab.restore_harness():
         return failed("violation", "the night's copy of the harness was changed during the training", outcome)
+    if changed := lab.changed_text():
+        return failed("violation", f"{changed} of the training text was changed during the training", outcome)
     if outcome.reason == "wall":
         return failed("timeout", _over_time(lab, limit, reference), outcome, watch.step)
     kind, message = ending(lab, outcome, watch, run_dir)
@@ -144,7 +151,8 @@ def _refused(outcome: child.Outcome, what: str) -> TrialResult:
         return failed("interrupted", found, outcome)
     if outcome.exit_code == DATA_CODE:
         raise DataError(f"{what}: {message or last_words(outcome)}; prepare the data again, then --resume")
-    return failed(kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash"), f"{what}: {message}", outcome)
+    kind = kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash")
+    return failed(kind, f"{what}: {message or last_words(outcome)}", outcome)
 
 
 def _fresh(folder: Path) -> Path:

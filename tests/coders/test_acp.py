@@ -13,7 +13,7 @@ import pytest
 from night_kit import Bed
 
 from agent.acp import ask
-from agent.coders import table
+from agent.coders import choice
 from agent.coders.coder import CoderError, Reply
 from agent.journal.journal import read_events
 from agent.journal.state import fold
@@ -33,7 +33,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Talk:
     (tmp_path / "outside.py").write_text("SECRET = 1\n")
     monkeypatch.chdir(tmp_path / "worktree")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in table.get("acp").env_set.items():
+    for name, value in choice.get("acp").env_set.items():
         monkeypatch.setenv(name, value)
 
     def converse(*scenario: str, model: str | None = None, command: str = AGENT) -> Reply:
@@ -110,19 +110,19 @@ def test_a_program_that_does_not_speak_the_protocol_is_an_agent_error(talk: Talk
 
 def test_the_agents_command_is_needed_and_looked_for_at_the_start() -> None:
     with pytest.raises(CoderError, match="--agent acp needs the agent's command; for example --agent-cmd"):
-        table.choose({"agent": "acp"})
+        choice.choose({"agent": "acp"})
     with pytest.raises(CoderError, match="no program 'no-such-agent' on PATH"):
-        table.choose({"agent": "acp", "agent_cmd": "no-such-agent --acp"})
-    coder, about = table.choose({"agent": "acp", "agent_cmd": AGENT})
+        choice.choose({"agent": "acp", "agent_cmd": "no-such-agent --acp"})
+    coder, about = choice.choose({"agent": "acp", "agent_cmd": AGENT})
     assert (coder.name, about) == ("acp", f"agent: {AGENT} by the Agent Client Protocol")
 
 
 def test_a_known_agent_sees_the_variables_of_its_own_row(tmp_path: Path) -> None:
     (tmp_path / "gemini").write_text("#!/bin/sh\n")
     (tmp_path / "gemini").chmod(0o755)
-    coder = table.acp("gemini --acp", {"PATH": str(tmp_path)})
-    assert set(table.get("gemini").env_names) <= set(coder.env_names)
-    assert coder.settings is table.get("gemini").settings
+    coder = choice.acp("gemini --acp", {"PATH": str(tmp_path)})
+    assert set(choice.get("gemini").env_names) <= set(coder.env_names)
+    assert coder.settings is choice.get("gemini").settings
 
 
 def test_a_night_by_the_protocol(tmp_path: Path) -> None:

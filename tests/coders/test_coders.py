@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from night_kit import ROOT, Bed
 
-from agent.coders import table
+from agent.coders import choice
 from agent.coders.coder import BASE_ENV, Coder, CoderError, Job, Reply, cost_usd, usage_of, with_last_lines
 from agent.coders.error_text import name_failure, wait_seconds
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 
-ALL = [table.get(name) for name in table.names()]
+ALL = [choice.get(name) for name in choice.names()]
 PROGRAMS = [coder for coder in ALL if coder.binary != sys.executable]
 SAID = "Raised it.\n\nHYPOTHESIS: larger steps\nDESCRIPTION: double LR"
 
@@ -53,7 +53,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_table_is_complete() -> None:
-    assert table.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
+    assert choice.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
                               "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
     assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
@@ -77,14 +77,14 @@ def test_a_command_has_its_prompt_and_nobody_elses_secrets(coder: Coder, job: Jo
 
 
 def test_variables_are_passed_by_name(job: Job, environ: dict[str, str]) -> None:
-    assert "GITHUB_TOKEN" not in table.get("claude").command(job, environ).env
-    assert table.get("copilot").command(job, environ).env["GITHUB_TOKEN"] == "g"
+    assert "GITHUB_TOKEN" not in choice.get("claude").command(job, environ).env
+    assert choice.get("copilot").command(job, environ).env["GITHUB_TOKEN"] == "g"
     asked = replace(job, pass_env=("SECRET_OF_SOMETHING_ELSE", "NOT_THERE"))
-    assert table.get("claude").command(asked, environ).env["SECRET_OF_SOMETHING_ELSE"] == "s"
+    assert choice.get("claude").command(asked, environ).env["SECRET_OF_SOMETHING_ELSE"] == "s"
 
 
 def argv(name: str, job: Job, environ: dict[str, str]) -> list[str]:
-    return table.get(name).command(job, environ).argv[1:]
+    return choice.get(name).command(job, environ).argv[1:]
 
 
 def test_claude_may_edit_and_nothing_else(job: Job, environ: dict[str, str]) -> None:
@@ -105,18 +105,18 @@ def test_codex_stays_in_its_sandbox_and_reads_the_prompt_last(job: Job, environ:
 
 
 def test_qwen_and_gemini_get_their_settings_beside_the_worktree(job: Job, environ: dict[str, str]) -> None:
-    env = table.get("qwen").command(job, environ).env
+    env = choice.get("qwen").command(job, environ).env
     rules = json.loads(Path(env["QWEN_CODE_SYSTEM_SETTINGS_PATH"]).read_text())["permissions"]
     assert rules["allow"] == ["Edit(/**)", "Read(/**)"]
     assert "Bash" in rules["deny"]
     assert "auto-edit" not in argv("qwen", job, environ)
-    env = table.get("gemini").command(job, environ).env
+    env = choice.get("gemini").command(job, environ).env
     assert Path(env["GEMINI_CLI_SYSTEM_SETTINGS_PATH"]).parent == job.scratch
     assert list(job.worktree.iterdir()) == []
 
 
 def test_opencode_copilot_and_aider_are_held_to_edits(job: Job, environ: dict[str, str]) -> None:
-    config = json.loads(table.get("opencode").command(job, environ).env["OPENCODE_CONFIG_CONTENT"])
+    config = json.loads(choice.get("opencode").command(job, environ).env["OPENCODE_CONFIG_CONTENT"])
     assert {key: config["permission"][key] for key in ("edit", "bash", "external_directory")} == {
         "edit": "allow", "bash": "deny", "external_directory": "deny"}  # fmt: skip
     words = argv("copilot", job, environ)
@@ -130,7 +130,7 @@ def test_opencode_copilot_and_aider_are_held_to_edits(job: Job, environ: dict[st
 
 
 def test_our_own_run_from_the_driver_not_from_the_worktree(job: Job, environ: dict[str, str]) -> None:
-    command = table.get("chat").command(replace(job, base_url="http://127.0.0.1:1/v1"), environ)
+    command = choice.get("chat").command(replace(job, base_url="http://127.0.0.1:1/v1"), environ)
     assert command.argv[:3] == [sys.executable, "-m", "agent.chat"]
     assert command.argv[3:] == ["train_mlx.py", "--base-url", "http://127.0.0.1:1/v1"]
     assert Path(command.env["PYTHONPATH"], "agent", "chat", "__main__.py").exists()
@@ -147,14 +147,14 @@ def test_our_own_run_from_the_driver_not_from_the_worktree(job: Job, environ: di
 
 def test_a_program_that_is_not_there_is_an_error_with_its_mend(job: Job, tmp_path: Path) -> None:
     with pytest.raises(CoderError, match=r"agent claude: no program 'claude' on PATH; install it: npm install -g @anthropic"):
-        table.get("claude").command(job, {"PATH": str(tmp_path)})
+        choice.get("claude").command(job, {"PATH": str(tmp_path)})
     with pytest.raises(CoderError, match=r"unknown agent 'clod'; expected one of claude, codex, .*--agent-cmd"):
-        table.get("clod")
+        choice.get("clod")
 
 
 def test_a_template_is_split_but_no_shell_reads_it(job: Job, environ: dict[str, str], tmp_path: Path) -> None:
     install(tmp_path / "bin", "mine")
-    command = table.template("mine --file {train_file} --in '{worktree}' \"a; b\" {prompt_file}").command(job, environ)
+    command = choice.template("mine --file {train_file} --in '{worktree}' \"a; b\" {prompt_file}").command(job, environ)
     assert command.argv == [
         f"{tmp_path}/bin/mine",
         "--file",
@@ -167,7 +167,7 @@ def test_a_template_is_split_but_no_shell_reads_it(job: Job, environ: dict[str, 
     assert command.stdin == "PROMPT-TEXT"
     for bad in ("", "mine 'unclosed"):
         with pytest.raises(CoderError, match="--agent-cmd"):
-            table.template(bad)
+            choice.template(bad)
 
 
 # --- detection ---------------------------------------------------------------------------------------------------------
@@ -176,24 +176,24 @@ def test_a_template_is_split_but_no_shell_reads_it(job: Job, environ: dict[str, 
 def test_detection_takes_the_first_that_is_installed_and_logged_in(tmp_path: Path) -> None:
     path = install(tmp_path / "bin", "claude", "codex", "qwen")
     environ = {"PATH": path, "HOME": str(tmp_path)}
-    found = table.detect(environ)
+    found = choice.detect(environ)
     assert found.coder.name == "search"
     assert "claude is installed but not logged in: run `claude`" in found.reason
     (tmp_path / ".codex").mkdir()
     (tmp_path / ".codex" / "auth.json").write_text("{}")
-    found = table.detect(environ)
+    found = choice.detect(environ)
     assert found.coder.name == "codex"
     assert found.reason.startswith("agent: codex, the first one installed and logged in (claude is installed but not")
-    assert table.detect(environ | {"ANTHROPIC_API_KEY": "k"}).coder.name == "claude"
-    assert table.detect(environ | {"ANTHROPIC_API_KEY": ""}).coder.name == "codex"
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": "k"}).coder.name == "claude"
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": ""}).coder.name == "codex"
 
 
 def test_a_login_file_without_a_login_does_not_count(tmp_path: Path) -> None:
     environ = {"PATH": install(tmp_path / "bin", "claude"), "HOME": str(tmp_path)}
     (tmp_path / ".claude.json").write_text('{"numStartups": 1}')
-    assert table.detect(environ).coder.name == "search"
+    assert choice.detect(environ).coder.name == "search"
     (tmp_path / ".claude.json").write_text('{"oauthAccount": {}}')
-    assert table.detect(environ).coder.name == "claude"
+    assert choice.detect(environ).coder.name == "claude"
 
 
 def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
 
 
 def test_nothing_installed_is_said(tmp_path: Path) -> None:
-    assert "no coding agent is installed" in table.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)}).reason
+    assert "no coding agent is installed" in choice.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)}).reason
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_what_each_prints_is_read(
 ) -> None:
     usage = {"modelMetrics": {"m": {"usage": {"inputTokens": 930, "outputTokens": 50}}}}
     (job.scratch / "usage.json").write_text(json.dumps(usage))
-    reply = table.get(name).reply(stdout, "rate limit: only a word in a log", job)
+    reply = choice.get(name).reply(stdout, "rate limit: only a word in a log", job)
     assert (reply.tokens_in, reply.tokens_out) == tokens
     assert reply.cost_usd == pytest.approx(cost)
     assert reply.message
@@ -334,13 +334,13 @@ def refused(name: str, status: int, message: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot"])
 def test_refusals_are_named(name: str, job: Job) -> None:
-    reply = table.get(name).reply(*refused(name, 429, LIMIT), job)
+    reply = choice.get(name).reply(*refused(name, 429, LIMIT), job)
     assert (reply.failure, reply.wait_seconds) == ("rate_limit", 20.0)
     assert reply.detail
     assert "Rate limit reached" in reply.detail
-    reply = table.get(name).reply(*refused(name, 401, AUTH), job)
+    reply = choice.get(name).reply(*refused(name, 401, AUTH), job)
     assert (reply.failure, reply.wait_seconds) == ("login", None)
-    reply = table.get(name).reply(*refused(name, 500, "The server had an error."), job)
+    reply = choice.get(name).reply(*refused(name, 500, "The server had an error."), job)
     assert reply.failure == "agent_error"
 
 
@@ -363,21 +363,21 @@ def test_one_that_was_ended_while_it_waited_is_read_from_its_log(coder: Coder, j
 
 def test_copilot_ended_between_two_tries_has_said_why(job: Job) -> None:
     failed = {"type": "model.call_failure", "data": {"statusCode": 429, "errorMessage": LIMIT}}
-    reply = table.get("copilot").reply(lines(failed), "Error: Cannot invoke native session after disposal", job)
+    reply = choice.get("copilot").reply(lines(failed), "Error: Cannot invoke native session after disposal", job)
     assert (reply.failure, reply.wait_seconds) == ("rate_limit", 20.0)
-    assert table.get("copilot").reply(lines(failed, *COPILOT), "", job).failure is None
+    assert choice.get("copilot").reply(lines(failed, *COPILOT), "", job).failure is None
 
 
 def test_gemini_stopping_a_loop_is_an_agent_error(job: Job) -> None:
     stopped = {"response": "more more more", "stats": {"models": {}}, "warnings": ["Loop detected, stopping execution"]}
-    reply = table.get("gemini").reply(json.dumps(stopped), "", job)
+    reply = choice.get("gemini").reply(json.dumps(stopped), "", job)
     assert (reply.failure, reply.detail) == ("agent_error", "Loop detected, stopping execution")
 
 
 def test_what_the_model_wrote_is_no_evidence_of_a_failure(job: Job) -> None:
     said = "I looked at a 429, too many requests, and at an invalid API key."
-    assert table.template("mine").reply(said, "", job).failure is None
-    assert table.get("claude").reply(lines({**CLAUDE, "result": said}), "", job).failure is None
+    assert choice.template("mine").reply(said, "", job).failure is None
+    assert choice.get("claude").reply(lines({**CLAUDE, "result": said}), "", job).failure is None
 
 
 @pytest.mark.parametrize(("text", "failure"), [
@@ -509,9 +509,9 @@ def test_a_command_is_found_from_the_users_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "agent.sh").write_text("#!/bin/sh\n")
     (tmp_path / "agent.sh").chmod(0o755)
-    assert table.template("./agent.sh --fast").find({"PATH": ""}) == str(tmp_path / "agent.sh")
+    assert choice.template("./agent.sh --fast").find({"PATH": ""}) == str(tmp_path / "agent.sh")
     with pytest.raises(CoderError, match=r"no program .*gone\.sh"):
-        table.choose({"agent_cmd": "./gone.sh"})
+        choice.choose({"agent_cmd": "./gone.sh"})
 
 
 def test_an_edit_with_a_final_message_counts_though_the_process_never_ends(tmp_path: Path) -> None:
@@ -554,7 +554,7 @@ EMPTY_TURN = '{"type":"turn.started"}\n{"type":"turn.completed","usage":{"input_
     ("claude", "[" * 100_000, "", "agent_error", "[["),
 ])  # fmt: skip
 def test_outputs_that_are_not_as_documented(job: Job, name: str, out: str, log: str, failure: str | None, words: str) -> None:
-    reply = table.get(name).reply(out, log, job)
+    reply = choice.get(name).reply(out, log, job)
     assert reply.failure == failure
     assert words in (reply.detail or reply.message or "")
 
@@ -579,8 +579,8 @@ ODD = [
 @pytest.mark.parametrize(("name", "out"), ODD, ids=range(len(ODD)))
 def test_whatever_an_agent_prints_can_be_added_up_and_journalled_within_a_second(job: Job, name: str, out: str) -> None:
     began = time.monotonic()
-    reply = table.get(name).reply(out, "", job)
-    used = usage_of(table.get(name), reply, 1.0, 1.0)
+    reply = choice.get(name).reply(out, "", job)
+    used = usage_of(choice.get(name), reply, 1.0, 1.0)
     assert time.monotonic() - began < 5  # of a busy machine
     assert json.loads(json.dumps(used, allow_nan=False)) == used
     assert all(isinstance(text, (str, type(None))) for text in (reply.message, reply.detail))
@@ -591,7 +591,7 @@ def test_whatever_an_agent_prints_can_be_added_up_and_journalled_within_a_second
 
 def test_a_log_full_of_refusals_is_read_within_a_second(job: Job) -> None:
     began = time.monotonic()
-    reply = table.get("claude").reply("", "429 rate limit, try again at 21:00\n" * 100_000, job)
+    reply = choice.get("claude").reply("", "429 rate limit, try again at 21:00\n" * 100_000, job)
     assert reply.failure == "rate_limit"
     assert time.monotonic() - began < 5
 
@@ -606,5 +606,5 @@ def test_a_log_full_of_refusals_is_read_within_a_second(job: Job) -> None:
 def test_an_own_command_may_tell_its_cost(
     job: Job, out: str, message: str | None, cost: float | None, tokens: tuple[int | None, int | None]
 ) -> None:
-    reply = table.template("mine").reply(out, "", job)
+    reply = choice.template("mine").reply(out, "", job)
     assert (reply.message, reply.cost_usd, (reply.tokens_in, reply.tokens_out)) == (message, cost, tokens)

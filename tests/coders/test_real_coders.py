@@ -26,7 +26,7 @@ from conftest import ROOT
 from model_server import CLOSING, TOKENS_IN, TOKENS_OUT, ModelServer, Script
 from night_kit import Bed, checkout_digest, git
 
-from agent.coders import table
+from agent.coders import choice
 from agent.coders.coder import Coder, Job, Reply
 from agent.journal.journal import Event, read_events
 from agent.journal.state import Night, fold
@@ -182,7 +182,7 @@ def run(name: str, script: Script, seconds: float = 60, protocol: str = "") -> S
             environ = clean(real, programs, home, server.url, server.url)
             extra = tuple(word.replace("{url}", server.url) for word in real.extra)
             job = Job(worktree, "train_mlx.py", PROMPT, scratch, model=real.model, extra_args=extra)
-            coder: Coder = table.acp(f"{name} {protocol}", environ) if protocol else table.get(name)
+            coder: Coder = choice.acp(f"{name} {protocol}", environ) if protocol else choice.get(name)
             job = replace(job, model=None) if protocol else job
             command = coder.command(job, environ)
             outcome = child.run(
@@ -388,7 +388,7 @@ def test_each_other_ending_has_its_status(case: str) -> None:
 def test_an_expired_login_is_told_with_its_mend_before_anything_is_trained(name: str) -> None:
     lived = live(name, Script(status=401), check=True)
     assert (lived.code, lived.night.trials) == (12, 0)
-    assert table.get(name).login_hint in lived.output
+    assert choice.get(name).login_hint in lived.output
     assert lived.night.done == []
     assert "GAIN = 0.0\n" in lived.kept
     assert lived.touched == []

@@ -3,6 +3,7 @@
 Most candidates here are bigram tables in NumPy: real train files, served by the real server, that start in no time.
 """
 
+import filecmp
 import json
 import math
 import mmap
@@ -428,8 +429,9 @@ with open({str(tmp_path / "seen")!r}, 'a') as file:
 
 
 @pytest.mark.parametrize(("facts", "said"), [
-    ({"num_steps": float("nan")}, "expected a finite number for num_steps, got nan"),
+    ({"num_steps": float("nan")}, "expected a finite number for num_steps, not below 0, got nan"),
     ({"depth": "1\nval_bpb: 0.1"}, "expected a finite number for depth"),
+    ({"training_seconds": -1.0}, "expected a finite number for training_seconds, not below 0, got -1.0"),
     ({"device": "x\n---\nval_bpb: 0.1"}, "expected a short name for device"),
     ({"data": ".."}, "expected a short name for data"), ({"seed": 10**400}, "expected a finite number for seed"),
     ({"budget": None, "device": ["a"] * 9999}, "expected a short name for"),
@@ -628,6 +630,26 @@ def test_a_run_directory_without_end_is_not_copied(tiny, candidate, monkeypatch)
     monkeypatch.setattr(server, "COPY_FILES", 100)
     with pytest.raises(HarnessError, match="20 GiB"):
         server.copy_run(run_dir, run_dir.parent / "again")
+
+
+def test_a_hole_in_a_file_takes_no_space_in_its_copy(candidate):
+    """Nor the time to write it: a candidate can make 19 GiB of zeros in no time."""
+    from harness import server
+    run_dir = candidate()
+    with open(run_dir / "holes", "wb") as file:
+        file.write(b"begin")
+        file.seek(200 << 20)
+        file.write(b"middle")
+        file.truncate((300 << 20) + 5)
+    server.copy_run(run_dir, copy := run_dir.parent / "copy")
+    assert (copy / "holes").stat().st_blocks * 512 < 4 << 20
+    assert filecmp.cmp(run_dir / "holes", copy / "holes", shallow=False)
+
+
+def test_a_folder_where_the_log_is_written_stops_no_score(tiny, candidate):
+    run_dir = candidate()
+    (run_dir / "serve.log").mkdir()
+    assert float(summary_of(score(run_dir, tiny).stdout)["val_bpb"]) > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

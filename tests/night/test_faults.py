@@ -144,7 +144,7 @@ def test_what_an_agent_changes_outside_its_worktree_is_told_once_and_left(tmp_pa
     (packages / "numbers_kit").mkdir(parents=True)
     scripted(bed, f"""
         repo = night.parent.parent
-        package = Path({str(packages)!r}, "numbers_kit/x.py")
+        package = Path({str(packages)!r}) / "numbers_kit" / "x.py"
         for path in (repo / "prepare_mlx.py", repo / "new ü.txt", repo / "ignored.txt", package):
             path.open("a").write("# more\\n")
         worse()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,25 @@ def test_a_full_directory_ends_a_child(child, tmp_path):
     assert outcome.reason == "disk"
 
 
+@pytest.mark.parametrize("how", ["os.unlink('d/big')", "os.chmod('d', 0)"])
+def test_a_file_that_cannot_be_found_does_not_fill_the_disk(child, tmp_path, how):
+    """Its bytes are in no folder that can be counted; the disk tells."""
+    code = f"""
+        import os, time
+        os.mkdir('d')
+        big = open('d/big', 'wb')
+        {how}
+        for _ in range(64):
+            big.write(os.urandom(1 << 20))
+            big.flush()
+            time.sleep(0.05)
+        time.sleep(1000)
+        """
+    spare = shutil.disk_usage(tmp_path).free - (16 << 20)
+    outcome = child(code, bounds={"directories": (tmp_path / "absent", tmp_path), "directory_bytes": 1 << 40, "spare_bytes": spare})
+    assert outcome.reason == "disk"
+
+
 def test_folders_too_deep_to_measure_end_a_child(child, tmp_path):
     folder = tmp_path / "deep"
     folder.mkdir()
@@ -325,6 +345,27 @@ def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(c
         """
     outcome = child(code)  # it may have told the supervisor to end it, but no more
     assert (outcome.reason, outcome.ok) == ("exited", False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("told", ['{"exit": 0, "left": 0}', '{"exit": -99999, "left": 0}', '{"left": 0, "peak_kb": 1e400}'])
+def test_a_child_that_speaks_for_its_supervisor_and_kills_it_leaves_nobody(child, told):
+    marker = f"orphan-{os.getpid()}"
+    code = f"""
+        import os, signal, subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  # {marker}"], start_new_session=True)
+        supervisor = os.getppid()
+        for name in os.listdir(f"/proc/{{supervisor}}/fd"):
+            try:
+                os.write(os.open(f"/proc/{{supervisor}}/fd/{{name}}", os.O_WRONLY | os.O_NONBLOCK), b'\\n{told}\\n')
+            except OSError:
+                pass
+        os.kill(supervisor, signal.SIGKILL)
+        time.sleep(1000)
+        """
+    outcome = child(code)
+    assert (outcome.ok, outcome.signal) == (False, signal.SIGKILL)
+    assert living(marker) == []
 
 
 def test_sleep_of_the_machine_is_measured_and_not_charged(child, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from night_kit import Bed
 
-from agent.coders import table
+from agent.coders import choice
 from agent.coders.coder import Coder
 from agent.journal.journal import Event, read_events
 from agent.journal.settings import Settings
@@ -41,7 +41,7 @@ def asked(folder: Path, coder: Coder, **settings: object) -> Answer:
 def claude(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Coder:
     path = program(folder / "bin", "claude", body).parent
     monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    return table.get("claude")
+    return choice.get("claude")
 
 
 @pytest.mark.parametrize(("body", "kind", "words"), [
@@ -70,13 +70,13 @@ def test_it_works_in_a_repository_of_its_own_with_the_real_command_line(tmp_path
     assert answer.usage == {"cost": 0.03, "tokens": 22, "tokens_in": 20, "tokens_out": 2}
     prompt, argv, cwd, log = json.loads((tmp_path / "seen").read_text())
     assert "ready" in prompt
-    assert argv[1:] == table.get("claude").command(_job(tmp_path), os.environ).argv[1:]
+    assert argv[1:] == choice.get("claude").command(_job(tmp_path), os.environ).argv[1:]
     assert Path(cwd).is_relative_to(tmp_path)
     assert log == "check\n"
 
 
-def _job(folder: Path) -> table.Job:
-    return table.Job(folder, "train_mlx.py", "", folder, model="some-model")
+def _job(folder: Path) -> choice.Job:
+    return choice.Job(folder, "train_mlx.py", "", folder, model="some-model")
 
 
 def test_silence_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_silence_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     coder = replace(claude(tmp_path, monkeypatch, "time.sleep(60)"), check_seconds=1.0)
     answer = asked(tmp_path, coder)
     assert (answer.kind, answer.words) == ("agent_error", "claude did not answer within 1 s: it said nothing")
-    coder = replace(table.template(str(program(tmp_path, "mine", "time.sleep(60)"))), check_seconds=1.0)
+    coder = replace(choice.template(str(program(tmp_path, "mine", "time.sleep(60)"))), check_seconds=1.0)
     assert asked(tmp_path, coder).kind == "odd", "nobody has told it to answer"
 
 
@@ -97,7 +97,7 @@ def test_silence_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("print('Authenticated as somebody; quota: 83 % left', file=sys.stderr)", "ok"),
 ])  # fmt: skip
 def test_of_an_own_command_no_more_is_wanted_than_that_it_runs(tmp_path: Path, body: str, kind: str) -> None:
-    answer = asked(tmp_path, table.template(str(program(tmp_path, "mine", body))))
+    answer = asked(tmp_path, choice.template(str(program(tmp_path, "mine", body))))
     assert answer.kind == kind, answer
 
 
@@ -106,14 +106,14 @@ def test_every_built_in_agent_is_asked(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert asked(tmp_path, table.get("search")).kind in ("ok", "agent_error")  # nothing to try on a file of one line
-    without = asked(tmp_path, table.get("chat"))
+    assert asked(tmp_path, choice.get("search")).kind in ("ok", "agent_error")  # nothing to try on a file of one line
+    without = asked(tmp_path, choice.get("chat"))
     assert not without.usable
     assert "no endpoint; give --base-url" in without.words
-    nobody = asked(tmp_path, table.get("chat"), base_url="http://127.0.0.1:9/v1", model="m")
+    nobody = asked(tmp_path, choice.get("chat"), base_url="http://127.0.0.1:9/v1", model="m")
     assert not nobody.usable
     assert "127.0.0.1:9" in nobody.words
-    absent = asked(tmp_path, table.get("local"), model="nobody/nothing")
+    absent = asked(tmp_path, choice.get("local"), model="nobody/nothing")
     assert (absent.kind, "nobody/nothing is not on this machine" in absent.words) == ("missing", True)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import PINNED, ROOT
 
-from agent.coders import table
+from agent.coders import choice
 from agent.coders.coder import Job
 from agent.journal.journal import Journal
 from agent.journal.state import Night, fold
@@ -491,10 +491,10 @@ def test_the_file_is_edited_and_the_last_lines_say_why_and_what(worktree: Path, 
 @pytest.mark.parametrize("model", [None, "random"])
 def test_the_drivers_table_starts_it(worktree: Path, tmp_path: Path, model: str | None) -> None:
     job = Job(worktree, "train_mlx.py", "A briefing.", tmp_path, model=model)
-    command = table.get("search").command(job, os.environ)
+    command = choice.get("search").command(job, os.environ)
     done = subprocess.run(command.argv, cwd=worktree, env=command.env, input=command.stdin, capture_output=True, text=True,
                           timeout=60)  # fmt: skip
-    reply = table.get("search").reply(done.stdout, done.stderr, job)
+    reply = choice.get("search").reply(done.stdout, done.stderr, job)
     assert reply.failure is None
     assert reply.description
     assert reply.hypothesis

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -20,7 +22,7 @@ from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.process.environment import clean_env
 from agent.trial import failures, sandbox
-from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, lay_harness
+from agent.trial.lab import LOAD_SECONDS, SCORER_SECONDS, TRAINER_SECONDS, TrainText, lay_harness
 from agent.trial.order import TrialResult
 from agent.trial.trial import run_trial, score_run, screen
 from agent.views.terminal import Console
@@ -58,6 +60,14 @@ def test_failures_are_named_by_evidence(tmp_path: Path, name: str, status: str, 
     assert (result.status, result.val_bpb) == (status, None)
     assert result.error is not None
     assert words.replace("\\", "") in result.error["message"]
+
+
+def test_a_scorer_that_names_no_failure_is_quoted(tmp_path: Path) -> None:
+    place = lab(tmp_path)
+    place.harness.write_text("raise PermissionError(13, 'Permission denied', 'weights.npy')\n")
+    result = run_trial(place, tmp_path / "trials" / "0001-7", 7, None)
+    message = "scoring failed: PermissionError: [Errno 13] Permission denied: 'weights.npy'"
+    assert (result.status, (result.error or {})["message"]) == ("crash", message)
 
 
 def test_words_in_a_log_are_no_evidence(tmp_path: Path) -> None:
@@ -253,6 +263,46 @@ def test_what_a_trial_may_take(tmp_path: Path) -> None:
     assert place.scorer_limit({SCORER_SECONDS: 20.0}) == 3 * 20 + 10
     assert place.scorer_limit({}) == 420
     assert (place.load_limit({LOAD_SECONDS: 2.0}), place.load_limit({})) == (1.5 * 2 + 5, None)
+
+
+def prepared(folder: Path) -> TrainText:
+    """A training text as the harness leaves it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.bin").write_bytes(b"a text")
+    file = {"name": "train.bin", "bytes": 6, "sha256": hashlib.sha256(b"a text").hexdigest()}
+    (folder / "meta.json").write_text(json.dumps({"prepared": [file]}))
+    return TrainText(folder)
+
+
+def test_training_text_that_a_training_changes_is_a_violation_and_trains_no_other(tmp_path: Path) -> None:
+    text = prepared(tmp_path / "train")
+    file = tmp_path / "train" / "train.bin"
+    assert trial(tmp_path, text=text).status == "ok"
+    later = f"time.sleep(0.01); Path({str(file)!r}).write_text('a test')"
+    later += f"; os.utime({str(file)!r}, ns=(0, {file.stat().st_mtime_ns}))"
+    result = trial(tmp_path, TRAINER.replace("run = Path", f"{later}; run = Path"), text=text)
+    assert (result.status, result.val_bpb) == ("violation", None)
+    assert "train.bin of the training text was changed" in (result.error or {})["message"]
+    for known in (text, TrainText(tmp_path / "train")):  # also by a new session
+        with pytest.raises(DataError, match=r"train\.bin of the training text .* prepare the data again"):
+            trial(tmp_path, text=known)
+    prepared(tmp_path / "train")
+    assert trial(tmp_path, text=text).status == "ok"
+    remove(tmp_path / "train")
+    assert text.changed() == "meta.json"
+
+
+@pytest.mark.parametrize("harm", ["held.txt", "meta.json", "train.bin"])
+def test_what_is_put_beside_the_training_text_or_in_its_place_is_found(tmp_path: Path, harm: str) -> None:
+    text = prepared(tmp_path / "train")
+    (tmp_path / "train" / ".DS_Store").touch()
+    assert text.changed() == ""
+    (tmp_path / "train" / harm).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "train" / harm)
+    assert text.changed() == harm
+    (tmp_path / "train" / harm).unlink()
+    (tmp_path / "train" / harm).write_text("{}")
+    assert text.changed() == harm
 
 
 def test_a_harness_that_was_changed_during_a_training_is_a_violation(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""The one table of coding agents: `get(name)`, `template(command)`, `detect(environ)`.
+"""Choose a coding agent: by name, by the user's own command, or the first one that is installed and logged in.
 
-coder = table.get("claude")
+The rows of the table are in `clis.py` (command lines of others) and `own.py` (agents of this project). Use a row like this:
+
+coder = choice.get("claude")
 command = coder.command(job, os.environ)                  # argv, whole environment, standard input
 ...agent/process/child.py runs it with the worktree as working directory...
 reply = coder.reply(stdout, log, job)                     # usage, last message, named failure
