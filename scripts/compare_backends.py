@@ -29,7 +29,8 @@ import click
 import numpy as np
 from rich.table import Table
 
-from harness import home, write_atomically
+from harness import HarnessError, home, write_atomically
+from harness.clock import Budget
 from harness.machine import TIERS, detect_preset
 from scripts.compare_peers import ROOT, TRAIN_FILE, Failed, launch, prepared, run_environment, scored, wide_console, with_constants
 from scripts.meters import conditions, others_percent
@@ -530,6 +531,14 @@ def assignments(context: click.Context, option: click.Parameter, values: tuple[s
     return {name: value for name, _, value in pairs}
 
 
+def budget(context: click.Context, option: click.Parameter, value: str) -> str:
+    """--equal-steps or --equal-seconds, "" for none."""
+    try:
+        return "" if value == "0" else Budget(value).text
+    except HarnessError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def writable(context: click.Context, option: click.Parameter, folder: Path) -> Path:
     """--out, tried before anything is measured."""
     try:
@@ -550,8 +559,8 @@ def writable(context: click.Context, option: click.Parameter, folder: Path) -> P
 @click.option("--rounds", "count", type=click.IntRange(1), default=6, show_default=True, help="Six give a 95 % interval.")
 @click.option("--steps", type=click.IntRange(1), help=f"Of each window. Default: {GPU_PACE['steps']} with a GPU, else "
               f"{CPU_PACE['steps']}.")
-@click.option("--equal-steps", default="200steps", show_default=True, help="Budget of a training each; 0: none.")
-@click.option("--equal-seconds", default="60s", show_default=True, help="Budget of a training each; 0: none.")
+@click.option("--equal-steps", default="200steps", show_default=True, callback=budget, help="Budget of a training each; 0: none.")
+@click.option("--equal-seconds", default="60s", show_default=True, callback=budget, help="Budget of a training each; 0: none.")
 @click.option("--sweep", is_flag=True, help="Double depth, batch and row length twice each, and report growth exponents.")
 @click.option("--compile-cpu", is_flag=True, help="Time compiled legs on a CPU, too: a C++ compiler runs for minutes in each.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="train/<id>. Default: prepared last.")
@@ -574,7 +583,7 @@ def compare(backends: tuple[list[str], list[str]], tiers: tuple[str, ...], dtype
         legs = [leg for leg in legs if LEGS[leg][0] not in CPUS or LEGS[leg][2] != "compiled"]
         missing = [*missing, "neither framework compiles for the CPU: " + (
             "no C++ compiler was found" if compile_cpu else "both train files leave it off there, --compile-cpu turns it on")]
-    budgets = {key: b for key, b in (("equal_steps", equal_steps), ("equal_seconds", equal_seconds)) if b != "0"}
+    budgets = {key: b for key, b in (("equal_steps", equal_steps), ("equal_seconds", equal_seconds)) if b}
     if not (home() / "held" / data.name).is_dir():
         missing, budgets = [*missing, f"{data.name} has no held-out text here, so val_bpb is left out"], {}
 

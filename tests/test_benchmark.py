@@ -276,12 +276,13 @@ def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
     assert re.search(r"abacus: expected some of those that this machine has:.* mlx-cpu", refused.output.replace("\n", " "))
 
 
-@pytest.mark.parametrize("words", [["--out", "/proc/nowhere"], ["--constant", "DEPTH"]])
+@pytest.mark.parametrize("words", [["--out", "/proc/nowhere"], ["--constant", "DEPTH"], ["--equal-steps", "many"]])
 def test_what_would_fail_in_the_end_is_refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_backends, "available", lambda: (["mlx-cpu"], []))
     refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu", *words])
     assert refused.exit_code == 2
-    assert "/proc/nowhere can't be written" in refused.output or "expected NAME=VALUE, got DEPTH" in refused.output
+    assert {"--out": "/proc/nowhere can't be written", "--constant": "expected NAME=VALUE, got DEPTH",
+            "--equal-steps": "budget 'many': expected something like 300s"}[words[0]] in refused.output
 
 
 def test_a_framework_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
