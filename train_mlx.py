@@ -100,7 +100,7 @@ class GPTConfig:
 
 
 def norm(x):
-    return mx.fast.rms_norm(x, None, EPS)
+    return mx.fast.rms_norm(x, None, EPS)                                       # RMSNorm without weights
 
 
 def dropout(x, rate):

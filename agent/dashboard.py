@@ -1,7 +1,7 @@
 """`python -m agent.dashboard`: the night as a page in the browser, which follows the journal while the night runs.
 
-The page only reads: the journal, metrics.jsonl, logs and git. On this machine it needs no password. With --host for the local
-network it prints an address with a token, and answers nobody without it.
+The page only reads: the journal, metrics.jsonl, logs and git. On this machine it needs no password. With --host it can be opened
+from the local network; then it prints an address with a token, and refuses requests without the token.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from agent.views.glance import at_a_glance, in_detail, loss_curve, read_curve, r
 PAGE = Path(__file__).with_name("views") / "page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 8765
-HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::\d+)?", re.ASCII)  # the header: a name, and perhaps a port
-EVERY = 0.5  # seconds between two looks at the files
-Curve = list[list[float]]  # [seconds, loss]
-Stamp = tuple[int, int, int] | None  # of a file: inode, size in bytes, time of change
+HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::\d+)?", re.ASCII)  # Host header: a name, and possibly a port
+EVERY = 0.5  # seconds between two checks whether files have changed
+Curve = list[list[float]]  # [[seconds, loss], ...]
+Stamp = tuple[int, int, int] | None  # a file's inode, size in bytes and time of change; None without a file
 
 
 class Reader:
-    """One night. What is read from a file is kept until the file changes, for all browsers that ask."""
+    """Reads one night. What was read from a file is cached until the file changes, for all browsers together."""
 
     def __init__(self, repository: Repository, tag: str) -> None:
         self.repository, self.folder = repository, repository.root / "runs" / tag
@@ -47,11 +47,11 @@ class Reader:
         self._best: tuple[tuple[int, int], Curve] = (-1, -1), []
 
     def moment(self) -> tuple[Stamp, int | None]:
-        """Changes when the journal does, and when a driver comes or goes."""
+        """A value that changes when the journal changes, and when a driver starts or ends."""
         return _stamp(self.folder / "journal.jsonl"), holder(self.folder)
 
     def night(self) -> Night:
-        """JournalError for a journal that is damaged."""
+        """The state of the night. Raises JournalError if the journal is damaged."""
         stamp = _stamp(self.folder / "journal.jsonl")
         if stamp is None or stamp != self._night[0]:
             self._night = stamp, fold(read_events(self.folder / "journal.jsonl")[0])
@@ -71,7 +71,7 @@ class Reader:
         return in_detail(night, n, self.folder, redact(diff), noise(night).sigma)
 
     def running(self) -> dict[str, Any]:
-        """The training that runs now: its newest numbers, and its loss curve."""
+        """The current training: its newest numbers, its loss curve, and the loss curve of the best experiment."""
         night = self.night()
         trial = running_trial(night)[1]
         if trial is None:
@@ -85,7 +85,7 @@ class Reader:
 
 
 def _stamp(path: Path) -> Stamp:
-    """Changes when the file does; None without one."""
+    """A value that changes when the file changes; None without a file."""
     try:
         status = path.lstat()
     except OSError:
@@ -94,7 +94,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callable[[], bool]) -> Any:
-    """The web application. hosts: names it may be asked under. token: "" where none is wanted. over: whether it is to end."""
+    """The web application. hosts: accepted names in the Host header. token: "" if none is needed. over: returns whether to end."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
@@ -114,14 +114,14 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
         return JSONResponse(found) if found else PlainTextResponse("there is no such experiment", 404)
 
     async def icon(request: Request) -> Response:
-        return Response(status_code=204)  # browsers ask for it
+        return Response(status_code=204)  # browsers ask for an icon; there is none
 
     async def damaged(request: Request, error: Exception) -> Response:
         return PlainTextResponse(str(error), 500)
 
     async def follow() -> AsyncIterator[str]:
         moment, curve = None, None
-        yield "retry: 1000\n\n"  # milliseconds after which a browser asks again
+        yield "retry: 1000\n\n"  # milliseconds until a browser connects again after a broken connection
         while not over():
             try:
                 if (now := reader.moment()) != moment:
@@ -138,14 +138,14 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
         return StreamingResponse(follow(), media_type="text/event-stream")
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        """Only for who asks by a name of this machine, and knows the token if there is one."""
+        """Refuse requests with another Host header than a name of this machine, and without the token if there is one."""
         if scope["type"] != "http":
             return await inner(scope, receive, send)
         request = Request(scope)
         refused: Response | None = None
         header = request.headers.get("host", "")
         asked, port = HOST.fullmatch(header), scope["server"][1]
-        cookie = f"autoresearch-{port}"  # a browser has one jar of cookies for all ports of a host
+        cookie = f"autoresearch-{port}"  # browsers do not separate the cookies of different ports of a host
         if asked is None or asked[1].lower().strip("[]") not in hosts:
             refused = PlainTextResponse(f"asked as {header}; expected one of {', '.join(hosts)}", 421)
         elif token and not secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
@@ -173,7 +173,8 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
 
 @click.command()
 @click.option("--tag", help="The night. Default: the latest.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: the local network, by token.")
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen on; 0.0.0.0 opens the page to the local network, with a token.")
 @click.option("--port", type=click.IntRange(0, 65535), help=f"Default: {PORT}, or another one if that is taken.")
 def main(tag: str | None, host: str, port: int | None) -> None:
     """Show a night in the browser, and follow it."""
@@ -205,7 +206,8 @@ def main(tag: str | None, host: str, port: int | None) -> None:
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
-    """A socket at this port, or at the usual one, or at any if that is taken. ClickException where that is not possible."""
+    """A listening socket at this port; without a port, at the default port, or at any free one if that is taken. Raises
+    ClickException if it cannot listen."""
     for attempt in (PORT, 0) if port is None else (port,):
         try:
             return socket.create_server((host, attempt), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -215,7 +217,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
 
 
 def _address() -> str:
-    """This machine's address in the local network: the one a packet to outside would leave from. Nothing is sent."""
+    """This machine's address in the local network: the source address of a packet to the internet. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -225,7 +227,7 @@ def _address() -> str:
 
 
 def _qr_code(address: str) -> None:
-    """For the phone; without the package the address has to do."""
+    """Print the address as a QR code for a phone, if the package segno is installed."""
     try:
         import segno
     except ImportError:

@@ -10,8 +10,9 @@ The harness: data, clock and score. A night freezes this folder together with pr
     files                   the user's files to documents; overlap finds copies, whatever their line ends and wrapping
     corpus                  documents to token shards; files, stories and download supply the documents
 
-Every module here needs NumPy at most when it is imported, so that a machine with PyTorch needs no MLX. The one exception is
-mlx_cpu, where it exists: only train_mlx.py imports it. This module holds what all others share: errors and files.
+Importing a module of this folder needs NumPy and no other package, so that a machine with PyTorch needs no MLX. The one exception
+is mlx_cpu: it imports MLX, and only train_mlx.py imports it. This module has what all others share: errors, and reading and writing
+files.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "prepare_mlx.py"  # the comma
 
 
 class HarnessError(Exception):
-    """A failure with a name. `kind` is the name that the driver reads; `exit_code` is the process's exit code for it."""
+    """A failure with a name. `kind` is the name that the driver reads; `exit_code` is the exit code of a process that fails so."""
     exit_codes: ClassVar = {"crash": 1, "usage": 2, "data": 2, "nan": 3, "oom": 4, "timeout": 5, "violation": 6}
 
     def __init__(self, kind: str, message: str):
@@ -84,8 +85,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def open_plain(path: Path) -> int:
-    """Open a file that a candidate may have made, for reading. Returns the descriptor.
-    Errors: OSError if it is anything else than a plain file: no link is followed, and no pipe or device is waited for."""
+    """Open a file for reading that a candidate may have made. Returns the descriptor. Links are not followed, pipes and devices not
+    waited for. Errors: OSError if it is not a plain file."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, "expected a plain file", str(path))
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # each is missing somewhere

@@ -1,7 +1,7 @@
 """
 Hardware helpers: presets by machine size, a fast BLAS, the tier, peak FLOP/s, and checks that a model fits in memory.
 
-Python only. The train file brings what depends on its framework: a matrix product to time, and the memory it measured.
+This module imports no framework. The train file passes in what depends on one: a matrix product to time, and measured memory.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
-    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="30ktokens"),    # make demo: the clock decides nothing
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="30ktokens"),    # make demo: speed changes no score
     "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
@@ -41,7 +41,7 @@ PRESETS = {
 TIERS = ("cpu", "mac", "mac-max", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 STEP_FACTOR = 6  # peak memory of an update, relative to weights and moments: 4.4 to 5.7 measured on a CPU, where nothing is fused
-PEAK_TFLOPS = {  # from vendors or core counts, bf16 on tensor units; of several names in a device's name the longest counts
+PEAK_TFLOPS = {  # from vendors or core counts, bf16 on tensor units; the longest name that occurs in the device's name counts
     "M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.5, "M2 Ultra": 27.2,
     "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 14.2, "M3 Ultra": 28, "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
     "M5": 16, "M5 Pro": 35, "M5 Max": 70, "A100": 312, "RTX 4090": 165, "H100": 989, "H200": 989,
@@ -77,7 +77,7 @@ def load_fast_blas(threads: int | None = None) -> str | None:
 
 
 def recall(key: object) -> dict:
-    """What `remember` kept under this key on this machine; {} for nothing, which is also what a sandbox shows of it."""
+    """The facts that `remember` has stored under this key on this machine; {} if there are none, or a sandbox hides the file."""
     try:
         return dict(json.loads((home() / "remembered.json").read_text())[name_of(key)])
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,7 +85,7 @@ def recall(key: object) -> dict:
 
 
 def remember(key: object, facts: dict) -> None:
-    """Keep facts that took time to find out, for the next training by hand; nothing where the file cannot be written."""
+    """Store facts that took time to find out, for the next training by hand. Does nothing if the file cannot be written."""
     file = home() / "remembered.json"
     try:
         known = dict(json.loads(file.read_text()))
@@ -96,7 +96,7 @@ def remember(key: object, facts: dict) -> None:
 
 
 def name_of(key: object) -> str:
-    """A short name for anything that JSON can hold, or that prints itself."""
+    """A short hash of a key: of its JSON, where anything that JSON lacks counts by its text."""
     return sha256(json.dumps(key, default=str, sort_keys=True).encode())[:16]
 
 

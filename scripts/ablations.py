@@ -1,6 +1,6 @@
-"""What benchmark.py takes out of train_mlx.py, one technique at a time: edits of its text.
+"""Ablations of train_mlx.py for benchmark.py: edits of the file's text, each of which removes or replaces one technique.
 
-A night may change the file. An edit that no longer fits is reported and left out; the others still run.
+A night may change train_mlx.py. An ablation whose text is no longer in the file is reported and skipped; the others still run.
 """
 
 from typing import Any
@@ -67,6 +67,6 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
     "compile turned round": (BASE, {}, [("\nTIER = ", "\n(mx.disable_compile if GPU else mx.enable_compile)()\nTIER = ")]),
 }
 
-# The anchor's other optimizer: what the MLX fork does, no Muon
+# AdamW for all weights, as the MLX fork trains: the optimizer of the anchor's other run
 ADAMW_FOR_ALL: Edits = [('    return name.startswith("blocks.")', "    return False"),
                         ('return is_matrix(name) or name == "lm_head.weight"', 'return name.startswith(("blocks.", "lm_head."))')]

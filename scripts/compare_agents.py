@@ -1,9 +1,9 @@
-"""Set nights side by side: which agent found more, for how many experiments, hours and dollars?
+"""Compare nights: which agent found more, in how many experiments, hours and dollars?
 
     python scripts/compare_agents.py runs/claude runs/search runs/random --out comparison.png
 
-Reads the journals and nothing else. One night of each says little where they are close: the last line compares the distance
-with the noise of a single training.
+Reads only the journals. If the results are close, one night per agent proves little: the last line compares the difference with the
+noise of a single training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOURS = ("#1a7f37", "#0969da", "#bc4c00", "#8250df", "#24292f", "#bf3989")
 
 @dataclass(frozen=True)
 class Point:
-    """The best so far (bpb) once `experiments` had a verdict, `hours` of work into the night."""
+    """The best score so far (bpb) after so many experiments and so many hours of work."""
 
     experiments: int
     hours: float
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Side:
-    """One night of the comparison. `curve` begins with the baseline."""
+    """One night of the comparison. The first point of `curve` is the baseline."""
 
     label: str
     night: Night
@@ -68,14 +68,14 @@ def load(path: Path, label: str = "") -> Side:
 
 
 def name(night: Night, events: Sequence[Mapping[str, Any]]) -> str:
-    """The agent and its model; the night's tag where the journal does not say."""
+    """The agent and its model; the tag of the night if the journal does not name an agent."""
     stated = next((e["agent"] for e in reversed(events) if e["event"] == "session" and e.get("agent")), None)
     agent = stated if isinstance(stated, str) else night.settings.get("agent") or night.settings.get("agent_cmd")
     return one_line(" ".join(str(word) for word in (agent or night.tag, night.settings.get("model")) if word), 40)
 
 
 def curve(night: Night, events: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The staircase of a night. Its clock stands still while no driver works: before every further session."""
+    """The best score after each experiment. Time without a driver, before a night was resumed, does not count."""
     clock, before, done, best, points = 0.0, night.started, 0, None, []
     for event in events:
         if event["event"] != "session":
@@ -92,7 +92,7 @@ def curve(night: Night, events: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """The table: a name and a cell for each night."""
+    """The rows of the table: a name, and a cell for each night."""
     common, hours = min(e.curve[-1].experiments for e in sides), min(e.curve[-1].hours for e in sides)
 
     def count(*statuses: str) -> Callable[[Side], int]:
@@ -128,7 +128,7 @@ def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
         ("failures", failures),
         ("trainings", lambda e: str(trainings(e))),
         ("hours", lambda e: f"{e.curve[-1].hours:.2f}"),
-        ("of them the agent's", lambda e: f"{e.night.agent_seconds / 3600:.2f}"),
+        ("hours the agent worked", lambda e: f"{e.night.agent_seconds / 3600:.2f}"),
         ("agent's tokens", lambda e: f"{e.night.tokens:,}"),
         ("cost", lambda e: f"${e.night.cost:.2f}" if e.night.cost or not e.night.tokens else "unknown"),
     ]
@@ -136,7 +136,7 @@ def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 
 def differences(sides: Sequence[Side]) -> list[str]:
-    """Why these nights cannot be compared fairly; [] if they can."""
+    """The reasons why these nights cannot be compared fairly; [] if they can."""
     found = []
     for key in COMPARED:
         values = [str(e.night.experiments[0].summary().get(key, "unknown")) for e in sides]
@@ -146,7 +146,7 @@ def differences(sides: Sequence[Side]) -> list[str]:
 
 
 def verdict(sides: Sequence[Side]) -> str:
-    """Who leads after equally many experiments, and by how much in units of the noise."""
+    """Which night leads after the same number of experiments, and by how many standard deviations of one training."""
     common = min(e.curve[-1].experiments for e in sides)
     ranked = sorted(sides, key=lambda e: e.best_after(experiments=common) or float("inf"))
     first, second = ranked[0], ranked[1]
@@ -160,7 +160,7 @@ def verdict(sides: Sequence[Side]) -> str:
 
 
 def draw(sides: Sequence[Side], path: Path) -> None:
-    """The picture: best so far over experiments, and over hours."""
+    """Draw the best score so far against experiments and against hours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,7 +190,7 @@ def draw(sides: Sequence[Side], path: Path) -> None:
 @click.option("--label", "labels", multiple=True, help="A name for each night, in their order. Default: its agent and model.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the picture here (.png, .svg or .pdf).")
 def main(nights: tuple[Path, ...], labels: tuple[str, ...], out: Path | None) -> None:
-    """Set NIGHTS (folders runs/TAG, or their journals) side by side."""
+    """Compare NIGHTS: folders runs/TAG, or their journals."""
     if len(nights) < 2:
         raise click.UsageError("expected at least two nights to compare, got 1")
     if labels and len(labels) != len(nights):

@@ -1,6 +1,7 @@
-"""The next token's logits of a trained model, with a cache of keys and values or without.
+"""Compute the logits of the next token, with a KV cache or without.
 
-For scripts/sample.py, and for an exported folder, which carries this file. On its own: no import of this project.
+scripts/sample.py uses this module, and scripts/export.py copies it into every exported folder, so it imports nothing of this
+project.
 """
 
 from collections.abc import Callable
@@ -8,9 +9,9 @@ from functools import partial
 
 import numpy as np
 
-LOCAL = 16  # tokens of a pass by the cache; the n-gram tables look 7 back
-CHECKED = 4  # tokens that are computed with and without the cache
-TOLERANCE = {"cpu": 1e-3, "gpu": 0.05}  # nats between both; bfloat16, which a GPU computes in, rounds coarsely
+LOCAL = 16  # tokens per pass with the cache: the new one and those before it, because n-gram tables look 7 tokens back
+CHECKED = 4  # this many tokens are computed with and without the cache
+TOLERANCE = {"cpu": 1e-3, "gpu": 0.05}  # nats, largest difference between both; a GPU computes in bfloat16, which is coarse
 
 
 class Uncached:
@@ -21,18 +22,19 @@ class Uncached:
 
     def __call__(self, ids: list[int]) -> np.ndarray:
         window = ids[-self.context :]
-        row = np.zeros((1, self.context), np.int32)  # one shape for every step; causal, so padding is free
+        row = np.zeros((1, self.context), np.int32)  # always the same shape; a causal model ignores the padding behind the text
         row[0, : len(window)] = window
         return self.logits_of(row)[0, len(window) - 1].astype(np.float64)
 
 
 class Cached(Uncached):
-    """The same with a cache of keys and values, for a model on MLX whatever an agent has made of it.
+    """The same with a KV cache, for any model on MLX, including architectures that an agent has changed.
 
-    A pass sees the last LOCAL tokens, so that n-grams, shifts and short convolutions find their neighbours. Meanwhile MLX's rotary
-    embedding counts from the true position, and attention reads the keys and values of all tokens: those in the cache, and the new
-    ones. A model that mixes tokens in another way gives other logits by the cache than without. So the first CHECKED tokens are
-    computed both ways, and if they differ, or anything fails, the cache is not used: `used` is False from then on.
+    A pass computes the last LOCAL tokens, so that n-grams, shifts and short convolutions see the tokens before the new one.
+    During the pass, MLX's rope and attention are replaced: rope counts from the true position, and attention reads the cached
+    keys and values of all earlier tokens. A model that mixes tokens in yet another way gives other logits with the cache than
+    without. So the first CHECKED tokens are computed both ways. If the logits differ, or anything fails, the cache is not used
+    any more (`used` is False).
     """
 
     def __init__(self, logits_of: Callable, context: int, module: object):
@@ -42,11 +44,11 @@ class Cached(Uncached):
         self.used, self.checks = True, CHECKED
         self.tolerance = TOLERANCE["cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"]
         self.layers: list[tuple] = []  # keys and values [1, H, T, D] of each call of attention in a pass
-        self.known, self.start, self.call = 0, 0, 0  # tokens in the cache, first position of this pass, calls so far in it
+        self.known, self.start, self.call = 0, 0, 0  # tokens in the cache; this pass's first position, and its calls of attention
         self.rope, self.attention = mx.fast.rope, mx.fast.scaled_dot_product_attention
 
     def __call__(self, ids: list[int]) -> np.ndarray:
-        if not self.used or len(ids) > self.context:  # then the window moves, and every position with it
+        if not self.used or len(ids) > self.context:  # beyond the context the window moves, and all cached positions are wrong
             return super().__call__(ids)
         try:
             logits = self._pass(ids)
@@ -61,14 +63,14 @@ class Cached(Uncached):
         return logits
 
     def forget(self) -> None:
-        """Drop what the cache holds: the tokens before the next ones are others."""
+        """Empty the cache, because the tokens before the next one have changed."""
         self.layers, self.known = [], 0
 
     def _pass(self, ids: list[int]) -> np.ndarray:
         self.start = max(0, min(self.known, len(ids) - 1) - LOCAL + 1) if self.known else 0
         self.call, new = 0, len(ids) - self.known
         fast, held = self.mx.fast, {}
-        for name, value in vars(self.module).items():  # what the file has imported by name: harness.mlx_cpu's on a CPU
+        for name, value in vars(self.module).items():  # names for attention that the train file imported, on a CPU from mlx_cpu
             if value is self.attention or getattr(value, "__name__", "") == "cpu_attention":
                 held[name] = value
         try:

@@ -1,12 +1,12 @@
-"""Take a model away: write a folder that mlx-lm runs.
+"""Export a model: write a folder that mlx-lm can run.
 
     python scripts/export.py OUT                    the best model of the latest night
     python scripts/export.py RUN_DIR OUT            the model of one training
     mlx_lm.generate --model OUT --trust-remote-code --prompt "Once upon a time"
 
-The folder carries the code that made the model: the train file as the agent left it, and the harness that it imports. So it runs
-whatever became of the architecture. A cache of keys and values (scripts/decoding.py) is put around the model, and checked against
-the model's own logits: where they differ, each token costs a pass over the context.
+The folder contains the code of the model: the train file as the agent left it, and the harness that the train file imports. So any
+architecture works. A KV cache (scripts/decoding.py) is put around the model and checked against the model's own logits. If they
+differ, the cache is not used, and each token costs a pass over the whole context.
 """
 
 import json
@@ -52,13 +52,13 @@ Run it, from code in this folder:
 
     mlx_lm.generate --model . --trust-remote-code --prompt "Once upon a time"
 
-It goes on from a text; it was not taught to answer. A cache of keys and values speeds it up. The first tokens are computed with and
-without the cache: where the logits differ, which an unusual architecture may cause, the cache is not used.
+The model continues a text; it was not trained to answer questions. A KV cache speeds up generation. The first tokens are computed
+with and without the cache; if the logits differ, which an unusual architecture may cause, the cache is not used.
 """
 
 
 def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
-    """Write the folder. ClickException where the run is not whole, or its data is gone."""
+    """Write the folder. ClickException if the run is incomplete or its data is gone."""
     facts = json.loads((run_dir / "train.json").read_text())
     data = home() / "train" / facts["data"]
     source = next(iter(sorted(run_dir.glob("train_*.py"))), None)
@@ -85,7 +85,7 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(out, data / "tokenizer.model")
     scores = night.experiments[n].scores if night else []
-    score = f"{np.mean(scores):.4f} bits per byte (mean of {len(scores)}, one training spreads by {noise(night).sigma:.4f})" \
+    score = f"{np.mean(scores):.4f} bits per byte (mean of {len(scores)} trainings; one has sd {noise(night).sigma:.4f})" \
         if night and scores else "not measured here"
     title = f"{night.tag}, {night.experiments[n].name}" if night else run_dir.name
     what = f"the night {night.tag}" if night else "a training by hand"
@@ -97,7 +97,7 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
 
 
 def held_out(night: Night | None, n: int) -> str:
-    """The row of the held-out test, "" without one."""
+    """The table row of the held-out test; "" if there was no test."""
     test = night.tests.get(n) if night else None
     if test is None:
         return ""
@@ -107,10 +107,10 @@ def held_out(night: Night | None, n: int) -> str:
 
 
 def recipe(night: Night | None, n: int) -> str:
-    """What the night kept on the way to this model, a line each with its gain."""
+    """A list of the changes that led to this model, each with its gain; "" if nothing was kept."""
     if night is None or not night.kept:
         return ""
-    lines, before = ["\nWhat the night kept, and bits per byte won by each:\n"], night.experiments[0].mean
+    lines, before = ["\nThe changes that the night kept, with the gain of each in bits per byte:\n"], night.experiments[0].mean
     for kept in (night.experiments[k] for k in night.kept if k <= n):
         lines.append(f"- {plain(kept.description)}: {before - kept.mean:.4f}")
         before = kept.mean
@@ -118,19 +118,19 @@ def recipe(night: Night | None, n: int) -> str:
 
 
 def write_tokenizer(out: Path, model: Path) -> None:
-    """The files from which transformers makes the same tokenizer: no space before the text, bytes for rare letters."""
+    """Write the files from which transformers makes the same tokenizer: no space before the text, bytes for rare characters."""
     shutil.copy(model, out / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False, "add_bos_token": True,
                 "add_eos_token": False, "clean_up_tokenization_spaces": False, "unk_token": "<unk>",
-                "bos_token": "<s>", "eos_token": "<s>"}  # a text ends where the next one's mark stands
+                "bos_token": "<s>", "eos_token": "<s>"}  # the mark of the next document ends a text
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[RUN_DIR] OUT", type=click.Path(path_type=Path))
-@click.option("--tag", help="Night whose best model is taken. Default: the latest.")
+@click.option("--tag", help="The night whose best model is exported. Default: the latest night.")
 def main(paths: tuple[Path, ...], tag: str | None) -> None:
-    """Write the best model of a night, or the one of a training in RUN_DIR, to the folder OUT, for mlx-lm."""
+    """Export the best model of a night, or the model in RUN_DIR, to the folder OUT, for mlx-lm."""
     if len(paths) > 2 or (len(paths) == 2 and tag):
         raise click.UsageError("expected OUT, or OUT and --tag, or RUN_DIR and OUT")
     run_dir, out = (None, paths[0]) if len(paths) == 1 else paths

@@ -1,6 +1,6 @@
-"""What mlx-lm loads from an exported folder: the trained model behind the interface that mlx-lm expects.
+"""The model file of an exported folder: the trained model behind the interface that mlx-lm expects.
 
-scripts/export.py copies this file to OUT/model.py. Beside it lie the run directory (`run/`) and the code it needs (`code/`).
+scripts/export.py copies this file to OUT/model.py, the run directory to OUT/run and the code that the model needs to OUT/code.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ class ModelArgs:
 
 
 class Tokens:
-    """One conversation, as mlx-lm keeps it: the tokens so far, and the next token's logits by keys and values (decoding.Cached)."""
+    """The cache of one conversation in mlx-lm's interface: the tokens so far, and `decoding.Cached` with their keys and values."""
 
     def __init__(self, next_logits):
         self.tokens, self.next_logits = [], next_logits
@@ -74,7 +74,7 @@ class Model(nn.Module):
         self._cache = lambda: Cached(self._logits, args.context, trained)
 
     def __call__(self, inputs, cache=None, **_):
-        """int [1, n] -> logits [1, n, vocab] at these positions."""
+        """Logits at the positions of the new tokens: int [1, n] -> [1, n, vocab]. The cache has the tokens before them."""
         new, before = inputs[0].tolist(), cache[0].tokens if cache else []
         tokens = [*before, *new]
         if cache:
@@ -84,14 +84,14 @@ class Model(nn.Module):
         rows, context = [], self.args.context
         for end in range(len(tokens), len(tokens) - len(new), -context):
             start = max(0, end - context)
-            row = np.zeros((1, context), np.int32)  # one shape for every question
+            row = np.zeros((1, context), np.int32)  # always the same shape, padded at the end
             row[0, : end - start] = tokens[start:end]
             wanted = min(context, end - (len(tokens) - len(new)))
             rows.insert(0, self._logits(row)[:, end - start - wanted : end - start])
         return mx.array(np.concatenate(rows, axis=1))
 
     def sanitize(self, weights):
-        return {}  # load_model of the train file has read its own
+        return {}  # load_model of the train file has already loaded the weights
 
     @property
     def layers(self):

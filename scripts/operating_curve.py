@@ -1,11 +1,11 @@
-"""The operating curve: what the rule of decision keeps by luck, what it finds and what it costs, under several kinds of noise.
+"""Measure the decision rule under several kinds of noise: false keeps, power, and the number of trainings it needs.
 
     nice python scripts/operating_curve.py --nights 1000 --jobs 2
 
-The simulator plays the driver: it trains what `decide` asks for and knows nothing of how it decides. Each row has so many nights
-of 100 equal candidates, and as many in which one candidate, at a random place among equal ones, gains 2 sigmas; that one has the
-night's noise and no fixed seed. Two other rules stand below for comparison: greedy (one training; a lower score is kept) and three
-seeds with bootstrap.
+The simulator plays the driver: it trains what `decide` asks for, and does not depend on how `decide` works. Each row simulates
+`--nights` nights of 100 equal candidates, and as many nights in which one candidate, at a random place among equal ones, is
+better by 2 sigmas. That candidate has the ordinary noise of the night and no fixed seed. Two other rules are measured for
+comparison: greedy (one training; a lower score is kept), and three seeds with bootstrap.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from agent.judgement.decision import DEFAULT_RULE, Contender, Rule, decide
 
 CANDIDATES = 100
 SIGMA = 0.003  # bpb; the rule scales with it
-TRAININGS = 160  # of a night of equals: a drift ends there
+TRAININGS = 160  # about as many as a night of equal candidates takes; a drift reaches its full size after these
 
 
 @dataclass
 class File:
-    """One candidate's truth, in sigmas: its level (lower is better), its noise, and what all its trainings share."""
+    """What is true of one candidate, in sigmas: its level (lower is better), its noise, and the luck that all its trainings
+    share."""
 
     level: float
     noise: float = 1.0
@@ -43,13 +44,14 @@ class File:
 
 @dataclass(frozen=True)
 class Noise:
-    """One row of the table: `draw` is a training's noise, `drift` the machine's at a training's place in the night (sigmas)."""
+    """One row of the table. draw: noise of one training, in sigmas. drift: shift of all scores at a training's place in the
+    night."""
 
     draw: Callable[[random.Random], float] = lambda r: r.gauss(0.0, 1.0)
     drift: Callable[[int, float], float] = lambda at, phase: 0.0
     wide: float = 0.0  # share of candidates with 3 sigmas of noise
     fixed: float = 0.0  # share of candidates with a fixed seed
-    correlated: float = 0.0  # between the trainings of one file
+    correlated: float = 0.0  # correlation between the trainings of one file
 
 
 def heavy_tails(r: random.Random) -> float:
@@ -91,7 +93,7 @@ NOISES = {
 
 @dataclass
 class World:
-    """A machine that trains files of one night, and counts."""
+    """A simulated machine: it trains the files of one night and counts the trainings."""
 
     noise: Noise
     random: random.Random
@@ -102,7 +104,7 @@ class World:
         self.phase = self.random.random()
 
     def add(self, level: float, ordinary: bool = False) -> int:
-        """A new file; its number. An ordinary one has neither noise of its own nor a fixed seed."""
+        """Add a file; returns its number. An ordinary file has neither noise of its own nor a fixed seed."""
         r, kind = self.random, self.noise
         made = File(level, shared=math.sqrt(kind.correlated) * r.gauss(0.0, 1.0))
         if not ordinary:
@@ -112,7 +114,7 @@ class World:
         return len(self.files) - 1
 
     def train(self, number: int) -> tuple[int, float]:
-        """Place and score (bpb) of one training."""
+        """Train a file once. Returns the place of this training in the night, and its score in bpb."""
         made, kind, at = self.files[number], self.noise, self.trainings
         drawn = kind.draw(self.random) if made.frozen is None else made.frozen + 0.01 * self.random.gauss(0.0, 1.0)
         noise = made.noise * (made.shared + math.sqrt(1 - kind.correlated) * drawn) + kind.drift(at, self.phase)
@@ -121,7 +123,7 @@ class World:
 
 
 class Ours:
-    """`agent.judgement.decision`, asked as the driver asks it."""
+    """The rule of `agent.judgement.decision`, called as the driver calls it."""
 
     def __init__(self, world: World, rule: Rule = DEFAULT_RULE) -> None:
         self.world, self.rule, self.best = world, rule, world.add(0.0, ordinary=True)
@@ -178,7 +180,8 @@ Policy = type[Ours] | type[Greedy] | type[ThreeSeeds]
 
 @dataclass(frozen=True)
 class Night:
-    """What became of it: kept equal candidates, all trainings, whether the better candidate was kept and its trainings."""
+    """The result of a simulated night: equal candidates that were kept, all trainings, whether the better candidate was kept,
+    and the trainings spent on it."""
 
     false_keeps: int
     trainings: int
@@ -189,7 +192,8 @@ class Night:
 def simulate(
     noise: Noise, draw: random.Random, policy: Policy = Ours, better_at: int = 0, gain: float = 2.0, number: int = CANDIDATES
 ) -> Night:  # fmt: skip
-    """A night of equal candidates; with `better_at` it ends after that one, which gains `gain` sigmas."""
+    """Simulate a night of equal candidates. With `better_at`, the candidate of that number is better by `gain` sigmas, and the
+    night ends after it."""
     world = World(noise, draw)
     rule, false_keeps = policy(world), 0
     for n in range(1, number + 1):
@@ -203,7 +207,8 @@ def simulate(
 
 @dataclass(frozen=True)
 class Row:
-    """Share of nights with a false keep, trainings a candidate, share of better ones found, trainings until one is kept."""
+    """Share of nights with a false keep; trainings per candidate; share of better candidates that are kept; trainings to keep
+    one."""
 
     false_nights: float
     trainings: float
@@ -212,7 +217,7 @@ class Row:
 
 
 def measure(noise: str, nights: int, policy: Policy = Ours, seed: int = 0, gain: float = 2.0) -> Row:
-    """One row of the table."""
+    """Simulate the nights of one row of the table."""
     draw = random.Random(f"{noise} {policy.__name__} {seed}")
     equal = [simulate(NOISES[noise], draw, policy) for _ in range(nights)]
     ends = [simulate(NOISES[noise], draw, policy, draw.randint(1, CANDIDATES), gain) for _ in range(nights)]
@@ -224,14 +229,14 @@ def measure(noise: str, nights: int, policy: Policy = Ours, seed: int = 0, gain:
 
 
 @click.command()
-@click.option("--nights", default=1000, show_default=True, type=click.IntRange(min=1), help="nights a figure")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="processes")
+@click.option("--nights", default=1000, show_default=True, type=click.IntRange(min=1), help="Simulated nights per figure.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Number of processes.")
 @click.option("--seed", default=0, show_default=True)
 def main(nights: int, jobs: int, seed: int) -> None:
-    """Print what our rule keeps by luck, finds and costs, under several kinds of noise."""
+    """Print false keeps, power and number of trainings of the decision rule, under several kinds of noise."""
     table = Table(
-        "noise, in sigmas", title=f"nights of {CANDIDATES} equal candidates; {nights} nights a figure",
-        caption="power: share of gains of 2 sigmas that is kept\ntrainings: for each equal candidate; until a gain is kept",
+        "noise, in sigmas", title=f"nights of {CANDIDATES} equal candidates; {nights} nights per figure",
+        caption="power: share of gains of 2 sigmas that is kept\ntrainings: per equal candidate; to keep: until a gain is kept",
     )  # fmt: skip
     for name in ("false keeps", "power", "trainings", "to keep"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,7 +1,7 @@
-"""What happened in a night: `python scripts/report.py [runs/TAG]` (default: the latest night).
+"""Report on a night: `python scripts/report.py [runs/TAG]` (default: the latest night).
 
-Reads the night's journal and its commits. Writes `report.html`, which stands alone, `report.md` for a pull request, and
-`progress.png` beside the journal; `--no-picture` only prints.
+Reads the journal and the commits of the night. Prints a summary, and writes three files beside the journal: `report.html`,
+which needs no other file, `report.md` for a pull request, and `progress.png`. With `--no-picture` it only prints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the driver's journal is its neighbour's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `agent` is found when this runs as a script
 
 import click
 
@@ -27,7 +27,7 @@ from agent.views.report import draw, draw_costs, facts, load, markdown, page, su
 
 
 def write_report(night: Night, folder: Path, sigma: float) -> None:
-    """progress.png, report.html and report.md in the night's folder. Without its commits, the report has no diffs."""
+    """Write progress.png, report.html and report.md to the night's folder. If its commits are gone, the report has no diffs."""
     def diff(parent: str, commit: str) -> str:
         try:
             return redact(worktree.diff(parent, commit)) if worktree and parent and commit else ""
@@ -50,9 +50,9 @@ def write_report(night: Night, folder: Path, sigma: float) -> None:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--no-picture", is_flag=True, help="Print only.")
+@click.option("--no-picture", is_flag=True, help="Print the summary; write no files.")
 def main(folder: Path | None, no_picture: bool) -> None:
-    """Write report.html, report.md and progress.png of a night, and print what happened."""
+    """Print a summary of a night, and write report.html, report.md and progress.png."""
     try:
         if folder is None:
             folder = Path("runs") / latest(Path("runs"))

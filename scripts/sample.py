@@ -1,13 +1,13 @@
-"""Let a trained model write.
+"""Generate text with a trained model.
 
     python scripts/sample.py                                    the best model of the latest night
-    python scripts/sample.py --compare                          the baseline's text and the best's, side by side
+    python scripts/sample.py --compare                          baseline and best of the latest night, side by side
     python scripts/sample.py runs/TAG/trials/0007-1 --prompt "Once upon a time"
 
-A model is asked through the `load_model` of its own train file, whatever an agent has made of it. On MLX a cache of keys and values
-is put around it, and dropped where it does not give the model's own logits.
+The model is loaded by the `load_model` of its own train file, so that any architecture works. On MLX, a KV cache is put around the
+model; where the cache does not give the model's own logits, it is not used.
 
-This runs the train file of the run, which an agent wrote, with your rights.
+Warning: this runs the run's train file, which an agent wrote, with your rights.
 """
 
 import codecs
@@ -38,7 +38,8 @@ from scripts.decoding import Cached, Uncached  # noqa: E402
 
 @dataclass(frozen=True)
 class Options:
-    """temperature 0 takes the likeliest token. top_p: only the likeliest tokens whose probabilities sum to this are drawn."""
+    """tokens: maximum length. temperature: 0 always takes the likeliest token. top_p: only the likeliest tokens, whose
+    probabilities sum to this, are drawn from."""
 
     tokens: int
     temperature: float
@@ -75,7 +76,7 @@ def generate(next_logits: Callable, ids: list[int], stop: int, options: Options)
 
 
 def model(run_dir: Path, context: int) -> Uncached:
-    """The next token's logits of a run's model, with a cache where it is on MLX."""
+    """A function from token ids to the logits of the next token, with a KV cache if the model is on MLX."""
     logits_of = load(run_dir)
     module = sys.modules["candidate"]
     if not hasattr(module, "mx"):
@@ -85,7 +86,7 @@ def model(run_dir: Path, context: int) -> Uncached:
 
 
 def data_of(run_dir: Path) -> Path:
-    """The prepared data that a run was trained on. ClickException where it is gone."""
+    """The folder of the data that a run was trained on. ClickException if it is gone."""
     if not (run_dir / "train.json").exists():
         raise click.ClickException(f"{run_dir}: expected the directory of a finished training, with train.json and its train file")
     told = os.environ.get("AUTORESEARCH_DATA")
@@ -96,7 +97,7 @@ def data_of(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path, prompt: str, options: Options) -> Iterator[str]:
-    """Yield the prompt and the text that the model in run_dir adds to it, piece by piece; a character comes once it is whole."""
+    """Yield the prompt, then the text that the model in run_dir adds to it, piece by piece and in complete characters."""
     data = data_of(run_dir)
     meta, tokenizer = json.loads((data / "meta.json").read_text()), Tokenizer((data / "tokenizer.model").read_bytes())
     next_logits = model(run_dir.resolve(), meta["seq_len"])
@@ -109,7 +110,7 @@ def write(run_dir: Path, prompt: str, options: Options) -> Iterator[str]:
 
 
 def run_of(experiment: Experiment, folder: Path) -> Path:
-    """A run directory of an experiment that is still there."""
+    """The newest run directory of an experiment that still exists. ClickException if there is none."""
     found = [folder / "trials" / trial.folder for trial in experiment.trials if trial.status == "ok"]
     kept = [path for path in found if (path / "train.json").exists()]
     if not kept:
@@ -119,17 +120,17 @@ def run_of(experiment: Experiment, folder: Path) -> Path:
 
 @click.command()
 @click.argument("run_dir", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--tag", help="Night whose best model writes. Default: the latest.")
+@click.option("--tag", help="The night whose best model is used. Default: the latest night.")
 @click.option("--compare", is_flag=True, help="Show the night's baseline and its best side by side.")
 @click.option("--prompt", "prompts", multiple=True, default=[""], help="Text to go on from. Default: the start of a document.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, text} of RUN_DIR.")
-@click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Maximum length.")
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: always the likeliest token.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, text}; needs RUN_DIR.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Maximum tokens per text.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest token.")
 @click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True),
               help="Draw from the likeliest tokens that together have this probability.")
 @click.option("--seed", default=1, show_default=True)
 def main(run_dir: Path | None, tag: str | None, compare: bool, prompts: tuple[str, ...], as_json: bool, **options) -> None:
-    """Let the model in RUN_DIR write, or the best one of a night."""
+    """Generate text with the model in RUN_DIR, or with the best model of a night."""
     options = Options(**options)
     if run_dir is not None and (compare or tag):
         raise click.UsageError("expected RUN_DIR alone, or --tag and --compare")

@@ -1,4 +1,4 @@
-"""The folders of nights, `runs/<tag>`: which one is meant, what a killed driver left in it, what nobody will ask for."""
+"""The folders of nights, `runs/<tag>`: choose a tag, clean up after a killed driver, remove run directories that are not needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.process.leftovers import end_leftovers
 
 
 def runs_folder(root: Path) -> Path:
-    """Where a checkout keeps its nights: `runs`, or where that link leads. UsageError if it leads nowhere."""
+    """Where a checkout keeps its nights: `runs`, or the target if it is a link. UsageError if the target does not exist."""
     runs = root / "runs"
     if runs.is_symlink() and not runs.exists():
         raise UsageError(f"{runs} is a link to {runs.readlink()}, which is not there; mount that disk, or remove the link")
@@ -25,13 +25,13 @@ def runs_folder(root: Path) -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what is left of an earlier night in the folder of a new one: its weights, caches and views are not the new one's."""
+    """Remove what an earlier night of the same tag has left in the folder of a new one: weights, caches and views."""
     for name in ("trials", "tmp", "frozen", "worktree", "results.tsv", "progress.png"):
         remove(folder / name)
 
 
 def sweep(folder: Path) -> list[int]:
-    """End processes and remove scratch folders that a killed driver has left; the pids that were ended."""
+    """End processes and remove scratch folders that a killed driver has left. Returns the pids of the processes."""
     ended = end_leftovers(folder)
     scratch = (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "screen", folder / "tmp" / "screen")
     _remove_all((*scratch, *folder.glob(".*.new"), *folder.glob(".stop-*")))
@@ -39,26 +39,27 @@ def sweep(folder: Path) -> list[int]:
 
 
 def prune(night: Night, folder: Path) -> None:
-    """Remove run and scratch directories that nobody will ask for.
+    """Remove run and scratch directories that are no longer needed.
 
-    What stays: the newest run of the baseline, the best and the last experiment, and all runs of one without a verdict."""
+    Kept: the newest run of the baseline, of the best and of the last experiment, and all runs of an experiment without a
+    verdict."""
     wanted: set[str] = set()
     for n in {0, night.best or 0, len(night.experiments) - 1} if night.experiments else ():
         experiment = night.experiments[n]
         scored = [trial.folder for trial in experiment.trials if trial.status == "ok"]
         wanted.update(scored[-1:] if experiment.status else [trial.folder for trial in experiment.trials])
-        wanted.update(trial.folder for trial in experiment.trials[-1:])  # a failed one may be looked at
+        wanted.update(trial.folder for trial in experiment.trials[-1:])  # a person may want to look at a failed one
     _remove_all(path for path in (*folder.glob("trials/[0-9]*-*"), *folder.glob("tmp/[0-9]*")) if path.name not in wanted)
 
 
 def _remove_all(paths: Iterable[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):  # what stays takes room, and does no other harm; it is tried again after the next
+        with contextlib.suppress(OSError):  # harmless but for its size; removed after the next experiment, if that works then
             remove(path)
 
 
 def neighbours(folder: Path) -> list[str]:
-    """Other nights of this checkout that a driver works on right now: they share the machine's time."""
+    """The tags of other nights of this checkout that run right now and slow this one down."""
     others = (path.parent for path in folder.parent.glob("*/journal.jsonl") if path.parent != folder)
     return sorted(other.name for other in others if holder(other) is not None)
 
@@ -70,9 +71,9 @@ def require_tag(tag: str) -> None:
 
 
 def choose_tag(runs: Path, tag: str | None, resume: bool, taken: Callable[[str], str] = lambda tag: "") -> str:
-    """The night that is meant: the given tag; the latest with `resume`; else today's, continued if it was cut off.
+    """The tag of the night to run: the given one; with `resume` the latest; else today's, which goes on if it was cut off.
 
-    `taken` says what git still holds of a tag without a journal, "" if nothing: a new night takes another one.
+    `taken` returns what git still has of a tag without a journal, "" if nothing. A new night does not use such a tag.
     """
     if tag is not None:
         require_tag(tag)
@@ -93,7 +94,7 @@ def choose_tag(runs: Path, tag: str | None, resume: bool, taken: Callable[[str],
 
 def latest(runs: Path) -> str:
     """The tag of the night whose journal was written last. UsageError if there is none."""
-    journals = [path for path in runs.glob("*/journal.jsonl") if read_events(path)[0]]  # one without events is a false start
+    journals = [path for path in runs.glob("*/journal.jsonl") if read_events(path)[0]]  # without events, no night has begun
     if not journals:
         raise UsageError(f"there is no night in {runs}; start one: python -m agent.loop")
     return max(journals, key=lambda path: path.stat().st_mtime).parent.name

@@ -1,11 +1,11 @@
 """The journal: append-only JSON lines, the only state of a night.
 
 A line is one event: `{"v": 1, "seq": 7, "t": 1732.5, "event": "verdict", ..., "sum": "16 hex digits"}`. `seq` counts from 0
-without gaps, `t` is Unix time in seconds, `sum` is the start of the SHA-256 of the line without it. An append returns
-only when the line is on the disk, so whatever the driver undoes or starts afterwards can be reconstructed.
+without gaps, `t` is Unix time in seconds, `sum` is the start of the SHA-256 of the line without `sum`. An append returns only when
+the line is on the disk, so that whatever the driver undoes or starts afterwards can be reconstructed.
 
-A torn last line (power loss in the middle of an append) never took effect: it is set aside in `journal.torn-N`.
-A bad line anywhere else means that somebody edited the file or the disk is failing: refused, nothing is guessed.
+A torn last line (power loss in the middle of an append) never took effect: it is moved to `journal.torn-N`. A bad line anywhere
+else means that somebody edited the file or that the disk is failing: the journal is refused.
 
 A night's folder may be moved or removed while a driver works in it (`git clean -fdx`, `mv runs` to another disk). The driver has
 all events in memory, so it writes the journal anew under its name.
@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,13 @@ from agent.errors import JournalError, LockedError, UsageError
 from agent.files import read_plain, write_anew
 
 SCHEMA = 1
-RESERVE_BYTES = 64 << 10  # given up for the last lines of a night whose disk is full
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds; anything else: no lock can be had
+RESERVE_BYTES = 64 << 10  # disk space that is kept occupied, and freed for the last lines of a night whose disk is full
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # another process holds the lock; any other error: this disk cannot lock files
 Event = dict[str, Any]
 
 
 def encode(event: Event) -> bytes:
-    """One line, newline included. NaN has no place in a journal: ValueError."""
+    """The line of an event, with its newline. ValueError for NaN, which JSON does not have."""
     body = json.dumps(event, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return f'{body[:-1]},"sum":"{_digest(body)}"}}\n'.encode()
 
@@ -61,9 +60,9 @@ def _digest(body: str) -> str:
 
 
 def read_events(path: Path) -> tuple[list[Event], bytes]:
-    """All events of a journal and the bytes of a torn last line (empty if whole). Changes nothing on disk.
+    """All events of a journal, and the bytes of a torn last line (b"" if it is complete). Changes nothing on disk.
 
-    JournalError if a line before the last is bad.
+    Raises JournalError if a line before the last is bad.
     """
     try:
         data = path.read_bytes()
@@ -94,7 +93,7 @@ class Journal:
         _make_durable_folder(folder)
         self._lock = _take_lock(folder / "lock")
         self.torn: Path | None = None
-        self.restored = 0  # how often the journal was written anew, because it had gone from its place
+        self.restored = 0  # how often the journal was written anew because its file was gone
         self.events, rest = read_events(self.path)
         if rest:
             self.torn = self._set_aside(rest)
@@ -122,9 +121,9 @@ class Journal:
         return full
 
     def follow(self) -> bool:
-        """Have journal and lock under their names again, where somebody removed, moved or replaced them; whether that was so.
+        """Restore journal and lock if somebody removed, moved or replaced them. Returns whether that was necessary.
 
-        LockedError if another driver works there meanwhile.
+        Raises LockedError if another driver has taken the night meanwhile.
         """
         lock = self.folder / "lock"
         if _is_open(self.path, self._file) and _is_open(lock, self._lock):
@@ -153,7 +152,7 @@ class Journal:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
     def _write(self, line: bytes) -> str:
-        """Put a line on the disk as a whole, or not at all; "" or what went wrong."""
+        """Write the complete line to disk, or nothing. Returns "" or what went wrong."""
         size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
@@ -167,7 +166,7 @@ class Journal:
         return problem
 
     def _keep_reserve(self) -> None:
-        """Occupy some of the disk, so that the end of a night that fills it can still be written down."""
+        """Occupy some disk space, so that the end of the night can be journalled even when the disk is full."""
         reserve = self.folder / ".reserve"
         with contextlib.suppress(OSError):
             if not reserve.exists():
@@ -225,7 +224,7 @@ def holder(folder: Path) -> int | None:
 
 
 def _is_open(path: Path, descriptor: int) -> bool:
-    """Whether a path leads to an open file, and not to nothing or to another one."""
+    """Whether the file at this path is the one that is open as `descriptor`."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except OSError:
@@ -234,7 +233,7 @@ def _is_open(path: Path, descriptor: int) -> bool:
 
 def _take_lock(path: Path) -> int:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for wait in _patience():  # `--status` holds the lock for an instant to see whether anybody does
+    for wait in (0.05, 0.1, 0.2):  # seconds; `--status` holds the lock for an instant to see whether a driver does
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
@@ -258,24 +257,20 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-def _patience() -> Iterator[float]:
-    yield from (0.05, 0.1, 0.2)
-
-
 def _make_durable_folder(folder: Path) -> None:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     ignored = folder / ".gitignore"
     if not ignored.exists():
-        write_anew(ignored, b"*\n")  # whatever the user ignores, a night is no part of their repository
+        write_anew(ignored, b"*\n")  # a night is no part of the user's repository, whatever their own .gitignore says
     for made in missing:
         _sync_folder(made.parent)
 
 
 def _sync(descriptor: int) -> None:
-    """Have a file on the disk itself: on macOS fsync leaves it in the disk's own cache, which power loss empties."""
+    """Flush a file to the disk itself. On macOS, fsync leaves it in the disk's cache, which is lost with the power."""
     if sys.platform == "darwin":
-        with contextlib.suppress(OSError):  # a file system that knows no such order
+        with contextlib.suppress(OSError):  # not every file system knows F_FULLFSYNC
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
     os.fsync(descriptor)

@@ -5,7 +5,7 @@ Pure: events in, state out; no file, no clock, no process.
 Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
 
     night_start  tag, base, train_file, seed, dataset, sources, machine once; `base` is the commit the night began at
-    session      settings, pid, agent, sandbox                         a driver began or resumed the night
+    session      settings, pid, agent, sandbox                         a driver started or resumed the night
     experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
     agent_check  kind, message, usage, seconds                         the agent was asked for one word before the night
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
@@ -13,9 +13,9 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
                                                                        what the agent left, kept under a ref
     trial_start  n, k, seed, dir
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
-                                                                       status: ok, a failure's name, or that it is to be
-                                                                       repeated: interrupted, disturbed
-    verified     n, dir, status, seconds, error                        every row was probed, before a keep
+                                                                       status: ok, the name of a failure, or interrupted or
+                                                                       disturbed, which means that the trial is repeated
+    verified     n, dir, status, seconds, error                        the check before a keep, which probes every row
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
     test_score   n, split, val_bpb, test_bpb, summary, error           the held-out score, once at the end
@@ -35,7 +35,7 @@ from agent.errors import JournalError
 
 FAILURES = ("crash", "oom", "nan", "timeout", "violation", "noop", "agent_error")
 STATUSES = ("keep", "discard", *FAILURES)
-REPEATED = ("interrupted", "disturbed")  # how a trial may end that counts for nothing: the machine slept, or its speed changed
+REPEATED = ("interrupted", "disturbed")  # a trial that does not count, because the machine slept or its speed changed
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Trial:
     seconds: float = 0.0
     summary: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
-    order: int = 0  # its place among all trials of the night that ended and counted, from 0
+    order: int = 0  # number of trials that counted before this one in the night
 
 
 @dataclass
@@ -65,21 +65,21 @@ class Experiment:
     lines: int = 0
     description: str = ""
     hypothesis: str = ""
-    family: str = ""  # kind of idea, by words and diff
-    step: str = ""  # what the agent was asked for: free, or the rung of the ladder
+    family: str = ""  # kind of idea, guessed from description and diff
+    step: str = ""  # what the agent was asked for: "free", or a rung of the ladder in proposal/digest.py
     trials: list[Trial] = field(default_factory=list)
     status: str | None = None
     reason: str = ""
     val_bpb: float | None = None
     error: dict[str, Any] | None = None
     ended: float = 0.0
-    tokens: int = 0  # the agent's, for this experiment
-    cost: float = 0.0  # US dollars, as far as told
-    repeats: dict[str, int] = field(default_factory=dict)  # of the trial at hand, in a row, by their reason
+    tokens: int = 0  # tokens that the agent used for this experiment
+    cost: float = 0.0  # US dollars, as far as the agent reported them
+    repeats: dict[str, int] = field(default_factory=dict)  # how often the current trial was repeated, by reason
 
     @property
     def name(self) -> str:
-        """What the human reads: baseline, or experiment 7."""
+        """The name in texts for people: `baseline`, or `experiment 7`."""
         return f"experiment {self.n}" if self.n else "baseline"
 
     @property
@@ -89,7 +89,7 @@ class Experiment:
 
     @property
     def mean(self) -> float | None:
-        """The best estimate of its val_bpb (bits per byte), None if it has none."""
+        """The mean of its scores, bits per byte; None without a score."""
         return sum(self.scores) / len(self.scores) if self.scores else None
 
     def summary(self) -> dict[str, Any]:
@@ -108,26 +108,26 @@ class Night:
     dataset: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb
     settings: dict[str, Any] = field(default_factory=dict)
-    agent: str = ""  # of the last session, by its name in the table of coding agents
-    sandbox: str = ""  # what trainings ran in, by the words of the loop's start; of a session without one, if there was any
+    agent: str = ""  # the agent of the last session, by its name in the table of coding agents
+    sandbox: str = ""  # the sandbox of trainings, as the first lines of the loop name it; "none: ..." if any session had none
     experiments: list[Experiment] = field(default_factory=list)
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
     stories: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # by experiment: {prompt, text}
     best: int | None = None
     kept: list[int] = field(default_factory=list)
     cost: float = 0.0  # US dollars, as far as agents report it
-    unpriced: int = 0  # calls without a price, in a night that knows of none: unknown is not free
-    estimated: int = 0  # calls without a price, each counted as the dearest so far
-    dearest: float = 0.0  # US dollars, of one call
-    tokens: int = 0  # the agent's, not the trainer's
+    unpriced: int = 0  # calls without a price, as long as no call of the night had one: their cost is unknown, not 0
+    estimated: int = 0  # calls without a price that were counted at the price of the most expensive call so far
+    dearest: float = 0.0  # US dollars, price of the most expensive call
+    tokens: int = 0  # tokens that the agent used
     agent_seconds: float = 0.0
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
     notes: list[str] = field(default_factory=list)
-    trials: int = 0  # that count
-    disturbed: int = 0  # that were repeated because the machine's speed changed meanwhile
-    session: float = 0.0  # Unix time at which its driver began, from which --hours counts
-    rested: int = 0  # experiments with a verdict when this session began: it has its own patience with failures
-    ended: str | None = None  # the reason, None while a driver works or after one was killed
+    trials: int = 0  # number of trials that count
+    disturbed: int = 0  # number of trials that were repeated because the machine's speed changed
+    session: float = 0.0  # Unix time at which the current driver session began; --hours counts from it
+    rested: int = 0  # experiments with a verdict when this session began: earlier failures do not count towards its limits
+    ended: str | None = None  # why the night ended; None while a driver works and after a driver was killed
     started: float = 0.0
     last: float = 0.0
 
@@ -155,7 +155,8 @@ class Night:
 
     @property
     def record(self) -> Experiment:
-        """The kept one with the lowest mean, which need not be the best: a shorter file may be a little worse."""
+        """The kept experiment with the lowest mean. It can differ from the best, because a keep for a shorter file may score a
+        little worse."""
         return min((self.experiments[n] for n in {0, *self.kept}), key=lambda e: (e.mean or math.inf, e.n))
 
     def streak(self) -> tuple[str, int]:
@@ -172,7 +173,7 @@ class Night:
         return status, length
 
     def unproposed(self) -> str:
-        """Why a night that asked its agent brought no change at all, in words; "" if it did bring one, or asked for none."""
+        """Why the agent never changed the file, in words; "" if it did, or was not asked."""
         kinds = [e.status or "" for e in self.done] + [str(failure["kind"]) for failure in self.agent_failures]
         if not kinds or any(e.commit for e in self.done) or set(kinds) - {"agent_error", "noop", "rate_limit", "login", "missing"}:
             return ""
@@ -185,7 +186,7 @@ class Night:
 
 
 def fold(events: Iterable[Mapping[str, Any]]) -> Night:
-    """The state after these events. JournalError for an order that no driver writes."""
+    """The state after these events. Raises JournalError for an order of events that no driver writes."""
     night = Night()
     for event in events:
         apply(night, event)
@@ -193,7 +194,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> Night:
 
 
 def apply(night: Night, event: Mapping[str, Any]) -> None:
-    """Move the state on by one event. Kinds of event that this version does not know are passed over."""
+    """Update the state by one event. Kinds of events that this version does not know are ignored."""
     if not night.started:
         night.started = event["t"]
     night.last = event["t"]
@@ -210,7 +211,7 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
-    asked = night.open  # by a driver that was killed or stopped before the answer came: the call was paid for
+    asked = night.open  # a driver was killed or stopped before the agent answered: the call still costs money
     if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
         _spend(night, {"usage": {"cost": None}, "n": asked.n})
     if night.ended is None:  # the driver before this one was killed
@@ -219,7 +220,7 @@ def _session(night: Night, event: Mapping[str, Any]) -> None:
                 experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended, night.session = event["settings"], None, event["t"]
     night.agent = event.get("agent") or night.agent
-    if not night.sandbox.startswith("none"):  # one session without is what the report has to say
+    if not night.sandbox.startswith("none"):  # the report must say if any session had no sandbox
         night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)
     night.agent_failures.clear()
@@ -245,14 +246,14 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
-    """Count what a call of the agent cost. An event without `cost` in its usage is about no call."""
+    """Count what a call of the agent cost. An event without `cost` in its usage has no call."""
     usage, known = event.get("usage") or {}, night.dearest > 0
     cost = usage.get("cost")
     if "cost" in usage and cost is None:
         night.estimated += known
         night.unpriced += not known
         cost = night.dearest
-    elif cost and night.unpriced:  # the first price of the night: what came before it is estimated by it
+    elif cost and night.unpriced:  # the first price of the night: it is also the estimate for all calls before
         night.estimated, night.unpriced = night.unpriced, 0
         night.cost += night.estimated * cost
     night.dearest = max(night.dearest, cost or 0.0)
@@ -281,7 +282,7 @@ def _candidate(night: Night, event: Mapping[str, Any]) -> None:
 
 def _trial_start(night: Night, event: Mapping[str, Any]) -> None:
     trials = night.experiments[event["n"]].trials
-    if trials and trials[-1].status == "running":  # a driver was killed in the middle: that attempt never counted
+    if trials and trials[-1].status == "running":  # a driver was killed during that trial: it does not count
         trials.pop()
     if event["k"] != len(trials):
         raise JournalError(f"event {event['seq']}: expected trial {len(trials)} of {event['n']}, found {event['k']}")

@@ -60,10 +60,9 @@ class Verdict(NamedTuple):
     error: dict[str, Any] | None
 
 
-def fingerprint(path: Path) -> Source:
-    """Look at a train file. SourceError if it does not parse, OSError if it cannot be read."""
+def fingerprint(content: bytes, name: str = "the train file") -> Source:
+    """Identity and length of a Python source. SourceError, which says `name`, if the source does not parse."""
     try:
-        content = path.read_bytes()
         whole = parsed(content)
         names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(whole) if not _is_method(node)}
         hidden = _text_bytes(content) if names & _RUNS_TEXT else 0
@@ -73,16 +72,16 @@ def fingerprint(path: Path) -> Source:
         lines = math.ceil((tokens + hidden) / TOKENS_A_LINE)
     except SyntaxError as error:
         text = (error.text or "").strip()
-        raise SourceError(f"{path.name}, line {error.lineno}: {error.msg}: {text}") from None
+        raise SourceError(f"{name}, line {error.lineno}: {error.msg}: {text}") from None
     except (ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        raise SourceError(f"{path.name}: not a Python source: {error}") from None
+        raise SourceError(f"{name}: not a Python source: {error}") from None
     return Source(hashlib.sha256(dump.encode("utf-8", "surrogatepass")).hexdigest(), lines)
 
 
 def source(path: Path) -> Source:
     """Identity and length of a train file; `UNREADABLE` if it does not parse."""
     try:
-        return fingerprint(path)
+        return fingerprint(path.read_bytes(), path.name)
     except (SourceError, OSError):
         return UNREADABLE
 
@@ -106,7 +105,7 @@ def early_verdict(night: Night, experiment: Experiment) -> Verdict | None:
 def broken(train_file: Path) -> Verdict | None:
     """A crash, if the train file does not parse: found before a budget is spent on it."""
     try:
-        fingerprint(train_file)
+        fingerprint(train_file.read_bytes(), train_file.name)
     except (SourceError, OSError) as wrong:
         return _fault("crash", str(wrong))
     return None

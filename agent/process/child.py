@@ -1,7 +1,8 @@
-"""The one spawner: every child of the driver is started, watched, bounded and ended here.
+"""The one spawner: it starts, watches, limits and ends every child of the driver.
 
-A child runs under `agent/process/supervise.py`, which ends its whole family when it exits, when this module says so, or when the
-driver dies. What is bounded: wall clock, silence, output, memory, bytes in directories.
+A child runs under `agent/process/supervise.py`. The supervisor ends the child's whole family (the child and its descendants)
+when the child exits, when this module asks for it, or when the driver dies. Limits: wall clock, silence, output, memory, bytes
+in directories.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import psutil
 from agent.files import directory_bytes
 from agent.process import supervise
 from agent.process.environment import wsl
-from agent.process.leftovers import Record, end_processes
+from agent.process.leftovers import Record, descendants, end_processes
 from agent.process.output import BoundedLog
 from agent.text import safe_tail, secrets_in
 
@@ -34,39 +35,39 @@ TICK_SECONDS = 0.2  # how often `stop` and `watch` are asked
 SAMPLE_SECONDS = 0.5  # how often memory and directories are measured
 GRACE_SECONDS = 1.0  # between TERM and KILL
 _CHUNK = 256 * 1024
-_BESIDE_SECONDS = 30 * 86400.0  # longest life of a command that runs beside a block
+_BESIDE_SECONDS = 30 * 86400.0  # wall-clock limit of a command that `beside` runs
 _JOIN_SECONDS = 15.0
 FLOOD = 100  # a child that prints more than this many times `log_bytes` is ended
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a child may use; None is no limit."""
+    """What a child may use. None means no limit."""
 
     wall_seconds: float
     idle_seconds: float | None = None  # without a byte of output
     log_bytes: int = 4 << 20  # of each output file; more is dropped from its middle, FLOOD times more ends the child
-    memory_bytes: int | None = None  # summed over the family; pages they share count for each
+    memory_bytes: int | None = None  # summed over the family; a page shared by two processes counts twice
     directories: tuple[Path, ...] = ()
-    directory_bytes: int | None = None  # in all of them together; one too deep or too full to be counted is over the limit
-    spare_bytes: int = 0  # that must stay free on their disk: a file without a name, or in a locked folder, is not counted
+    directory_bytes: int | None = None  # of all `directories` together; a directory too deep or too full to count is over the limit
+    spare_bytes: int = 0  # must stay free on their disk, because files without a name or in a locked folder cannot be counted
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a child ended.
 
-    `reason` is `exited`, or what made the driver end it: `wall`, `idle`, `log`, `memory`, `disk`, `stopped`, or the word that
-    `watch` returned; or `missing`: it could not be started, and the log says why.
+    `reason` is `exited`, or why the driver ended the child: `wall`, `idle`, `log`, `memory`, `disk`, `stopped`, or the word that
+    `watch` returned. `missing` means that the child could not be started; the log says why.
     """
 
-    exit_code: int | None  # None if it died by a signal or never ran
+    exit_code: int | None  # None if a signal ended the child, or it never ran
     signal: int | None
     reason: str
-    seconds: float  # awake, by the monotonic clock
-    peak_rss_mb: float  # memory of the family, sampled: resident, on macOS with Metal's buffers
+    seconds: float  # by the monotonic clock, which stops while the machine sleeps
+    peak_rss_mb: float  # largest sampled memory of the family: resident, on macOS including Metal's buffers
     log: Path
-    suspended_seconds: float  # for which the machine slept meanwhile
+    suspended_seconds: float  # how long the machine slept meanwhile
 
     @property
     def ok(self) -> bool:
@@ -91,12 +92,12 @@ def run(
     pidfile: Path | None = None,
     grace: float = GRACE_SECONDS,
 ) -> Outcome:
-    """Run a command to its end or to a limit; nothing of its family is alive when this returns.
+    """Run a command until it exits or reaches a limit. No process of its family is alive when this returns.
 
-    `env` is the child's whole environment (`clean_env`). Standard output and error go to `log`, or only the error if
-    `stdout_to` names a file for the output. `stop` and `watch` are asked several times a second. With `pidfile`,
-    `end_leftovers` finds what a killed driver has left. Raises OSError if the files cannot be written, and whatever `stop` or
-    `watch` raise (the child is ended first).
+    `env` is the child's whole environment (`clean_env`). Standard output and error go to `log`; if `stdout_to` is given, the output
+    goes to that file and only the errors to `log`. `stop` and `watch` are called several times a second. `pidfile` is the record
+    by which `end_leftovers` finds the child after the driver was killed. Raises OSError if the files cannot be written, and
+    whatever `stop` or `watch` raise, after ending the child.
     """
     return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
 
@@ -106,10 +107,10 @@ def beside(
     argv: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], log: Path, watch: Callable[[], str | None] = lambda: None,
     ended: Callable[[Outcome], None] = lambda outcome: None, pidfile: Path | None = None,
 ) -> Iterator[None]:  # fmt: skip
-    """Run a command while the block runs, and end it with the block.
+    """Run a command while the block runs, and end the command with the block.
 
-    A command that cannot be started, or ends earlier, never disturbs the block: `ended` is told, in another thread. `watch` is
-    asked several times a second, in that thread, too.
+    A command that cannot be started, or that exits early, does not disturb the block: another thread calls `ended`. The same
+    thread calls `watch` several times a second.
     """
     over = threading.Event()
 
@@ -142,8 +143,8 @@ class _Child:
         self.marker = self.env[supervise.MARKER] = uuid.uuid4().hex
         self.record = Record(pidfile, self.marker)
         self.reason: str | None = None
-        self.supervised = True  # until the supervisor has gone
-        self.status = b""  # what it told
+        self.supervised = True  # until the supervisor exits
+        self.status = b""  # JSON lines from the supervisor
         self.peak_mb = 0.0
         self.started = self.heard = time.monotonic()
         self.asleep = seconds_asleep()
@@ -225,11 +226,11 @@ class _Child:
                 self.reason = self._over_limit(now) or ("stopped" if stop() else watch())
             if now >= next_sample and self.reason is None:
                 self.reason = self._sample()
-                taken = time.monotonic() - now  # many files take long to count: the child is to have most of the time
+                taken = time.monotonic() - now  # counting many files takes long: leave nine tenths of the time to the child
                 next_sample = now + max(SAMPLE_SECONDS, 10 * taken)
 
     def _read(self, timeout: float) -> bool:
-        """Take what the pipes hold; whether the supervisor still lives."""
+        """Read what is in the pipes. Returns whether the supervisor is still alive."""
         for key, _ in self.selector.select(timeout):
             sink: BoundedLog | None = key.data
             try:
@@ -248,7 +249,7 @@ class _Child:
         return self.supervised
 
     def _told(self, name: str) -> object:
-        """A fact from the supervisor, None if it did not tell. A child may find the pipe and write to it as well."""
+        """A fact that the supervisor reported, None if it did not. A child can write to this pipe too, so every line is checked."""
         told = None
         for line in self.status.split(b"\n")[:-1]:
             with contextlib.suppress(ValueError, RecursionError):
@@ -281,14 +282,14 @@ class _Child:
         return None
 
     def _end(self) -> None:
-        """End the family, if it has not ended by itself, and take the last of its output."""
+        """End the family if it has not ended by itself, and read the rest of its output."""
         self.control.close()
         deadline = time.monotonic() + self.grace + supervise.KILL_SECONDS + 2.0
         while self.supervised and time.monotonic() < deadline:
             self._read(TICK_SECONDS)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(TICK_SECONDS)
-        # Its own child may have killed or stopped the supervisor, and have told lies in its place
+        # The child may have killed or stopped its supervisor, and written false reports in its place
         if self.process.returncode != 0 or self._told("left") != 0:
             end_processes([*descendants(self.family), self.family], self.marker)
         self.process.wait()
@@ -303,7 +304,7 @@ class _Child:
         problem, code, peak_kb = self._told("missing"), self._told("exit"), self._told("peak_kb")
         if problem is not None:
             return self._missing(str(problem))
-        status = -int(signal.SIGKILL)  # of the supervisor itself
+        status = -int(signal.SIGKILL)  # unless the supervisor ended properly and reported an exit code
         if self.process.returncode == 0 and isinstance(code, int) and -signal.NSIG < code < 256:
             status = code
         if os.path.basename(self.argv[0]) == "bwrap" and 128 < status < 128 + signal.NSIG:
@@ -320,7 +321,7 @@ class _Child:
 
 
 def seconds_asleep() -> float:
-    """Seconds the machine has been suspended since it started: only the difference of two readings means something."""
+    """Seconds that the machine has been suspended, from an arbitrary start: only the difference of two calls is meaningful."""
     if sys.platform == "linux" and not wsl():  # Windows suspends the whole virtual machine, whose own clocks do not notice
         return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
     if sys.platform == "darwin":
@@ -328,16 +329,8 @@ def seconds_asleep() -> float:
     return time.time() - time.monotonic()  # also moves when the clock is set
 
 
-def descendants(process: psutil.Process) -> list[psutil.Process]:
-    """All processes below this one; none if it is gone."""
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
 def memory_bytes(process: psutil.Process) -> int:
-    """Resident memory, or on macOS the footprint if that is larger; zero if the process is gone."""
+    """Resident memory; on macOS the footprint if that is larger; 0 if the process is gone."""
     try:
         resident = int(process.memory_info().rss)
     except psutil.Error:

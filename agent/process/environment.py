@@ -1,4 +1,4 @@
-"""The environment a child is given: what it needs, and no secret unless it is a coding agent's; and where the data lies."""
+"""The environment variables of a child: what it needs, and secrets only for coding agents. Also: the system and the data folder."""
 
 import os
 import platform
@@ -20,10 +20,10 @@ _DOWNLOADS = re.compile(r"(https?|all|no|ftp)_proxy|HF_\w+|HUGGINGFACE_\w+|SSL_C
 
 
 def clean_env(extra: Mapping[str, str] | None = None, *, keep_secrets: bool = False, network: bool = False) -> dict[str, str]:
-    """An environment for a child: an allow-list of the driver's own, and `extra`.
+    """The environment for a child: the allowed variables of the driver's own environment, and `extra`.
 
-    `keep_secrets` passes the driver's whole environment: for coding agents, which bring their own keys. `network` adds proxies
-    and Hugging Face's variables, its token among them: for downloads only.
+    `keep_secrets` passes the driver's whole environment; coding agents need it for their keys. `network` adds proxy settings
+    and the variables of Hugging Face including its token; only downloads need it.
     """
     kept = {}
     for name, value in os.environ.items():
@@ -43,5 +43,5 @@ def wsl() -> int:
 
 
 def data_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the harness keeps its data."""
+    """The folder where the harness keeps its data."""
     return Path(environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch-mlx")

@@ -1,6 +1,7 @@
-"""What a killed driver may leave behind: a record of each running child, and the way to end it.
+"""Records of running children, and ending the children that a killed driver has left behind.
 
-Normally nothing is left: a child's supervisor ends the family when the driver dies. This is for the case that both were killed.
+Usually there are none: when the driver dies, the supervisor of each child ends the child's family. The records are for the case
+that driver and supervisor were both killed.
 """
 
 import contextlib
@@ -13,12 +14,13 @@ import psutil
 from agent.files import read_plain, remove, write_anew
 from agent.process.supervise import KILL_SECONDS, marked
 
-_RECORD_BYTES = 64 << 10  # of a record; a longer one is not ours
-_SAME_START = 2.0  # seconds that two readings of one process's start may differ: they are derived from the wall clock
+_RECORD_BYTES = 64 << 10  # a longer record was not written by this driver
+_SAME_START = 2.0  # seconds by which two readings of a process's start time may differ: they derive from the wall clock
 
 
 class Record:
-    """The file that names a running child: its marker, and the pid and start time of its processes. None: no file."""
+    """The file that identifies a running child by its marker and the pid and start time of its processes. A path of None: no
+    file."""
 
     def __init__(self, path: Path | None, marker: str) -> None:
         self.path, self.marker = path, marker
@@ -39,10 +41,10 @@ class Record:
 
 
 def end_leftovers(directory: Path) -> list[int]:
-    """End every process that the records (`*.pid`) in a directory still name, and remove the records; the pids that were ended.
+    """End the processes that the records (`*.pid`) in a directory name, and remove the records. Returns the pids that were ended.
 
-    A process is ended only if it started when the record says, or carries the record's marker in its environment: a recycled
-    pid is never hit. Call this only as the one driver of the night: it would end a living driver's children.
+    A process is ended only if it started when the record says, or has the record's marker in its environment, so a recycled pid is
+    never hit. Call this only while holding the night's lock: it would also end the children of a living driver.
     """
     ended: set[int] = set()
     for path in sorted(directory.glob("*.pid")):
@@ -57,12 +59,12 @@ def end_leftovers(directory: Path) -> list[int]:
 
 
 def end_processes(roots: list[psutil.Process], marker: str) -> set[int]:
-    """KILL these, their descendants, and all who carry the marker, until none is left; the pids that were sent it."""
+    """Send KILL to these processes, their descendants and all processes with the marker, until none is left. Returns their pids."""
     ended: set[int] = set()
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
         living = []
-        for process in [*roots, *_families(roots), *marked(marker)]:
+        for process in [*roots, *(child for root in roots for child in descendants(root)), *marked(marker)]:
             with contextlib.suppress(psutil.Error):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     living.append(process)
@@ -72,17 +74,17 @@ def end_processes(roots: list[psutil.Process], marker: str) -> set[int]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
                 ended.add(process.pid)
-        roots = living  # who forked meanwhile is found below them or by the marker
+        roots = living  # processes that were forked meanwhile are descendants of these, or have the marker
         time.sleep(0.02)
     return ended
 
 
-def _families(roots: list[psutil.Process]) -> list[psutil.Process]:
-    found = []
-    for process in roots:
-        with contextlib.suppress(psutil.Error):
-            found += process.children(recursive=True)
-    return found
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All descendants of a process; [] if the process is gone."""
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def _same(pid: int, start: float) -> psutil.Process | None:

@@ -1,4 +1,4 @@
-"""The output of a child on disk: bounded, without secrets; and its end as text that is safe to show."""
+"""Write the output of a child to a file of bounded size, without secrets."""
 
 from collections import deque
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 from agent.files import remove
 from agent.text import Redactor
 
-_TAIL_BYTES = 256 * 1024  # of a log that overflows, at most this much of its end is kept (in memory until the child ends)
+_TAIL_BYTES = 256 * 1024  # how much of the end of an overflowing log is kept, in memory until the child ends
 
 
 class BoundedLog:
-    """A file that takes any amount of output and keeps its head and its tail: never more than `limit` bytes and one line.
+    """A log file that accepts any amount of output and keeps its head and its tail, together at most `limit` bytes plus one line.
 
-    The head is on disk as soon as it is written; past the bound the tail waits in memory until `close`.
+    The head is written to disk at once. What exceeds it is kept in memory, and its tail is written by `close`.
     """
 
     def __init__(self, path: Path, limit: int, secrets: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(path)  # an older log; or a pipe somebody has put there, which would block
-        self.received = 0  # bytes that came, kept or not
+        remove(path)  # an older log, or a named pipe that a candidate has put there, which would block
+        self.received = 0  # bytes received, kept or dropped
         self._file = path.open("xb", buffering=0)
         self._redactor = Redactor(secrets)
         self._tail: deque[bytes] = deque()

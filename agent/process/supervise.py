@@ -1,13 +1,14 @@
-"""Stands between the driver and one child, so that the child's whole family ends with it, and with the driver.
+"""The supervisor of one child: a process between driver and child that ends the child's whole family.
 
-`agent/process/child.py` starts this file as a program: `python -I supervise.py STATUS_FD CONTROL_FD GRACE PACKAGES COMMAND...`. It
-starts the command in a session of its own, tells its fate on STATUS_FD (JSON lines), and when the command exits, or CONTROL_FD
-closes (the driver wants it, or the driver is dead), ends whatever the command has left: TERM, GRACE seconds, KILL. PACKAGES is
-where psutil is installed.
+`agent/process/child.py` starts this file as a program: `python -I supervise.py STATUS_FD CONTROL_FD GRACE PACKAGES COMMAND...`. The
+supervisor starts the command in a session of its own and reports how it ended on STATUS_FD (JSON lines). When the command exits or
+CONTROL_FD closes (the driver closed it, or died), the supervisor ends every process that is left: TERM, GRACE seconds, KILL.
+PACKAGES is the folder where psutil is installed.
 
-What is found: on Linux every descendant, since this process is their subreaper, whatever sessions or double forks they hide
-behind. On macOS the descendants that still hang in the tree or in the command's process group, and those whose environment
-still carries the marker; a program of the system (whose environment macOS does not show) that left both is missed.
+Which processes are found: on Linux every descendant, even after double forks or in other sessions, because the supervisor is
+their subreaper. On macOS: descendants that are still in the process tree, processes in the command's process group, and
+processes with the marker in their environment. macOS hides the environment of system programs, so a system program that left
+tree and group is missed.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     import psutil
 
-MARKER = "AUTORESEARCH_CHILD"  # names the family in the environment of all its members
+MARKER = "AUTORESEARCH_CHILD"  # environment variable of all processes of a family; its value identifies the family
 KILL_SECONDS = 5.0  # how long KILL is repeated against a family that forks faster than it dies
 LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def marked(marker: str) -> "list[psutil.Process]":
-    """All living processes of this user whose environment carries the marker."""
+    """All living processes of this user that have the marker in their environment."""
     import psutil
 
     found = []
@@ -42,7 +43,7 @@ def marked(marker: str) -> "list[psutil.Process]":
 
 
 def members(root: int, marker: str) -> "list[psutil.Process]":
-    """The living members of the command's family, this process and zombies left out."""
+    """The living processes of the command's family, without this process and zombies."""
     import psutil
 
     found = {process.pid: process for process in psutil.Process().children(recursive=True)}
@@ -68,7 +69,7 @@ def signal_group(pid: int, number: int) -> None:
 
 
 def send(processes: "list[psutil.Process]", number: int) -> None:
-    """Signal each; psutil makes sure that a recycled pid is not hit."""
+    """Signal each process; psutil makes sure that a recycled pid is not hit."""
     import psutil
 
     for process in processes:
@@ -80,12 +81,12 @@ class _Supervisor:
     def __init__(self, status: int, control: int, grace: float, command: list[str]) -> None:
         self.status, self.control, self.grace = status, control, grace
         self.ended: int | None = None  # wait status of the command
-        self.peak_kb = 0.0  # of the largest single member that was waited for
-        self.alone = False
+        self.peak_kb = 0.0  # peak memory of the largest single process that was waited for
+        self.alone = False  # no child is left to wait for
         self.marker = os.environ.get(MARKER, "")
         os.set_inheritable(status, False)
         os.set_inheritable(control, False)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # a terminal's; the driver decides
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # sent by a terminal; the driver decides what ends
             signal.signal(number, signal.SIG_IGN)
         self.told_to_end = False
         signal.signal(signal.SIGTERM, self._on_term)
@@ -99,7 +100,7 @@ class _Supervisor:
         if self.root == 0:
             self._become(command)
         null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):  # or the driver would wait for this process's copy of a pipe the command has closed
+        for descriptor in (0, 1, 2):  # else the driver would wait for this process's copies of the command's pipes
             os.dup2(null, descriptor)
 
     def _on_term(self, number: int, frame: object) -> None:
@@ -108,7 +109,7 @@ class _Supervisor:
     def _become(self, command: list[str]) -> NoReturn:
         try:
             os.setsid()
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # should this process be killed
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # if the supervisor is killed, the command is, too
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and what is ignored stays so across exec
@@ -149,7 +150,7 @@ class _Supervisor:
         self.tell(exit=code, peak_kb=self.peak_kb, left=left)
 
     def end(self) -> int:
-        """End the family; how many members could not be ended."""
+        """End the family. Returns how many of its processes could not be ended."""
         if self.ended is None:
             signal_group(self.root, signal.SIGTERM)  # at once, before anybody can fork
         deadline, asked = time.monotonic() + self.grace, {self.root}

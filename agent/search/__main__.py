@@ -1,4 +1,4 @@
-"""`python -m agent.search`: one change of the train file, by no language model."""
+"""`python -m agent.search`: propose one change of the train file, without a language model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from agent.search.trainfile import TrainFile
 
 
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
-    """Edit the train file, say what and why. Exit codes: 0 done, 1 nothing is left to try, 2 no file to edit."""
-    parser = argparse.ArgumentParser(prog="agent.search", description="Propose a change of the train file, by no language model.")
+    """Edit the train file; print what was changed and why. Exit codes: 0 done, 1 nothing is left to try, 2 no file to edit."""
+    about = "Propose one change of the train file, without a language model."
+    parser = argparse.ArgumentParser(prog="agent.search", description=about)
     parser.add_argument("--model", choices=("bandit", "random"), default="bandit",
-                        help="random: draw uniformly from the catalogue, learn nothing")
+                        help="bandit: learn from this night's results; random: draw uniformly from the catalogue")
     parser.add_argument("--train-file", default=environ.get("AUTORESEARCH_TRAIN_FILE") or "train_mlx.py")
-    parser.add_argument("--list", action="store_true", help="print what could be tried, change nothing")
+    parser.add_argument("--list", action="store_true", help="print every change that could be tried; edit nothing")
     options = parser.parse_args(arguments)
     path = Path(options.train_file)
     state = read_night(environ.get("AUTORESEARCH_JOURNAL"))

@@ -1,9 +1,9 @@
-"""What a night taught about the arms of the catalogue, and Thompson sampling over them.
+"""Thompson sampling over the changes of the catalogue, with evidence from the night's journal.
 
-An arm is the key and the direction of a change. The chance that it helps is a Beta distribution: the catalogue's prior, updated
-by this night's results. A keep counts 1, a failed training 0, and a discard up to 0.5, less the more it lost. Evidence fades with
-each later keep, because it was gathered against another file. Failures fade faster if the kept change and the arm are coupled. So
-an idea comes back once the file around it has changed.
+An arm of the bandit is the key and the direction of a change, such as (MATRIX_LR, up). The probability that an arm helps has a Beta
+distribution: the prior of the catalogue, updated by the results of this night. A keep counts 1, a failed training 0, and a discard
+0.5 or less: the worse the score, the less. Each later keep makes older evidence count less, because the file has changed since.
+Failures lose even more weight if the kept change and the arm are coupled, so that an idea is tried again in a changed file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from agent.judgement.decision import noise
 from agent.search.catalogue import COUPLED
 from agent.search.changes import Change
 
-TRUST = 2.0  # experiments that a prior is worth
-SHARPNESS = 6.0  # of the draws: as if all that is known had been seen so often, so that a short night begins with the likeliest
-FADE = 0.6  # of evidence, by every keep after it
-COUPLED_FADE = 0.3  # of failures, by a keep of something coupled
-LABELLED = {"smeared embedding", "middle layer backed out", "z-loss"}  # forms whose names are numbers
+TRUST = 2.0  # a prior weighs as much as this many experiments
+SHARPNESS = 6.0  # multiplies all evidence: draws vary less, so that a short night begins with the most promising changes
+FADE = 0.6  # weight of evidence is multiplied by this for every keep after it
+COUPLED_FADE = 0.3  # weight of a failure is multiplied by this, too, for every keep of a coupled change
+LABELLED = {"smeared embedding", "middle layer backed out", "z-loss"}  # switches whose labels are numbers: they have no up or down
 _PART = re.compile(r"(?P<key>\S.*?) (?P<old>\S+) -> (?P<new>\S+)(?: \([^)]*\))?")
 
 Arm = tuple[str, str]
@@ -32,7 +32,7 @@ Arm = tuple[str, str]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What came of one earlier experiment of ours, as far as an arm is concerned."""
+    """What one earlier experiment of this proposer says about an arm."""
 
     arm: Arm
     reward: float  # 0 to 1
@@ -40,7 +40,7 @@ class Lesson:
 
 
 def arms_of(description: str) -> list[Arm]:
-    """The arms that a description of ours names; [] for anybody else's words."""
+    """The arms in the description of an experiment; [] if another agent wrote the description."""
     arms = []
     for part in description.split(" + "):
         match = _PART.fullmatch(part.strip())
@@ -71,7 +71,7 @@ def _number(text: str) -> float:
 
 
 def lessons(state: Night) -> list[Lesson]:
-    """The evidence of a night, faded by what was kept since."""
+    """The evidence of a night: the weight of a lesson falls with each later keep."""
     sigma = max(noise(state).sigma, 1e-6)
     kept = [(n, [key for key, _ in arms_of(state.experiments[n].description)]) for n in state.kept]
     found = []
@@ -88,7 +88,7 @@ def lessons(state: Night) -> list[Lesson]:
         else:
             continue  # nothing was trained
         for arm in arms:
-            weight = 1.0 / len(arms)  # of two changes nobody knows which one it was
+            weight = 1.0 / len(arms)  # of two changes at once, either may be the cause
             for n, keys in kept:
                 if n > experiment.n:
                     weight *= FADE
@@ -109,12 +109,12 @@ class Bandit:
             self.counts[lesson.arm] = won + lesson.weight * lesson.reward, lost + lesson.weight * (1 - lesson.reward)
 
     def chance(self, change: Change) -> tuple[float, float]:
-        """The two parameters of the Beta distribution of a change's arm."""
+        """The parameters (alpha, beta) of the Beta distribution of a change's arm."""
         won, lost = self.counts.get(change.arm, (0.0, 0.0))
         return SHARPNESS * (TRUST * change.prior + won), SHARPNESS * (TRUST * (1 - change.prior) + lost)
 
     def pick(self, options: Sequence[Change]) -> Change:
-        """One of the options: the arm of the best draw, then one of its steps, rather the first."""
+        """Choose the arm with the highest draw, then one of its changes: the first with weight 1, the second 1/2, and so on."""
         arms: dict[Arm, list[Change]] = {}
         for change in options:
             arms.setdefault(change.arm, []).append(change)
@@ -123,7 +123,7 @@ class Bandit:
 
 
 class Uniform(Bandit):
-    """The random control: any change as likely as any other."""
+    """The random control: every change is equally likely."""
 
     def pick(self, options: Sequence[Change]) -> Change:
         return self.draw.choice(options)

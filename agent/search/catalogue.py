@@ -1,7 +1,7 @@
-"""What the search can try, as data: constants and where they may go, numbers in the code, forms of the code.
+"""The catalogue of changes that the search can try: constants and their values, numbers in the code, alternative pieces of code.
 
-`agent/search/changes.py` turns it into edits of one train file, and adds what follows rules of its own: shapes, batches, tables. A
-prior is the chance that a change of this kind helps a few minutes of training, as far as that is known.
+`agent/search/changes.py` turns the catalogue into edits of a train file. Changes that follow rules of their own (shapes, batches,
+tables) are made there. A prior is an estimate of the probability that a change of this kind helps a training of a few minutes.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SURE, FIRST, HIGH, MEDIUM, LOW = 0.85, 0.45, 0.3, 0.12, 0.05
-FEW_STEPS = 150  # of the optimizer in a training: with fewer, more and smaller steps are sure to help
+FEW_STEPS = 150  # a training with fewer optimizer steps than this almost surely gains from more and smaller steps
 SMALLEST_TABLE, LARGEST_TABLE = 512, 2**20  # rows of an n-gram table
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A number. `ladder` holds sane values, the two next ones are tried; without one, `factors` multiply and divide.
+    """A number that can be changed. With a `ladder` of sensible values, the next two in each direction are tried; without one, the
+    number is multiplied and divided by `factors`.
 
-    A knob with a `pattern` stands in the code of `scope`: group 1 is the number, or what spells it by `template` and is
-    absent where it is `default`.
+    A knob without a `pattern` is the constant named `key`. A knob with one is a number in the code of the class or function
+    `scope`: group 1 of the pattern is the number, or the text that `template` makes of it, which is missing if the number is
+    `default`.
     """
 
     key: str
     prior: float
     why: str
-    down: float | None = None  # the prior of a smaller value, where that is another one
+    down: float | None = None  # prior of a smaller value, if it differs from `prior`
     ladder: tuple[float, ...] = ()
     factors: tuple[float, ...] = (1.5, 2.0, 1.25)
-    low: float = 0.0  # of what factors lead to
-    high: float = float("inf")
-    off: bool = False  # 0 switches it off, and is worth a try of its own
-    on: tuple[float, ...] = ()  # what it is switched on with
+    low: float = 0.0  # smallest value that `factors` may give
+    high: float = float("inf")  # largest value that `factors` may give
+    off: bool = False  # whether to try 0, which switches the mechanism off
+    on: tuple[float, ...] = ()  # values to try if it is switched off
     scope: str = ""
     pattern: str = ""
     template: str = ""
@@ -39,15 +41,16 @@ class Knob:
 
 @dataclass(frozen=True)
 class Switch:
-    """A place in the code of `scope` with several forms: label -> the texts that make it, in the order of their places."""
+    """Alternative pieces of code within the class or function `scope`. forms: label -> the texts, in the order in which they
+    occur."""
 
     key: str
     prior: float
     why: str
     forms: dict[str, tuple[str, ...]]
     scope: str = ""
-    remarks: dict[str, str] | None = None  # label -> comment that goes along where it is found
-    others: dict[str, float] | None = None  # label -> the prior of a form that has another one
+    remarks: dict[str, str] | None = None  # label -> comment or docstring that changes with the form, if it is found
+    others: dict[str, float] | None = None  # label -> prior of a form, if it differs from `prior`
 
 
 KNOBS = (
@@ -176,7 +179,7 @@ SWITCHES = (
     }, scope="make_gradients"),
 )  # fmt: skip
 
-COUPLED = {  # after the first was kept, failures of the others count for less: what they failed against has changed
+COUPLED = {  # once a change of the first key was kept, earlier failures of the others count less: the file they failed in is gone
     "BATCH_TOKENS": ("MATRIX_LR", "EMBEDDING_LR", "WARMDOWN_RATIO", "ADAM_BETAS[1]", "MUON_MOMENTUM[1]", "DEPTH"),
     "MATRIX_LR": ("WEIGHT_DECAY", "WARMDOWN_RATIO", "init scale", "BATCH_TOKENS"),
     "EMBEDDING_LR": ("NGRAM_LR", "wte init"),

@@ -28,7 +28,7 @@ VALUE_LAYERS: dict[str, Callable[[int, int], bool]] = {  # the forms of `has_ve`
 
 @dataclass(frozen=True)
 class Change:
-    """One change. The search learns about its `arm`: the key and the direction."""
+    """One change. Its `arm`, the key and the direction, is what the bandit learns about."""
 
     key: str
     old: str
@@ -138,7 +138,7 @@ def _switch(file: TrainFile, switch: Switch) -> Iterator[Change]:
 
 
 def _same_layers(file: TrainFile, old: str, new: str) -> bool:
-    """Whether two forms of `has_ve` mean the same layers at this depth: the training would be the same."""
+    """Whether two forms of `has_ve` choose the same layers at this depth, so that the training would be the same."""
     depth = file.constants.get("DEPTH")
     if depth is None:
         return False
@@ -171,14 +171,14 @@ def _short(value: tuple[int, ...]) -> str:
 
 
 def _shape(file: TrainFile) -> Iterator[Change]:
-    """Width in whole heads, head size, and depth against width at about equal cost."""
+    """Changes of width (in whole heads), of head size, and of depth against width at about equal cost."""
     width, head, depth = (file.constants.get(name) for name in ("WIDTH", "HEAD_DIM", "DEPTH"))
     if width is None or head is None:
         return
     W, D = width.value, head.value
     for new, direction in ((W + D, "up"), (W + 2 * D, "up"), (W - D, "down"), (W - 2 * D, "down")):
         if new % D == 0 and max(D, W / 2) <= new <= 1.5 * W:
-            why = "a wider stream learns more a token" if new > W else "a narrower stream sees more tokens"
+            why = "a wider stream learns more from each token" if new > W else "a narrower stream sees more tokens"
             yield Change("WIDTH", str(W), str(new), direction, MEDIUM, why, (width.set(new),))
     for new in CPU_HEADS if file.tier == "cpu" else FUSED_HEADS:
         if new in (D // 2, 2 * D) and W % new == 0:
@@ -196,11 +196,12 @@ def _shape(file: TrainFile) -> Iterator[Change]:
 
 
 def _batch(file: TrainFile, data_seq_len: int | None, steps: float | None) -> Iterator[Change]:
-    """Tokens a step, tokens a row: whole rows always. A pass has MICRO_TOKENS at most: more is accumulated."""
+    """Changes of the tokens per step and per row. A batch is always a whole number of rows; one of more than MICRO_TOKENS tokens is
+    accumulated over several passes."""
     batch, micro, row = (file.constants.get(name) for name in ("BATCH_TOKENS", "MICRO_TOKENS", "SEQ_LEN"))
     if batch is None or row is None:
         return
-    length = min(row.value, data_seq_len or row.value)  # a longer row than the data's is cut to it
+    length = min(row.value, data_seq_len or row.value)  # the train file cuts longer rows to the data's seq_len
     down = catalogue.SURE if steps and steps < catalogue.FEW_STEPS else FIRST
     for factor, direction, prior in ((0.5, "down", down), (2, "up", MEDIUM), (0.25, "down", down)):
         new = int(batch.value * factor)

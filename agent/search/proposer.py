@@ -1,11 +1,12 @@
-"""The built-in proposer, without a language model: `python -m agent.search`, the control of every claim about agents.
+"""The built-in proposer without a language model, `python -m agent.search`: the control experiment for every coding agent.
 
-It is started like any coding agent: in a private worktree, with the prompt on standard input, which it ignores. It edits the
-train file and exits. It parses the file's syntax tree, reads the night's journal, and picks one change of the catalogue by
-Thompson sampling (`agent/search/bandit.py`). It never proposes a file that was trained before: the journal has the identity of
-each. Sometimes it combines two changes, more often the longer nothing was kept, and preferably two that are coupled.
+The driver starts it like any coding agent: in a private worktree, with the prompt on standard input, which it ignores. It
+parses the train file, reads the night's journal, chooses one change of the catalogue by Thompson sampling
+(`agent/search/bandit.py`), edits the file and exits. It never proposes a file that was trained before, because the journal
+records the identity of each. Sometimes it combines two changes: more often the longer nothing was kept, and preferably two that
+are coupled.
 
-`--model random` draws uniformly from the same catalogue and learns nothing. It is the control for the bandit itself.
+`--model random` draws uniformly from the same catalogue and learns nothing: the control experiment for the bandit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import platform
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,15 +28,15 @@ from agent.search.catalogue import COUPLED
 from agent.search.changes import Change, changes, trains
 from agent.search.trainfile import TrainFile
 
-PAIRS = 0.12  # of proposals, right after a keep
-MOST_PAIRS = 0.4
-LAST_PAIRS = 200  # pairs that are drawn once every single change was tried
+PAIRS = 0.12  # share of proposals that combine two changes, right after a keep
+MOST_PAIRS = 0.4  # the same share, at most
+LAST_PAIRS = 200  # how many pairs are drawn once every single change was tried, before giving up
 
 Found = tuple[list[Change], bytes]
 
 
 def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn: bool = True) -> Found | None:
-    """Pick one change, or two, and apply it. None if everything in the catalogue was tried."""
+    """Choose one or two changes and apply them. Returns the changes and the new source; None if everything was tried."""
     seq_len = state.dataset.get("seq_len") if state else None
     steps = state.leader.summary().get("num_steps") if state and state.best is not None else None
     options = changes(file, seq_len, steps)
@@ -56,7 +56,7 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
         try:
             data = file.apply(edit for change in chosen for edit in change.edits)
         except (ValueError, SyntaxError):
-            data = b""  # two changes of one place
+            data = b""  # both changes edit the same place
         if data and identity(data) not in tried and (len(chosen) == 1 or _trains(data, file.tier, seq_len)):
             return chosen, data
         if len(chosen) == 1 and left:
@@ -66,23 +66,20 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
 
 
 def _trains(data: bytes, tier: str, seq_len: int | None) -> bool:
-    """Whether two changes, each sane alone, are so together."""
+    """Whether a file with two changes can train: each alone can."""
     return trains({name: c.value for name, c in TrainFile(data, tier).constants.items()}, seq_len)
 
 
 def identity(data: bytes) -> str:
-    """The identity of a source as the driver knows it; "" if it does not parse."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "candidate.py")
-        path.write_bytes(data)
-        try:
-            return fingerprint(path).identity
-        except SourceError:
-            return ""
+    """The identity that the journal records for this source; "" if it does not parse."""
+    try:
+        return fingerprint(data).identity
+    except SourceError:
+        return ""
 
 
 def night_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -> str:
-    """The size of machine whose entries the trainer uses: told, or as the journal says, or by the look of this machine."""
+    """The tier whose constants the trainer uses: from $AUTORESEARCH_TIER, else from the journal, else guessed from this machine."""
     if told := environ.get("AUTORESEARCH_TIER"):
         return told
     tier = str(state.dataset.get("device") or "") if state else ""
@@ -92,7 +89,7 @@ def night_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -
     if depth is None or depths.get(tier) == depth:
         return tier
     fitting = [name for name, value in depths.items() if value == depth]
-    return fitting[0] if len(fitting) == 1 else tier  # a CUDA machine whose framework has only the CPU, for example
+    return fitting[0] if len(fitting) == 1 else tier  # for example on a CUDA machine whose framework uses only the CPU
 
 
 def _this_machine() -> str:
@@ -103,7 +100,7 @@ def _this_machine() -> str:
 
 
 def read_night(path: str | None) -> Night | None:
-    """The night of a journal, None without one; a damaged one is said and passed over."""
+    """The night of a journal. None without a journal; None and a printed line if the journal is damaged."""
     if not path:
         return None
     try:

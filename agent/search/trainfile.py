@@ -3,7 +3,7 @@
     file = TrainFile(data, tier="mac")
     file.constants["DEPTH"].value               # of `DEPTH = {"cpu": 2, "mac": 3}[TIER]`: 3
     file.apply([file.constants["DEPTH"].set(4)])   # every other byte stays, comments too
-    file.constants["WIDTH"].value               # of `WIDTH = 64 * DEPTH`: 192; set, it is a literal from then on
+    file.constants["WIDTH"].value               # of `WIDTH = 64 * DEPTH`: 192; `set` replaces the expression by a literal
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Constant:
     template: str = ""
 
     def set(self, value: Any) -> Edit:
-        """The edit that gives it another value, spelled as the old one was."""
+        """The edit that gives the constant another value, written in the style of the old one."""
         return Edit(self.start, self.end, self.template.format(spell(value)) if self.template else spell(value, self.text))
 
 
 def spell(value: Any, like: str = "") -> str:
-    """A literal as a person writes it: 0.03, 2**18 and 20_000 where the old one, `like`, was written so."""
+    """A literal as a person would write it: 0.03, or 2**18 and 20_000 if the old literal, `like`, was written in that style."""
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, tuple):
@@ -91,10 +91,10 @@ class TrainFile:
 
     def _read(self, name: str, node: ast.expr) -> None:
         for old in [old for old in self.constants if old.partition("[")[0] == name]:
-            del self.constants[old]  # assigned again
+            del self.constants[old]  # the name is assigned a second time
         if table := _table(node):
             self.tables[name] = {tier: self._value(value) for tier, value in table.items()}
-            node = table.get(self.tier, node)  # a bare table: only the entry changes
+            node = table.get(self.tier, node)  # a change edits only this tier's entry
         value = self._value(node)
         if value is None:
             tables = [table for part in ast.walk(node) if isinstance(part, ast.expr) and (table := _table(part))]
@@ -108,7 +108,7 @@ class TrainFile:
                 self.constants[f"{name}[{i}]"] = self._constant(f"{name}[{i}]", value[i], part)
 
     def _value(self, node: ast.expr) -> Any:
-        """Compute an expression of literals, earlier constants, tables by tier, tuples, sums, products and powers; else None."""
+        """The value of an expression of literals, earlier constants, tables by tier, tuples and arithmetic; None for any other."""
         if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
             return node.value
         if isinstance(node, ast.Name) and node.id in self.constants:
@@ -133,7 +133,7 @@ class TrainFile:
 
     def _constant(self, name: str, value: Any, node: ast.expr) -> Constant:
         start, end = self.span(node)
-        computed = any(isinstance(part, ast.Name) for part in ast.walk(node))  # how its parts are spelled says nothing
+        computed = any(isinstance(part, ast.Name) for part in ast.walk(node))  # an expression has no style for a literal to follow
         return Constant(name, value, start, end, "" if computed else self.data[start:end].decode())
 
     def span(self, node: ast.AST) -> tuple[int, int]:
@@ -142,7 +142,7 @@ class TrainFile:
         return self._starts[begin - 1] + node.col_offset, self._starts[end - 1] + node.end_col_offset  # type: ignore[attr-defined]
 
     def scope(self, name: str) -> tuple[int, int]:
-        """The bytes of a class or function of the module, of the whole file for ""; (0, 0) if there is none of that name."""
+        """First and last byte of a class or function of the module, of the whole file for ""; (0, 0) if there is no such name."""
         if not name:
             return 0, len(self.data)
         for node in self.tree.body:
@@ -151,7 +151,7 @@ class TrainFile:
         return 0, 0
 
     def find(self, scope: str, text: str) -> tuple[int, int] | None:
-        """Where `text` stands in a scope, None unless it stands there exactly once."""
+        """First and last byte of `text` in a scope; None unless it occurs there exactly once."""
         begin, end = self.scope(scope)
         part, wanted = self.data[begin:end], text.encode()
         if part.count(wanted) != 1:

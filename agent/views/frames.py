@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 
-from agent.journal.journal import read_events
-from agent.journal.state import Night, fold
-
-
-def load(folder: Path | str) -> Night:
-    """The night in runs/<tag>."""
-    return fold(read_events(Path(folder) / "journal.jsonl")[0])
+from agent.journal.state import Night
 
 
 def experiments(night: Night) -> pd.DataFrame:
-    """A row for each experiment, the baseline included. val_bpb: mean of its trainings. hours: since the night began. cost: US
-    dollars. best: val_bpb of the best so far."""
+    """A row for each experiment and the baseline. val_bpb: mean of its trainings. hours: from the start of the night to the end of
+    the experiment. cost: US dollars. best: val_bpb of the best experiment so far."""
     rows = [
         {
             "n": e.n, "status": e.status, "val_bpb": e.mean, "trainings": len(e.scores), "lines": e.lines, "family": e.family,
@@ -33,7 +25,7 @@ def experiments(night: Night) -> pd.DataFrame:
 
 
 def trainings(night: Night) -> pd.DataFrame:
-    """A row for each training that ended: experiment, seed, val_bpb, seconds, and what its summary says."""
+    """A row for each finished training: experiment, seed, val_bpb, seconds, and all values of its summary."""
     frame: pd.DataFrame = pd.DataFrame(
         [{"n": e.n, "seed": t.seed, "status": t.status, "val_bpb": t.val_bpb, "seconds": t.seconds, **t.summary}
          for e in night.experiments for t in e.trials if t.status != "running"]
@@ -42,7 +34,7 @@ def trainings(night: Night) -> pd.DataFrame:
 
 
 def families(frame: pd.DataFrame) -> pd.DataFrame:
-    """Kinds of idea: how many were tried, how many kept, and the share."""
+    """For each kind of idea: how many were tried, how many were kept, and the share of keeps."""
     done = frame[frame.index > 0]
     table: pd.DataFrame = done.groupby("family")["status"].agg(tried="size", kept=lambda status: int((status == "keep").sum()))
     table["share kept"] = table["kept"] / table["tried"]

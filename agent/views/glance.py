@@ -1,7 +1,7 @@
 """A night as plain data: the same numbers for the terminal, `--status --json`, the page and the report.
 
-Drawn from the journal, and from the run folder of the training that runs now. A candidate's file may hold anything, so only
-a bounded part of it is read.
+The numbers come from the journal and from the run directory of the current training. A candidate's files may hold anything, so only
+a bounded part of each is read.
 """
 
 from __future__ import annotations
@@ -18,23 +18,31 @@ from agent.files import read_part
 from agent.journal.state import Experiment, Night, Trial
 from agent.text import one_line, safe_tail
 
-CURVE_POINTS = 300  # of a loss curve, evenly chosen
-CURVE_BYTES = 2 << 20  # of metrics.jsonl that are read: about 10,000 lines
-ROW_BYTES = 4096  # from the end of metrics.jsonl: its newest line
+CURVE_POINTS = 300  # points of a loss curve, evenly spaced
+CURVE_BYTES = 2 << 20  # how much of metrics.jsonl is read for a loss curve: about 10,000 lines
+ROW_BYTES = 4096  # how much is read from the end of metrics.jsonl for its newest line
 LOG_CHARACTERS = 4000
 DIFF_CHARACTERS = 40_000
-RECENT = 20  # experiments whose pace tells how long the next ones take
+RECENT = 20  # the pace of this many experiments predicts how long the next ones take
 HIDDEN = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]|[\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-BEYOND_NOISE = 2.0  # standard deviations; for words only, decision.py decides
+BEYOND_NOISE = 2.0  # standard errors; only used in what people read, the decision is made in decision.py
+ENDS = {  # why a night ended, in words
+    "experiments": "all experiments asked for are done", "hours": "its hours are over", "stopped": "stopped by request",
+    "error": "an error, see the last note or logs/driver.log", "max_cost": "its money is spent", "target": "the target is reached",
+    "patience": "nothing was kept for as long as --patience allows", "disk": "the disk is full",
+    "failures": "too many failures in a row", "login": "the agent's login expired", "rate_limit": "the agent's rate limit",
+    "missing": "the agent is missing",
+}  # fmt: skip
 
 
 def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None = None) -> dict[str, Any]:
-    """The whole night in numbers. sigma: standard deviation of one training, bpb. folder: runs/<tag>, to look at the training
-    that runs now."""
+    """The whole night in numbers. sigma: standard deviation of one training's score, bpb. folder: runs/<tag>, where the current
+    training is looked up."""
     best = night.leader if night.best is not None else None
     now = night.open
     return {
-        "tag": night.tag, "running": running, "ended": night.ended, "started": night.started, "last": night.last, "sigma": sigma,
+        "tag": night.tag, "running": running, "ended": night.ended, "why_ended": ENDS.get(night.ended or "", night.ended),
+        "started": night.started, "last": night.last, "sigma": sigma,
         "train_file": night.train_file, "data": night.dataset.get("id"), "budget": night.dataset.get("budget"),
         "agent": proposer(night),
         "wanted": night.settings.get("experiments"), "hours": night.settings.get("hours"),
@@ -49,18 +57,18 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
 
 
 def proposer(night: Night) -> str:
-    """Who proposed the changes: the agent's name, its model if one was asked for."""
+    """Who proposed the changes: the agent's name, and its model if the user chose one."""
     model = night.settings.get("model")
     return one_line(night.agent + (f" ({model})" if model else ""), 80)
 
 
 def visible(text: str) -> str:
-    """Text of a diff or a log with each control character and each directional mark as `<U+202E>`: nothing in it is hidden."""
+    """The text with each control character and directional mark spelled out, like `<U+202E>`, so that nothing in it is hidden."""
     return HIDDEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text)
 
 
 def phase(night: Night) -> str:
-    """What is going on in the experiment without a verdict."""
+    """What happens now in the open experiment, in words."""
     experiment = night.experiments[-1]
     if experiment.n and experiment.commit is None:
         return "the agent is at work"
@@ -74,26 +82,28 @@ def phase(night: Night) -> str:
 
 
 def running_trial(night: Night) -> tuple[Experiment, Trial] | tuple[None, None]:
-    """The training that runs now, and whose it is: the open experiment's, or the best's."""
+    """The current training and the experiment that it belongs to: the open experiment, or the best one, which is trained again."""
     subjects = [*night.experiments[-1:], *([night.leader] if night.best is not None else [])]
     return next(((e, e.trials[-1]) for e in subjects if e.trials and e.trials[-1].status == "running"), (None, None))
 
 
 def error_of(experiment: Experiment, sigma: float) -> float | None:
-    """Standard error of an experiment's mean (bpb), by the noise of the night: sigma over the root of its trainings."""
+    """Standard error of an experiment's mean score, bpb: sigma / sqrt(number of trainings). None if it has no score."""
     return sigma / len(experiment.scores) ** 0.5 if experiment.scores and sigma else None
 
 
 def score(experiment: Experiment, sigma: float) -> str:
-    """The one number of an experiment with its spread, `1.2345 ±0.0021`; "" without a score."""
-    if experiment.mean is None:
-        return ""
-    error = error_of(experiment, sigma)
-    return f"{experiment.mean:.4f}" + (f" ±{error:.4f}" if error else "")
+    """The score of an experiment with its standard error, `1.2345 ±0.0021`; "" without a score."""
+    return spread(experiment.mean, error_of(experiment, sigma))
+
+
+def spread(mean: float | None, error: float | None) -> str:
+    """`1.2345 ±0.0021`, a mean and its standard error; `1.2345` where the error is unknown; "" without a mean."""
+    return "" if mean is None else f"{mean:.4f}" + (f" ±{error:.4f}" if error else "")
 
 
 def compared(experiment: Experiment, other: Experiment, sigma: float) -> str:
-    """In words, how an experiment's score stands to another's: by how much it is better, and whether that is noise."""
+    """Compare two scores in words: by how much the first is better or worse, and whether the difference is within the noise."""
     errors = error_of(experiment, sigma), error_of(other, sigma)
     if experiment.mean is None or other.mean is None or errors[0] is None or errors[1] is None:
         return ""
@@ -104,9 +114,9 @@ def compared(experiment: Experiment, other: Experiment, sigma: float) -> str:
 
 
 def left(night: Night, now: float) -> dict[str, Any]:
-    """How much of the night is left: `seconds` to its end and `experiments` by then, each None where nobody can know.
+    """How much of the night is left: `seconds` until its end and `experiments` until then, each None if unknown.
 
-    now: Unix time. Guessed by the pace and the price of the last experiments, within the night's limits."""
+    Estimated from the pace and the cost of the last experiments, within the night's limits. now: Unix time."""
     done, settings = night.done, night.settings
     recent = [e for e in done[-RECENT:] if e.ended > e.started]
     pace = fmean(e.ended - e.started for e in recent) if recent else None
@@ -114,7 +124,7 @@ def left(night: Night, now: float) -> dict[str, Any]:
     seconds = max(0.0, night.session + hours * 3600 - now) if hours is not None and night.session else None
     counts = [asked - len(done)] if asked is not None else []
     if seconds is not None and pace:
-        counts.append(int(seconds / pace) + 1)  # the last one begins before the end
+        counts.append(int(seconds / pace) + 1)  # the last experiment may begin shortly before the end
     if money is not None and done and night.cost > 0:
         counts.append(int((money - night.cost) / (night.cost / len(done))))
     experiments = max(0, min(counts)) if counts else None
@@ -135,7 +145,7 @@ def _row(experiment: Experiment, sigma: float) -> dict[str, Any]:
 
 
 def training(night: Night, folder: Path | None) -> dict[str, Any] | None:
-    """The training that runs now: its newest metrics (`progress`: the used share of the budget), and whether it is being scored."""
+    """The current training: its newest metrics (`progress`: used share of the budget), and whether it is being scored."""
     trial = running_trial(night)[1]
     if folder is None or trial is None:
         return None
@@ -144,7 +154,7 @@ def training(night: Night, folder: Path | None) -> dict[str, Any] | None:
 
 
 def newest(path: Path) -> dict[str, float]:
-    """The finite numbers in the newest whole line of metrics.jsonl; {} without one."""
+    """The finite numbers in the newest complete line of metrics.jsonl; {} if there is none."""
     try:
         lines = read_part(path, -ROW_BYTES, ROW_BYTES).split(b"\n")[:-1]
     except OSError:
@@ -159,11 +169,12 @@ def newest(path: Path) -> dict[str, float]:
 
 
 def _usual(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e18  # false for NaN, too
+    return isinstance(value, (int, float)) and abs(value) < 1e18  # False for NaN, too
 
 
 def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> dict[str, Any]:
-    """One experiment: why it was tried, what changed, how it ended, its loss curve beside the best's. folder: runs/<tag>."""
+    """One experiment: why it was tried, what it changed, how it ended, and its loss curve beside that of the best experiment.
+    folder: runs/<tag>."""
     experiment = night.experiments[n]
     error, curves = experiment.error or {}, {}
     for name, other in (("this", experiment), ("best", night.experiments[night.best or 0])):
@@ -180,7 +191,7 @@ def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> di
 
 
 def loss_curve(experiment: Experiment, folder: Path) -> list[list[float]]:
-    """[seconds, loss] of the newest training whose run folder is still there; [] without one."""
+    """The loss curve of the newest training whose run directory still exists, [[seconds, loss], ...]; [] if there is none."""
     for trial in reversed(experiment.trials):
         if points := read_curve(folder / "trials" / trial.folder / "metrics.jsonl"):
             return points
@@ -188,7 +199,7 @@ def loss_curve(experiment: Experiment, folder: Path) -> list[list[float]]:
 
 
 def read_curve(path: Path) -> list[list[float]]:
-    """[seconds, loss] from metrics.jsonl, at most CURVE_POINTS. The file is the candidate's: anything may be in it."""
+    """[[seconds, loss], ...] from metrics.jsonl, about CURVE_POINTS. A candidate wrote the file, so lines may be malformed."""
     try:
         lines = read_part(path, 0, CURVE_BYTES).splitlines()
     except OSError:
@@ -200,13 +211,13 @@ def read_curve(path: Path) -> list[list[float]]:
             seconds, loss = float(row["seconds"]), float(row["loss"])
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             continue
-        if abs(seconds) < 1e9 and abs(loss) < 1e6:  # false for NaN, too
+        if abs(seconds) < 1e9 and abs(loss) < 1e6:  # False for NaN, too
             points.append([seconds, loss])
     return points
 
 
 def families(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    """Kinds of idea, the most successful first: how many were tried, kept and failed."""
+    """For each kind of idea: how many were tried, kept and failed. The kind with the highest share of keeps comes first."""
     groups: dict[str, list[Experiment]] = {}
     for experiment in experiments:
         groups.setdefault(experiment.family or "other", []).append(experiment)

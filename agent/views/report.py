@@ -14,23 +14,16 @@ from agent.journal.journal import read_events
 from agent.journal.state import FAILURES, STATUSES, Experiment, Night, fold
 from agent.text import one_line
 from agent.views import results
-from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, compared, error_of, families, proposer, score, visible
+from agent.views.glance import BEYOND_NOISE, DIFF_CHARACTERS, ENDS, compared, error_of, families, proposer, score, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BASELINE, KEEP, DISCARD, FAILED = "#24292f", "#1a7f37", "#9aa4ad", "#cf222e"
-# Where the name of a keep may stand, from its point: points to the side, how it is aligned, points down. Below and to the left of
-# a staircase that falls there is nothing.
+# Places to try for the label of a keep, relative to its point: (points to the right, alignment, points down). The area below and to
+# the left comes first: a staircase that falls leaves it empty.
 PLACES = [(-side, "right", down) for down in range(7, 70, 11) for side in (3, 20)]
 PLACES += [(side, "left", down) for down in (*range(7, 70, 11), -9, -20, -31) for side in (3, 20)]
-ENDS = {  # why a night ended, in words
-    "experiments": "all experiments asked for are done", "hours": "its hours are over", "stopped": "stopped by request",
-    "error": "an error, see the last note or logs/driver.log", "max_cost": "its money is spent", "target": "the target is reached",
-    "patience": "nothing was kept for as long as --patience allows", "disk": "the disk is full",
-    "failures": "too many failures in a row", "login": "the agent's login expired", "rate_limit": "the agent's rate limit",
-    "missing": "the agent is missing",
-}  # fmt: skip
 Point = tuple[float, float]
 
 
@@ -43,8 +36,8 @@ def load(folder: Path) -> Night:
 
 
 def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
-    """The picture: every score with its spread in the order of experiments, the best so far as a staircase with its band, failures
-    on the lower edge. sigma: standard deviation of one training, bpb."""
+    """Draw progress.png: every score with its standard error, the best so far as a staircase with a band, failures on the lower
+    edge. sigma: standard deviation of one training's score, bpb."""
     figure, axes = _figure()
     scored = [e for e in night.experiments if e.mean is not None and e.status is not None]
     losses = [e for e in scored if e.status == "discard"]
@@ -83,7 +76,7 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
         low_edge, high_edge = [y - r for y, r in bounds], [y + r for y, r in bounds]
         label = f"±{BEYOND_NOISE:g} standard errors"
         axes.fill_between([x for x, _ in stairs], low_edge, high_edge, step="post", color=KEEP, alpha=0.13, lw=0, label=label)
-    axes.set_xlabel("experiment; a line through a point is one standard error of its mean" if sigma else "experiment")
+    axes.set_xlabel("experiment (a bar through a point: ± one standard error of its mean)" if sigma else "experiment")
     axes.set_ylabel("val_bpb (bits per byte, lower is better)")
     axes.set_title(results.last_line(night).replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
     handles, labels = axes.get_legend_handles_labels()
@@ -92,7 +85,7 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
         figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncol=min(len(handles), 7))
     figure.tight_layout(rect=(0, 0.075 if below else 0.04, 1, 1))
     if below:
-        text = f"{len(below)} discarded below the best so far: too few trainings, or too small a lead, to tell them from luck"
+        text = f"{len(below)} discarded below the best so far: by the trainings that were compared, their lead may be luck"
         figure.text(0.5, 0.053, text, fontsize=8, ha="center", color="#57606a")
     if kept:
         describe(axes, kept, stairs, [(e.n, e.mean or 0.0) for e in scored])
@@ -100,7 +93,7 @@ def draw(night: Night, path: Path, sigma: float = 0.0) -> None:
 
 
 def draw_costs(night: Night, path: Path) -> None:
-    """The best so far against the hours of the night and, where the agent cost something, against its dollars."""
+    """Draw the best score so far against hours and, if the agent cost something, against US dollars."""
     done = [e for e in night.experiments if e.status is not None]
     hours, money, levels = [(e.ended - night.started) / 3600 for e in done], [0.0], [float("nan")]
     for experiment in done:
@@ -139,7 +132,7 @@ def _figure(columns: int = 1, height: float = 5.6) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """As a whole, so that a reader never sees half of it."""
+    """Write the picture atomically, so that a reader never sees half of it."""
     from matplotlib import pyplot
 
     fresh = path.with_name(f".{path.name}.new")
@@ -149,7 +142,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def limits(baseline: float, best: float, seeds: list[float], discards: list[float]) -> tuple[float, float]:
-    """Lower and upper end of the axis (bpb): all that was won, and the discards but for those that went far astray."""
+    """Lower and upper end of the y axis, bpb: it shows every keep and every discard, except discards that are far worse."""
     low = min([best, *seeds, *discards])
     won, most = baseline - best, max(seeds)
     if discards:
@@ -157,13 +150,13 @@ def limits(baseline: float, best: float, seeds: list[float], discards: list[floa
         first, middle, third = (ranked[int(part * (len(ranked) - 1))] for part in (0.25, 0.5, 0.75))
         most = max(most, min(ranked[-1], third + 1.5 * (third - first), best + 4 * (middle - best)))
         if won > 0:
-            most = min(most, max(baseline + 6 * won, max(seeds)))  # however bad the discards were, what was won is to be seen
+            most = min(most, max(baseline + 6 * won, max(seeds)))  # bad discards must not shrink the gain to nothing
     top = max(most, baseline + 0.3 * won, low + 0.004 * baseline)
     return low - 0.12 * (top - low), top + 0.05 * (top - low)
 
 
 def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: list[Point]) -> None:
-    """Name the keeps, those that won most first; what finds no free place stays without a name."""
+    """Label the keeps, those with the largest gain first. A keep without a free place beside it gets no label."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -185,7 +178,7 @@ def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: li
         for across, along, down in PLACES:
             note.set(position=(across, -down), ha=along, va="top" if down > 0 else "bottom")
             note.update_positions(drawer)
-            box = Text.get_window_extent(note, drawer)  # without its line
+            box = Text.get_window_extent(note, drawer)  # of the text alone, without the line to its point
             free = not any(box.overlaps(other) for other in taken)
             if free and room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 + 12 <= box.y0 and box.y1 <= room.y1:
                 taken.append(box.padded(2))
@@ -195,8 +188,8 @@ def describe(axes: Axes, kept: list[Experiment], stairs: list[Point], points: li
 
 
 def facts(night: Night, sigma: float, diff: Callable[[str, str], str] = lambda parent, commit: "") -> dict[str, Any]:
-    """What the report says, as plain data: nothing is escaped yet. sigma: standard deviation of one training, bpb.
-    diff: what git shows between two commits."""
+    """The content of the report as plain data, not escaped. sigma: standard deviation of one training's score, bpb. diff: returns
+    the diff between two commits."""
     kept, before = [], night.baseline
     for experiment in (night.experiments[n] for n in night.kept):
         gain = (before.mean or 0.0) - (experiment.mean or 0.0) if before else 0.0
@@ -214,13 +207,12 @@ def facts(night: Night, sigma: float, diff: Callable[[str, str], str] = lambda p
         "near": [{**_told(e, sigma), "words": words} for e, _, words in missed],
         "families": families(night.done), "next": _next(night, missed), "notes": [one_line(note, 300) for note in night.notes],
         "all": [_told(e, sigma) for e in night.experiments if e.status is not None],
-        "spent": f"{results.lasting(night.last - night.started)}, {night.trials} trainings, {night.tokens:,} tokens of the agent, "
-                 f"${night.cost:.2f}{' and calls of unknown price' if night.unpriced else ''}",
+        "spent": _spent(night),
     }  # fmt: skip
 
 
 def page(known: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The report as one HTML file that loads nothing. Everything from agents and logs is escaped by the template."""
+    """The report as one HTML file that loads nothing else. The template escapes everything that comes from agents and logs."""
     from jinja2 import Environment, FileSystemLoader
 
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
@@ -237,23 +229,24 @@ def markdown(known: Mapping[str, Any], branch: str) -> str:
     else:
         lines.append("Nothing was kept.")
     for test in known["tests"]:
-        lines += ["", f"Held-out test, {test['name']}: {plain(test['test'])} (validation {test['val']}, gap {test['gap']})"]
+        lines += ["", f"Held-out test, {test['name']}: {plain(test['test'])} (this training on validation text: {test['val']})"]
     if known["near"]:
         lines += ["", "Near misses:", ""]
-        lines += [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. {plain(e['reason'])}" for e in known["near"]]
+        lines += [f"- {e['n']}, {plain(e['description'])}: {plain(e['words'])}. Verdict: {plain(e['reason'])}"
+                  for e in known["near"]]  # fmt: skip
     if known["next"]:
         lines += ["", "What to try next:", ""] + [f"- {plain(line)}" for line in known["next"]]
     return "\n".join(lines) + "\n"
 
 
 def plain(text: str) -> str:
-    """One line without Markdown or HTML: an agent's words shall not become a heading, a link, a picture or a mention."""
+    """One line with all Markdown and HTML escaped, so that an agent's words cannot become a heading, a link or a mention."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~!@])", r"\\\1", one_line(text, 300))
 
 
 def near_misses(night: Night, sigma: float, most: int = 8) -> list[tuple[Experiment, float, str]]:
-    """Discarded experiments whose score is better than the best's of their time, or behind it by less than the noise: with their
-    gain (bpb) and that in words. The largest gain first."""
+    """Discarded experiments whose score is better than that of the best at their time, or worse by less than the noise. Each comes
+    with its gain (bpb) and the comparison in words; the largest gain is first."""
     found, best = [], night.baseline
     for experiment in night.experiments[1:]:
         if experiment.status == "keep":
@@ -262,34 +255,45 @@ def near_misses(night: Night, sigma: float, most: int = 8) -> list[tuple[Experim
             words = compared(experiment, best, sigma)
             gain, count = best.mean - experiment.mean, len(experiment.scores)
             if gain > 0 or "within" in words:
+                if "noise" in experiment.reason:  # the verdict's own comparison counts, perhaps of fewer trainings: one is enough
+                    words = words.partition(", ")[0]
                 found.append((experiment, gain, f"{words}, after {count} training{'s' * (count != 1)}"))
     return sorted(found, key=lambda item: -item[1])[:most]
 
 
 def _next(night: Night, missed: list[tuple[Experiment, float, str]]) -> list[str]:
-    """What the numbers suggest."""
+    """What to try next, as far as the numbers suggest it."""
     lines = []
     if hopeful := [f"{e.n} ({one_line(e.description, 80)})" for e, gain, _ in missed if gain > 0][:4]:
-        together = "together" if len(hopeful) > 1 else "again, or with something else"
-        lines.append(f"{together}, what led by too little to tell it from luck: {', '.join(hopeful)}")
+        together = "Combine these, each of which" if len(hopeful) > 1 else "Combine this one with something else; it"
+        lines.append(f"{together} was ahead, but by too little to rule out luck: {', '.join(hopeful)}")
     table = families(night.done)
     if good := [f["family"] for f in table if f["kept"]][:3]:
-        lines.append(f"more of what was kept most often: {', '.join(good)}")
+        lines.append(f"Try more ideas of the kinds that were kept most often: {', '.join(good)}")
     if idle := [f"{f['family']} ({f['tried']} tried)" for f in table if not f["kept"] and f["tried"] >= 5][:4]:
-        lines.append(f"less of what was never kept: {', '.join(idle)}")
+        lines.append(f"Try fewer ideas of the kinds that were never kept: {', '.join(idle)}")
     counts = {s: sum(e.status == s for e in night.done) for s in FAILURES}
     if often := [f"{count} {s}" for s, count in counts.items() if count >= max(2, len(night.done) / 10)]:
-        lines.append(f"say in program.md how to avoid what failed often: {', '.join(often)}")
+        lines.append(f"Say in program.md how to avoid frequent failures: {', '.join(often)}")
     return lines
 
 
 def _about(night: Night) -> str:
     done, counts = night.done, {s: sum(e.status == s for e in night.done) for s in STATUSES}
-    verdicts = ", ".join(f"{count} {s}" for s, count in counts.items() if count)
+    words = {"keep": "kept", "discard": "discarded"}
+    verdicts = ", ".join(f"{count} {words.get(s, s)}" for s, count in counts.items() if count)
     ended = f" The night ended: {ENDS.get(night.ended, night.ended)}." if night.ended else ""
     data, budget = night.dataset.get("id") or "its data", night.dataset.get("budget") or "one budget"
+    budget = re.sub(r"^([\d.]+[kM]?)(s|steps|tokens)$", r"\1 \2", budget)
     who = f" Changes were proposed by {proposer(night)}." if night.agent else ""
-    return f"{night.train_file} on {data}, {budget} a training.{who} {len(done)} experiments: {verdicts or 'none'}.{ended}"
+    return f"{night.train_file} on {data}, {budget} per training.{who} {len(done)} experiments: {verdicts or 'none'}.{ended}"
+
+
+def _spent(night: Night) -> str:
+    parts = [results.lasting(night.last - night.started), f"{night.trials} trainings"]
+    if night.tokens or night.cost or night.unpriced:
+        parts += [f"{night.tokens:,} tokens of the agent", f"${night.cost:.2f}"]
+    return ", ".join(parts) + (" and calls of unknown price" if night.unpriced else "")
 
 
 def _told(experiment: Experiment, sigma: float) -> dict[str, Any]:
@@ -311,7 +315,7 @@ def _tests(night: Night) -> list[dict[str, str]]:
 
 
 def _stories(night: Night) -> list[dict[str, Any]]:
-    """What baseline and best write from the same prompts, side by side."""
+    """The texts that baseline and best wrote from the same prompts, side by side."""
     sides = [(night.experiments[n].name, texts) for n, texts in sorted(night.stories.items()) if n in (0, night.best)]
     prompts = [text["prompt"] for text in sides[0][1]] if sides else []
     return [
@@ -322,7 +326,7 @@ def _stories(night: Night) -> list[dict[str, Any]]:
 
 
 def summary(night: Night, pid: int | None, sigma: float = 0.0) -> str:
-    """What happened, in plain text: the numbers, what was kept, what failed and how often, the held-out test."""
+    """The night in plain text: status, what was kept, what the agent used, the held-out test."""
     lines = results.status(night, pid, sigma)
     if night.kept:
         lines.append("kept:")
@@ -337,11 +341,6 @@ def summary(night: Night, pid: int | None, sigma: float = 0.0) -> str:
     if asked:
         lines.append("what the agent used, by experiment:")
         lines += [f"  {e.n:>4}  {e.tokens:>9,} tokens  ${e.cost:.4f}  {e.status or 'open':<11}  {e.description}" for e in asked]
-    for n, test in sorted(night.tests.items()):
-        name = "baseline" if n == 0 else f"experiment {n}"
-        if test.get("test_bpb") is not None:
-            gap = test["test_bpb"] - test["val_bpb"]
-            lines.append(f"held-out test, {name}: test_bpb {test['test_bpb']:.4f}, val_bpb {test['val_bpb']:.4f}, gap {gap:+.4f}")
-        else:
-            lines.append(f"held-out test, {name}: not scored: {(test.get('error') or {}).get('message')}")
+    lines += [f"held-out test, {t['name']}: test_bpb {t['test']}, val_bpb {t['val']}" + f", gap {t['gap']}" * bool(t["gap"])
+              for t in _tests(night)]  # fmt: skip
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """A night in words: results.tsv, the last line, the status, and the short phrases that the terminal and the report share.
 
-Every view shows one number for an experiment: the mean of all its trainings, at the time of writing."""
+Every view shows the same score for an experiment: the mean of all its trainings up to now."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from agent.files import write_anew
 from agent.journal.state import Experiment, Night
 from agent.text import one_line
-from agent.views.glance import at_a_glance
+from agent.views.glance import at_a_glance, spread
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
 def results(night: Night) -> str:
-    """results.tsv in the five columns that existing scripts read; a line for the baseline and each experiment."""
+    """The text of results.tsv: upstream's five columns, a line for the baseline and for each experiment."""
     return HEADER + "".join(_row(e) for e in night.experiments if e.status is not None)
 
 
@@ -30,7 +30,7 @@ def _row(experiment: Experiment) -> str:
 
 
 def write_results(night: Night, path: Path) -> None:
-    """Replace results.tsv as a whole, so that a reader never sees half of it."""
+    """Replace results.tsv atomically, so that a reader never sees half of it."""
     write_anew(path, results(night).encode())
 
 
@@ -59,15 +59,15 @@ def last_line(night: Night) -> str:
 
 
 def refused(night: Night) -> str:
-    """Why the best's held-out test was refused, "" if it was not."""
+    """Why the scorer refused the held-out test of the best experiment, "" if it did not."""
     test = night.tests.get(night.leader.n) if night.best is not None else None
     error = (test or {}).get("error") or {}
     return one_line(f"{error.get('kind')}: {error.get('message')}", 200) if test and test.get("test_bpb") is None else ""
 
 
 def status(night: Night, pid: int | None, sigma: float = 0.0, folder: Path | None = None) -> list[str]:
-    """What `--status` prints: who works, on what, how it stands. sigma: standard deviation of one training, bpb.
-    folder: runs/<tag>, to look at the training that runs now."""
+    """The lines that `--status` prints. pid: the driver's process, None if none runs. sigma: standard deviation of one training's
+    score, bpb. folder: runs/<tag>, where the current training is looked up."""
     now = at_a_glance(night, pid is not None, sigma, folder)
     who = f"process {pid} works on it" if pid is not None else f"ended: {night.ended}" if night.ended else "not running"
     lines = [f"night {night.tag}: {who}", last_line(night)]
@@ -92,7 +92,7 @@ def status(night: Night, pid: int | None, sigma: float = 0.0, folder: Path | Non
         spent += f" and {night.unpriced} calls of unknown cost (give --price-in and --price-out)"
     if night.disturbed:
         spent += f"; {night.disturbed} of {night.trials + night.disturbed} trainings repeated, the machine's speed had changed"
-    kind = night.sandbox.partition(":")[0]  # of one that is there the name is enough here
+    kind = night.sandbox.partition(":")[0]  # the name of a sandbox is enough here
     boxed = [f"sandbox of trainings: {one_line(night.sandbox, 300) if kind == 'none' else kind}"] if kind else []
     return [*lines, spent, *boxed, *(f"note: {one_line(note, 200)}" for note in night.notes[-3:])]
 
@@ -103,7 +103,7 @@ def status(night: Night, pid: int | None, sigma: float = 0.0, folder: Path | Non
 
 
 def place(now: dict[str, Any]) -> str:
-    """`experiment 3 of 7` for the one at hand; where only hours are set, their number is a guess."""
+    """`experiment 3 of 7` for the open experiment. If the user set only hours, the total is an estimate."""
     doing = now["open"]
     if not doing["n"]:
         return "baseline"
@@ -113,30 +113,26 @@ def place(now: dict[str, Any]) -> str:
     return f"experiment {doing['n']}" + (f" of about {doing['n'] - 1 + max(more, 1)}" if more is not None else "")
 
 
-def spread(row: dict[str, Any]) -> str:
-    """`1.2345 ±0.0021`, the mean and its standard error; `1.2345` where the noise is unknown."""
-    return f"{row['score']:.4f}" + (f" ±{row['error']:.4f}" if row["error"] else "")
-
-
 def row(row: dict[str, Any]) -> str:
     """One experiment as a line of a table: number, status, score with its spread, description."""
-    return f"{row['n']:>4}  {row['status']:<11}  {spread(row) if row['score'] is not None else '':<14}  {row['description']}"
+    return f"{row['n']:>4}  {row['status']:<11}  {spread(row['score'], row['error']):<14}  {row['description']}"
 
 
 def best(now: dict[str, Any]) -> str:
-    """The best, its spread, since when, and what it is compared with; "" before there is one."""
+    """The best score with its standard error, the time it was reached, and the baseline's score; "" before the baseline."""
     rows = {e["n"]: e for e in now["experiments"]}
     leader = rows.get(now["best"])
     if leader is None or leader["score"] is None:
         return ""
-    since = time.strftime("%H:%M", time.localtime(leader["ended"]))
+    since, score = time.strftime("%H:%M", time.localtime(leader["ended"])), spread(leader["score"], leader["error"])
     if not leader["n"]:
-        return f"best {spread(leader)}: the baseline, since {since}"
-    return f"best {spread(leader)} (experiment {leader['n']}, {since}), {len(now['kept'])} kept, baseline {spread(rows[0])}"
+        return f"best {score}: the baseline, since {since}"
+    first = spread(rows[0]["score"], rows[0]["error"])
+    return f"best {score} (experiment {leader['n']}, {since}), {len(now['kept'])} kept, baseline {first}"
 
 
 def outlook(now: dict[str, Any]) -> str:
-    """How long the night has run, how long it will, how many experiments fit, and what it has cost."""
+    """How long the night will go on, how many experiments that allows, and what the agent has cost so far."""
     parts, left = [], now["left"]
     if left and left["seconds"] is not None:
         end = time.strftime("%H:%M", time.localtime(time.time() + left["seconds"]))
@@ -152,7 +148,7 @@ def outlook(now: dict[str, Any]) -> str:
 
 
 def metrics(row: dict[str, Any]) -> list[str]:
-    """The numbers of a line of metrics.jsonl, the most important first."""
+    """The numbers of a line of metrics.jsonl in words, the most important first."""
     forms = (("loss", "loss {:.4f}"), ("tokens_per_second", "{:,.0f} tok/s"), ("memory_mb", "{:,.0f} MB"), ("step", "step {:.0f}"),
              ("seconds", "{:.0f} s"))  # fmt: skip
     return [form.format(row[key]) for key, form in forms if key in row]

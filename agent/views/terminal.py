@@ -1,4 +1,4 @@
-"""A night on a terminal: a live panel below lines that stay; plain lines in a log, on a dumb terminal, or with --plain."""
+"""A night on a terminal: a live panel below the lines already printed. In a log, on a dumb terminal or with --plain: lines only."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from rich.text import Text
 
 from agent.views import results
 
-PLAIN_SECONDS = 30.0  # between progress lines where there is no terminal
-FIRST_SECONDS = 4.0  # to the first one
-PER_SECOND = 2.0  # the panel is drawn; more would take time from the training
-BAR = 24  # columns
-TERMINAL_LOG = "logs/terminal.log"  # below runs/<tag>: what is said once the terminal is closed
-COLOURS = {"keep": "green", "discard": "dim"}  # the others failed: red
+PLAIN_SECONDS = 30.0  # between two progress lines where there is no panel
+FIRST_SECONDS = 4.0  # until the first progress line
+PER_SECOND = 2.0  # how often the panel is drawn; drawing more often would take time from the training
+BAR = 24  # width of the progress bar, in columns
+TERMINAL_LOG = "logs/terminal.log"  # below runs/<tag>: output after the terminal was closed
+COLOURS = {"keep": "green", "discard": "dim"}  # every other status is a failure: red
 
-Glance = dict[str, Any]  # of agent.views.glance.at_a_glance
+Glance = dict[str, Any]  # what agent.views.glance.at_a_glance returns
 
 
 class Console:
-    """`say` prints a line that stays. `stage` and `show` say what goes on now: in the panel, or as a plain line now and then.
+    """`say` prints a line. `stage` and `show` tell what happens now: in the panel, or without one as a line every PLAIN_SECONDS.
 
-    Once the terminal is closed, or the program that read our output has ended, everything goes to the file `instead`.
+    After the terminal was closed, or the program that read the output has ended, everything is written to the file `instead`.
     """
 
     def __init__(self, plain: bool = False, instead: Path = Path(os.devnull)) -> None:
@@ -61,14 +61,14 @@ class Console:
         self._look = look
 
     def say(self, text: str) -> None:
-        """One line with the time."""
+        """Print a line with the time."""
         clock = time.strftime("%H:%M:%S")
         try:
             self._print(clock, text)
-        except OSError:  # whoever was listening is gone
+        except OSError:  # the reader of the output is gone
             self.leave((1,))
             with contextlib.suppress(OSError):
-                self._rich.file.flush()  # the line is still in the buffer
+                self._rich.file.flush()  # the line is still in the buffer: now it goes to the file
 
     def _print(self, clock: str, text: str) -> None:
         if self._rich.file.isatty():
@@ -77,7 +77,7 @@ class Console:
             print(f"{clock} {text}", file=self._rich.file, flush=True)
 
     def leave(self, streams: Sequence[int] = ()) -> None:
-        """Write to the file from now on, instead of to these descriptors; default: to the terminal that was there at the start.
+        """From now on, write to the file instead of to these descriptors (default: those that were a terminal at the start).
 
         A signal handler may call this: it prints nothing and takes no lock.
         """
@@ -89,19 +89,19 @@ class Console:
         self._lively = False
 
     def stage(self, text: str) -> None:
-        """Name what goes on now."""
+        """Name what the driver does now."""
         self._stage, self._words, self._since = text, "", time.time()
         self._shown = time.monotonic() - PLAIN_SECONDS + FIRST_SECONDS
 
     def show(self, text: str, every: float = PLAIN_SECONDS) -> None:
-        """How far it is. Without a panel a line is printed if the last one is `every` seconds old."""
+        """Tell how far the current stage is. Without a panel, print a line if the last one is `every` seconds old."""
         self._words, now = text, time.monotonic()
         if not self._lively and now - self._shown >= every:
             self._shown = now
             self.say(f"  {self._stage} {text}".rstrip())
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """The newest numbers of the running training."""
+        """Show the newest numbers of the current training."""
         self.show(", ".join(results.metrics(row)))
 
     def _panel(self) -> RenderableType:
@@ -112,9 +112,10 @@ class Console:
 
 
 def panel(now: Glance | None, width: int, stage: str = "", words: str = "", since: float | None = None) -> Group:
-    """What goes on, how far it is, the best, the last results, what is left: at most 10 lines that fit the width.
+    """The panel: what happens now, how far it is, the best, the last results, what is left. At most 10 lines, cut to the width.
 
-    stage, words and since (Unix time): what the driver says that it does, and since when. The experiment at hand speaks for itself.
+    stage, words: what the driver says that it does. since: Unix time at which this stage began. During an experiment, `now` says
+    more than `stage`, and is shown in its place.
     """
     doing, room = now["open"] if now else None, max(width - 1, 20)
     training = (doing or {}).get("training")
@@ -125,7 +126,7 @@ def panel(now: Glance | None, width: int, stage: str = "", words: str = "", sinc
     else:
         phase = stage if doing["phase"] == "deciding" and stage else doing["phase"]
         if (training or {}).get("scoring"):
-            phase, clock, words = "scoring", "", ""  # the last words and the clock are the training's
+            phase, clock, words = "scoring", "", ""  # `words` and `clock` are still about the training
         rows.append(_line(f"{results.place(now)}: {phase}{clock}", room, "bold"))
         if doing["description"] and doing["n"]:
             rows.append(_line(f"  {doing['description']}", room))
@@ -141,7 +142,8 @@ def panel(now: Glance | None, width: int, stage: str = "", words: str = "", sinc
 
 
 def watch(look: Callable[[], tuple[Glance, list[str]]], plain: bool = False) -> None:
-    """Follow a night that another process drives, until it ends or Ctrl-C. `look` gives the numbers and the lines of --status."""
+    """Follow a night that another process drives, until the night ends or Ctrl-C. `look` returns the numbers and the lines of
+    --status."""
     console = Rich(highlight=False)
     now, lines = look()
     with contextlib.suppress(KeyboardInterrupt):
@@ -163,7 +165,7 @@ def watch(look: Callable[[], tuple[Glance, list[str]]], plain: bool = False) -> 
 
 
 def print_lines(lines: list[str]) -> None:
-    """Print lines; on a terminal, wrapped between words, the rest of a line below its beginning."""
+    """Print lines. On a terminal, long lines are wrapped between words, and keep their indentation."""
     console = Rich(highlight=False)
     for line in lines:
         if sys.stdout.isatty():
@@ -174,13 +176,13 @@ def print_lines(lines: list[str]) -> None:
 
 
 def complain(text: str) -> None:
-    """One line to standard error."""
-    with contextlib.suppress(OSError):  # a closed terminal: the exit code is what is left
+    """Print an error to standard error."""
+    with contextlib.suppress(OSError):  # the terminal is closed; the exit code still tells
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _wrapped(first: str, text: str) -> Table:
-    """Two columns, so that what is wrapped stays right of the first."""
+    """Two columns: `first`, and the text, whose wrapped lines stay to the right of `first`."""
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -195,7 +197,7 @@ def _line(text: str, room: int, style: str = "") -> Text:
 
 
 def _bar(training: dict[str, Any], room: int) -> RenderableType:
-    """The bar of a training and as many of its numbers as fit beside it."""
+    """The progress bar of a training, and as many of its numbers as fit beside the bar."""
     share, width = training.get("progress"), min(BAR, room // 3)
     parts, text = results.metrics(training), f"{100 * share:3.0f} %" if share is not None else ""
     if share and training.get("seconds"):

@@ -22,7 +22,7 @@ from agent.judgement.novelty import DATA_BYTES, SOURCE_BYTES, SourceError, burde
 def source_of(tmp_path: Path, text: str | bytes) -> Any:
     path = tmp_path / "train_mlx.py"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return fingerprint(path)
+    return fingerprint(path.read_bytes(), path.name)
 
 
 def test_identity_ignores_comments_formatting_docstrings_and_seeds(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ CHECKPOINT = False  # compute each block's activations a second time instead of 
 
 
 def compiled(function):
-    """torch.compile, if COMPILE is on and this Python and system have it. It compiles later: `fitting_step` sees whether it can."""
+    """Return torch.compile(function) if COMPILE is on, and this Python and system support it; else the function. Compilation
+    happens at the first call: `fitting_step` finds out whether it works."""
     if COMPILE:
         try:
             return torch.compile(function, dynamic=False)
@@ -67,7 +68,7 @@ def compiled(function):
 
 
 def without_compiler(error):
-    """Go on without torch.compile, and say so."""
+    """Switch torch.compile off for the rest of this training, and print why."""
     global COMPILE
     COMPILE = False
     print(f"note: torch.compile does not work here ({(str(error).strip().splitlines() or [type(error).__name__])[0]}): training "
@@ -80,8 +81,8 @@ def device_name():
 
 
 def gpu_dtype():
-    """The dtype that the GPU computes in, if none was measured to be faster: bf16, but fp16 with loss scaling before Ampere (RTX
-    20xx, T4), which emulates bf16."""
+    """The dtype in which the GPU computes: the one that was measured to be fastest, else bf16. GPUs before Ampere (RTX 20xx,
+    T4) only emulate bf16, so they get fp16 with loss scaling."""
     emulated = DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch, find_dtype(device_name(), "float16" if emulated else "bfloat16"))
 
@@ -143,7 +144,7 @@ class GPTConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)                                 # RMSNorm without weights
 
 
 def dropout(x, rate):
@@ -249,8 +250,8 @@ class Block(nn.Module):
 
 
 def recomputed(block, x, ve):
-    """block(x, ve), computed again in the backward pass instead of kept. The weights go in as arguments, because functional_call
-    has put the model's own back by then."""
+    """block(x, ve), whose activations are computed again in the backward pass instead of kept. The weights are passed as arguments,
+    because by then functional_call has restored the model's own weights."""
     names, weights = zip(*block.named_parameters(), strict=True)
 
     def run(x, ve, *weights):
@@ -382,7 +383,8 @@ def adamw(p, g, m, v, lr, betas, t):
 
 
 def adagrad_rows(table, v, rows, g, lr):
-    """One Adagrad step, in place, of the rows that a batch looked up; other rows are not touched, cost no time. Returns table, v.
+    """One Adagrad step, in place, of the rows that a batch looked up. Other rows are not touched and cost no time. Returns
+    table, v.
 
     table [R, C]; v [R], per row the sum of mean squared gradients (Duchi et al., 2011; one number per row as in Gupta et al.,
     arXiv 1705.06066); rows [n, B, T]; g [B, T, C], the gradient of the sum of n rows and so of each of them.
@@ -451,11 +453,11 @@ def update(params, grads, moments, rates, width, rows=None):
 
 
 def unless_overflow(grads, before, after):
-    """Loss scaling: (params, moments) `after` a step, or those `before` it if a gradient is not finite, as happens in fp16 when the
-    loss is scaled too much. Then the scale is halved; otherwise it doubles in 200 steps."""
+    """Loss scaling for fp16. Returns (params, moments) `after` the step, or those `before` it if a gradient is not finite,
+    because the loss was scaled too much. In that case the scale is halved; otherwise it doubles in 200 steps."""
     finite = torch.stack([g.isfinite().all() for g in grads.values()]).all()
 
-    def chosen(new, old):  # a table is the same tensor in both: it changes in place, later
+    def chosen(new, old):  # an n-gram table is the same tensor in both, because it changes in place, later
         return new if new is old else torch.where(finite, new, old)
     params = {n: chosen(p, before[0][n]) for n, p in after[0].items()}
     moments = {key: tuple(map(chosen, m, before[1][key])) for key, m in after[1].items()}
@@ -571,7 +573,7 @@ def synchronize():
 
 
 def marker():
-    """A function that waits until the device has done what was begun so far, and no longer."""
+    """Returns a function that waits for the work that was queued on the device before this call, and for no later work."""
     if not GPU:
         return lambda: None
     event = getattr(torch, DEVICE).Event()
@@ -580,7 +582,7 @@ def marker():
 
 
 def reset_peak_memory():
-    """Let `peak_memory` start anew where that is possible, and give freed buffers back."""
+    """Reset the peak that `peak_memory` reports, where possible, and return freed buffers to the device."""
     if GPU:
         memory = torch.cuda if DEVICE == "cuda" else torch.accelerator
         memory.empty_cache()
@@ -609,8 +611,8 @@ def matmul_probe():
 
 
 def memory_limit():
-    """Bytes that tensors may take on this device. On CUDA: those that other programs have not taken. MPS takes buffers from heaps
-    of 1 GiB, so that the last one may stay half empty."""
+    """Bytes that tensors may take on this device. CUDA: what other programs have left free. MPS: 1 GiB less than recommended,
+    because it allocates heaps of 1 GiB, and the last one may stay half empty."""
     if DEVICE == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     if DEVICE == "mps":
@@ -629,7 +631,7 @@ def build(run, accumulation_steps):
 
 
 def weight_bytes(depth, vocab_size):
-    """Bytes of weights and moments at another depth, with the width in proportion. Meta tensors have a shape only."""
+    """Bytes of weights and moments at another depth, with the width in proportion. Meta tensors allocate no memory."""
     width = WIDTH if depth == DEPTH else math.ceil(WIDTH * depth / (DEPTH * HEAD_DIM)) * HEAD_DIM
     config = GPTConfig(vocab_size, n_layer=depth, n_head=max(1, width // HEAD_DIM), n_embd=width)
     with torch.device("meta"):
@@ -638,8 +640,10 @@ def weight_bytes(depth, vocab_size):
 
 
 def dummy_step(params, moments, step, rows, seq_len):
-    """Seconds and peak bytes of a step on dummy data with micro-batches of this many rows. It works on copies, as a step may
-    overwrite what it gets; their bytes are not counted."""
+    """Run a step on dummy data, in micro-batches of `rows` rows. Returns its seconds and peak bytes.
+
+    The step gets copies of params and moments, because it may overwrite its inputs. The bytes of the copies are not counted.
+    """
     copies = deepcopy((params, moments))
     x, held = np.zeros((rows, seq_len), np.int32), sum(t.nbytes for ts in (copies[0].values(), *copies[1].values()) for t in ts)
     synchronize()
@@ -651,8 +655,9 @@ def dummy_step(params, moments, step, rows, seq_len):
 
 
 def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
-    """Peak bytes of a step of `rows` rows, as a function of the micro-batches that it is cut into. Measured on small ones without
-    compiling, so that it holds for whatever was edited. None on the CPU, whose peak can't be reset, or if even those don't fit."""
+    """Returns peak(passes): the expected peak bytes of a step of `rows` rows in that many micro-batches. It is extrapolated
+    from small ones that are run here without compiling, so that it holds whatever was edited. None if that is impossible: on a
+    CPU, whose peak cannot be reset, or if even the small ones do not fit."""
     if DEVICE == "cpu":
         return None
     gradients, rates = make_gradients(model), {n: t.to(DEVICE) for n, t in schedule(0, 0).items()}
@@ -678,18 +683,19 @@ def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
 
 
 def out_of_memory(error):
-    """Whether PyTorch, cuBLAS, cuDNN or Metal says that the device has no memory left."""
+    """Whether an error of PyTorch, cuBLAS, cuDNN or Metal means that the device ran out of memory."""
     words = "out of memory", "not enough memory", "STATUS_ALLOC_FAILED", "Invalid buffer size"
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit):
-    """A training step that works on this device, tried on dummy data. Returns its gradient accumulation steps, itself, its seconds.
+    """Find a training step that works on this device by trying it on dummy data. Returns its gradient accumulation steps, the step,
+    and its seconds.
 
-    It trains the same `rows` rows, in the fewest passes, at least `passes`, that are expected to take at most `limit` bytes. If a
-    step runs out of memory nevertheless, passes become smaller; where even one row is too much, activations are recomputed.
-    What then fits is remembered for this device, with so much memory free, and this model. Where torch.compile does not work, the
-    step is not compiled. Each of these is printed. Errors: HarnessError("oom").
+    The step trains `rows` rows in at least `passes` passes: in the fewest that are expected to take at most `limit` bytes. If the
+    step still runs out of memory, more and smaller passes are tried; if even passes of one row do not fit, activations are
+    recomputed. What fitted is remembered for this device, its free memory and this model. If torch.compile fails, the step is not
+    compiled. Each of these changes is printed. Errors: HarnessError("oom").
     """
     global CHECKPOINT
     key = [device_name(), (limit or 0) >> 30, str(DTYPE), rows, seq_len, {n: list(p.shape) for n, p in params.items()}]
@@ -730,7 +736,7 @@ def train(run):
     seq_len = min(SEQ_LEN, run.seq_len)
     batch_rows = max(1, BATCH_TOKENS // seq_len)
     batch_tokens = batch_rows * seq_len
-    fewest = math.ceil(batch_tokens / MICRO_TOKENS)
+    fewest = math.ceil(batch_tokens / MICRO_TOKENS)  # passes; more where that many do not divide the batch into equal ones
     accumulation_steps = next((n for n in range(fewest, batch_rows) if batch_rows % n == 0), batch_rows)
     micro_rows = batch_rows // accumulation_steps
     probe, probe_flops = matmul_probe()
@@ -738,7 +744,7 @@ def train(run):
     limit, held = memory_limit(), partial(weight_bytes, vocab_size=run.vocab_size)
     check_weights(held, DEPTH, limit)
 
-    # Warm up on dummy data: how much memory does a step take, how long is it, and how many epochs is the budget
+    # Warm up on dummy data, which also measures the memory and the seconds of a step
     model, params, moments, step_fn = build(run, accumulation_steps)
     expected = expected_memory(model, params, moments, step_fn, batch_rows, micro_rows, seq_len)
     accumulation_steps, step_fn, seconds = fitting_step(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from night_kit import Bed
 
-from agent.coders import shapes, table
+from agent.coders import choice, shapes
 from agent.coders.coder import CoderError, Reader
 from agent.git.worktree import Repository, Worktree
 from agent.journal.settings import Settings
@@ -46,7 +46,7 @@ class Place:
     ) -> Proposal:  # fmt: skip
         self.script.write_text(f"import json, os, pathlib, sys, time\nprompt = sys.stdin.read()\n{body}\n")
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(self.script))}"
-        coder = replace(table.template(command), reader=reader, idle_seconds=idle, tells_its_end=ends)
+        coder = replace(choice.template(command), reader=reader, idle_seconds=idle, tells_its_end=ends)
         given = {"max_agent_minutes": 0.5, **settings}
         self.worktree.lend(self.base)
         desk = Desk(self.folder, self.worktree, "train_mlx.py", coder, Settings(**given), lambda: False)  # type: ignore[arg-type]
@@ -93,8 +93,8 @@ def test_silence_is_no_fault_of_one_that_prints_at_its_end(desk: Place) -> None:
 
 
 def test_who_prints_as_it_works_stands_in_the_table() -> None:
-    assert [coder.name for coder in table.TABLE.values() if coder.idle_seconds] == ["codex", "opencode", "copilot"]
-    assert table.template("mine").idle_seconds is None
+    assert [coder.name for coder in choice.TABLE.values() if coder.idle_seconds] == ["codex", "opencode", "copilot"]
+    assert choice.template("mine").idle_seconds is None
 
 
 @pytest.mark.parametrize("megabytes", [0, 3, 9])
@@ -128,7 +128,7 @@ def test_arguments_of_the_users_reach_the_agent(desk: Place) -> None:
     got = desk.ask(f"{EDIT}\nprint('DESCRIPTION:', sys.argv[1:])", agent_args="--effort high --note 'two words'")
     assert got.description == "['--effort', 'high', '--note', 'two words']"
     with pytest.raises(CoderError, match=r"--agent-args .*split into words: No closing quotation; expected such as"):
-        table.arguments("it's")
+        choice.arguments("it's")
 
 
 def test_what_an_agents_git_does_stays_in_a_repository_of_its_own(desk: Place) -> None:

@@ -326,7 +326,7 @@ def test_the_page_survives_a_night_that_is_killed_and_resumed(tmp_path: Path, br
         driver = bed.start(*words, "--resume", AUTORESEARCH_SLOW="0")
         said, _ = driver.communicate(timeout=120)
         assert driver.returncode == 0, said
-        until(lambda: "The night has ended: experiments" in shown("phase"))
+        until(lambda: "The night has ended: all experiments asked for are done" in shown("phase"))
         assert [row.text.split()[:2] for row in browser.find_elements(By.CSS_SELECTOR, "#rows tr")] == [
             ["3", "discard"], ["2", "keep"], ["1", "discard"], ["0", "keep"]]
     errors = [line["message"] for line in browser.get_log("browser") if "ERR_CONNECTION_REFUSED" not in line["message"]]

@@ -13,7 +13,7 @@ from night_kit import ROOT, Bed
 from story_kit import Story, long_night, told
 
 from agent.journal.journal import Journal
-from agent.views import report, results
+from agent.views import glance, report, results
 
 
 def written(folder: Path, story: Story) -> Path:
@@ -188,4 +188,4 @@ def test_every_end_of_a_night_has_words() -> None:
     """Names that limits.py and session.py give."""
     source = "".join((ROOT / "agent" / "night" / name).read_text() for name in ("limits.py", "session.py", "engine.py"))
     names = set(re.findall(r'return "(\w+)", f?"', source)) | set(re.findall(r'reason="(\w+)"', source))
-    assert {"hours", "experiments", "stopped"} <= names <= set(report.ENDS)
+    assert {"hours", "experiments", "stopped"} <= names <= set(glance.ENDS)
