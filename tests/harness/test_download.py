@@ -1,5 +1,6 @@
 """Hub datasets against a real server that misbehaves: a whole dataset, or a clear error and a state to go on from."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,8 +16,9 @@ import pyarrow.parquet as parquet
 import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
+from huggingface_hub import constants
 
-from harness import HarnessError, download
+from harness import HarnessError, corpus, download
 from harness.corpus import DATASETS, UPSTREAM
 from harness.score import read_held_out
 
@@ -40,13 +42,30 @@ def hub():
         yield server
 
 
-def fetch(hub, home, *more, **env):
-    return prepare("--dataset", "tinystories", "--preset", "tiny", *more, home=home, **{"HF_ENDPOINT": hub.url, **env})
+NOWHERE = "http://127.0.0.1:9"
 
 
-def fetch_upstream(hub, home, *more):
+def fetch(hub, home, *, dataset="tinystories", preset="tiny", url="", token="", **options) -> dict | str:
+    """Prepare a hub dataset in this process, which reads the address of the hub once, at its import. Returns the entry, or the
+    error's text."""
+    url = url or hub.url
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setenv("AUTORESEARCH_HOME", str(home))
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(download, "FIRST_WAIT", 0.01)
+        try:
+            return corpus.prepare(dataset, preset, **options)
+        except HarnessError as error:
+            assert error.exit_code == 2
+            return str(error)
+
+
+def fetch_upstream(hub, home, **options):
     """With few tokens, because the text is small."""
-    return prepare("--preset", "upstream", "--vocab-size", 320, *more, home=home, HF_ENDPOINT=hub.url)
+    return fetch(hub, home, dataset="climbmix", preset="upstream", vocab_size=320, **options)
 
 
 def ranges(hub, name):
@@ -54,9 +73,9 @@ def ranges(hub, name):
     return [r for method, path, r, _ in hub.requests if method == "GET" and path.endswith(name)]
 
 
-def is_whole(home, done, files=(FIRST,), revision=PINNED):
-    assert done.returncode == 0, done.stderr
-    assert "ready: tinystories-320-" in done.stdout
+def is_whole(home, entry, files=(FIRST,), revision=PINNED):
+    assert isinstance(entry, dict), entry
+    assert entry["id"].startswith("tinystories-320-")
     [place] = (home / "train").iterdir()
     meta = json.loads((place / "meta.json").read_text())
     assert meta["revision"] == revision
@@ -65,41 +84,45 @@ def is_whole(home, done, files=(FIRST,), revision=PINNED):
     assert meta["documents"] == 300 * len(files)
 
 
-def is_refused(home, done, said):
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "ready" not in done.stdout
-    assert "error: " in done.stderr
-    assert said in done.stderr.splitlines()[-1]
+def is_refused(home, why, said):
+    assert isinstance(why, str)
+    assert said in why
     assert not (home / "train").exists()
     assert not (home / "current.json").exists()
 
 
+def run(hub, home, **env):
+    """The program itself, as a process."""
+    return prepare("--dataset", "tinystories", "--preset", "tiny", "--json", home / "entry.json", home=home,
+                   **{"HF_ENDPOINT": hub.url, **env})
+
+
 def test_chosen_shards_only_and_then_no_network(hub, tmp_path):
-    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    is_whole(tmp_path, fetch(hub, tmp_path, shards=2), (FIRST, SECOND))
     assert ranges(hub, THIRD) == ranges(hub, "README.md") == []
-    again = fetch(hub, tmp_path, "--shards", 2, HF_ENDPOINT="http://127.0.0.1:9")
+    again = fetch(hub, tmp_path, shards=2, url=NOWHERE)
     is_whole(tmp_path, again, (FIRST, SECOND))
 
 
 def test_the_commit_is_the_pinned_one_or_the_given_one(hub, tmp_path):
     is_whole(tmp_path / "pinned", fetch(hub, tmp_path / "pinned"))
     assert f"/api/datasets/karpathy/tinystories-gpt4-clean/revision/{PINNED}" in [path for _, path, *_ in hub.requests]
-    is_whole(tmp_path / "given", fetch(hub, tmp_path / "given", "--revision", "a" * 40), revision="a" * 40)
-    is_whole(tmp_path / "branch", fetch(hub, tmp_path / "branch", "--revision", "main"), revision=REVISION)
+    is_whole(tmp_path / "given", fetch(hub, tmp_path / "given", revision="a" * 40), revision="a" * 40)
+    is_whole(tmp_path / "branch", fetch(hub, tmp_path / "branch", revision="main"), revision=REVISION)
     files = [path.split("/resolve/")[1] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path]
     assert files == [f"{commit}/{FIRST}" for commit in (PINNED, "a" * 40, REVISION)]
     names = [name for name, *_ in (p.parts[-1:] for p in tmp_path.glob("*/train/*"))]
     assert len(set(names)) == 3, "another commit is another dataset"
-    again = fetch(hub, tmp_path / "branch", "--revision", "main", HF_ENDPOINT="http://127.0.0.1:9")
+    again = fetch(hub, tmp_path / "branch", revision="main", url=NOWHERE)
     is_whole(tmp_path / "branch", again, revision=REVISION)
 
 
 def test_the_preset_upstream_scores_upstreams_validation_file(tmp_path):
     files = {f"shard_0000{i}.parquet": shard(i) for i in range(3)} | {UPSTREAM[1]: shard(9)}
     with Hub(files) as server:
-        done = fetch_upstream(server, tmp_path, "--shards", 2)
-        assert done.returncode == 0, done.stderr
-        assert "ready: climbmix-320-" in done.stdout
+        entry = fetch_upstream(server, tmp_path, shards=2)
+        assert isinstance(entry, dict), entry
+        assert entry["id"].startswith("climbmix-320-")
         assert ranges(server, "shard_00002.parquet") == []
         assert f"/api/datasets/karpathy/climbmix-400b-shuffle/revision/{DATASETS['climbmix'][3]}" in [
             path for _, path, *_ in server.requests]
@@ -137,12 +160,11 @@ def test_what_has_no_commits_is_asked_for_none(tmp_path):
     assert "--revision main: stories is not a hub dataset" in done.stderr
 
 
-@pytest.mark.slow
 def test_another_preset_of_what_is_there_needs_no_network(hub, tmp_path):
     is_whole(tmp_path, fetch(hub, tmp_path))
-    done = fetch(hub, tmp_path, "--vocab-size", 256, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    assert "ready: tinystories-256-" in done.stdout
+    entry = fetch(hub, tmp_path, vocab_size=256, url=NOWHERE)
+    assert isinstance(entry, dict), entry
+    assert entry["id"].startswith("tinystories-256-")
 
 
 @pytest.mark.parametrize("behaviour", ["drop 70000", "429", "503", "truncate 5000", "wrong"])
@@ -164,17 +186,17 @@ def test_the_list_is_asked_for_again(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "behaviour", "said"), [
-    pytest.param(SECOND, "wrong", "expected SHA-256", marks=pytest.mark.slow),
-    pytest.param(SECOND, "503", "503", marks=pytest.mark.slow),
-    pytest.param(SECOND, "truncate 5000", "Consistency check failed", marks=pytest.mark.slow),
-    pytest.param("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched", marks=pytest.mark.slow),
+    (SECOND, "wrong", "expected SHA-256"),
+    (SECOND, "503", "503"),
+    (SECOND, "truncate 5000", "Consistency check failed"),
+    ("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched"),
 ])
 def test_lasting_trouble_is_a_clear_error_and_later_it_goes_on(hub, tmp_path, name, behaviour, said):
     hub.misbehave(name, *[behaviour] * 20)
-    is_refused(tmp_path, fetch(hub, tmp_path, "--shards", 2), said)
+    is_refused(tmp_path, fetch(hub, tmp_path, shards=2), said)
     hub.plans.clear()
     before = len(ranges(hub, FIRST))
-    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    is_whole(tmp_path, fetch(hub, tmp_path, shards=2), (FIRST, SECOND))
     if name != "list":
         assert len(ranges(hub, FIRST)) == before == 1, "the first shard was kept"
 
@@ -221,24 +243,25 @@ def test_two_presets_at_once_share_one_download(hub, tmp_path):
 def test_what_will_not_get_better_is_said_at_once(hub, tmp_path):
     hub.token = "hf_right"
     started = time.monotonic()
-    is_refused(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_wrong"), "could not be fetched")
+    is_refused(tmp_path, fetch(hub, tmp_path, token="hf_wrong"), "could not be fetched")
     assert len([r for r in hub.requests if "/api/datasets/" in r[1]]) == 1
     assert time.monotonic() - started < 60
-    is_whole(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_right"))
+    is_whole(tmp_path, fetch(hub, tmp_path, token="hf_right"))
     assert {auth for *_, auth in hub.requests[-2:]} == {"Bearer hf_right"}
 
 
 def test_a_proxy_is_used(hub, tmp_path):
-    done = fetch(hub, tmp_path, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url, http_proxy=hub.url, NO_PROXY="", no_proxy="")
-    is_whole(tmp_path, done)
+    done = run(hub, tmp_path, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url, http_proxy=hub.url, NO_PROXY="", no_proxy="")
+    assert done.returncode == 0, done.stderr
+    assert "ready: tinystories-320-" in done.stdout
+    is_whole(tmp_path, json.loads((tmp_path / "entry.json").read_text()))
 
 
-@pytest.mark.slow
-def test_no_server_at_all(tmp_path):
-    done = prepare("--dataset", "tinystories", "--preset", "tiny", home=tmp_path)
-    is_refused(tmp_path, done, "could not be fetched")
-    assert "Run the same command again to continue" in done.stderr
-    assert "`--dataset stories` needs no network" in done.stderr
+def test_no_server_at_all(hub, tmp_path):
+    why = fetch(hub, tmp_path, url=NOWHERE)
+    is_refused(tmp_path, why, "could not be fetched")
+    assert "Run the same command again to continue" in why
+    assert "`--dataset stories` needs no network" in why
 
 
 def test_a_shard_that_is_no_parquet_is_named(tmp_path):
