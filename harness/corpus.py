@@ -508,7 +508,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     shutil.rmtree(home() / "train" / ident, ignore_errors=True)
     os.replace(target, home() / "train" / ident)  # now the dataset is ready
     shutil.rmtree(work)
-    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items())
+    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items() if n)
     print(f"{dataset}: {described}; vocabulary {tokenizer.vocab_size:,}", file=sys.stderr)
 
 
