@@ -415,7 +415,11 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     made = dataset == "stories"  # its held-out text is made, not copied
     last = str(files[-1]) if made or held_file else ""
     workers = min(os.cpu_count() or 1, WORKERS)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
+    pool: concurrent.futures.Executor
+    if sum(p.stat().st_size for p in files) < BLOCK_BYTES:  # a worker process would take longer to start than to work
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
     try:
         # 1. files -> documents and their hashes
         few = 1 + len(files) // (8 * workers)
@@ -504,7 +508,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     shutil.rmtree(home() / "train" / ident, ignore_errors=True)
     os.replace(target, home() / "train" / ident)  # now the dataset is ready
     shutil.rmtree(work)
-    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items())
+    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items() if n)
     print(f"{dataset}: {described}; vocabulary {tokenizer.vocab_size:,}", file=sys.stderr)
 
 
