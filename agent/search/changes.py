@@ -208,7 +208,7 @@ def _batch(file: TrainFile, data_seq_len: int | None, steps: float | None) -> It
         if new < length or new % length:
             continue
         passes = -(-new // micro.value) if micro else 1
-        why = "more, noisier steps in the same time" if new < batch.value else "fewer, steadier steps that use the machine better"
+        why = "more and noisier steps in the same budget" if new < batch.value else "fewer, steadier steps that use the machine better"
         note = f"in {passes} passes" if passes > 1 else ""
         yield Change("BATCH_TOKENS", str(batch.value), str(new), direction, prior, why, (batch.set(new),), note)
     if micro is not None and micro.value < batch.value:

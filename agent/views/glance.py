@@ -130,7 +130,7 @@ def left(night: Night, now: float) -> dict[str, Any]:
     experiments = max(0, min(counts)) if counts else None
     if pace and experiments is not None:
         begun = now - night.open.started if night.open and night.open.n else 0.0
-        needed = max(0.0, experiments * pace - begun)
+        needed = max(0.0, experiments * pace - min(begun, pace))  # the open one may take longer; the others still come
         seconds = needed if seconds is None else min(seconds, needed)
     return {"seconds": seconds, "experiments": experiments, "pace": pace}
 
