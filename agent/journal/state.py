@@ -263,10 +263,6 @@ def _spend(night: Night, event: Mapping[str, Any]) -> None:
     night.agent_seconds += event.get("seconds") or 0.0
 
 
-def _agent_check(night: Night, event: Mapping[str, Any]) -> None:
-    _spend(night, event)
-
-
 def _agent_failed(night: Night, event: Mapping[str, Any]) -> None:
     _current(night, event)
     _spend(night, event)
@@ -347,7 +343,7 @@ _HANDLERS = {
     "night_start": _night_start,
     "session": _session,
     "experiment": _experiment,
-    "agent_check": _agent_check,
+    "agent_check": _spend,
     "agent_failed": _agent_failed,
     "candidate": _candidate,
     "trial_start": _trial_start,

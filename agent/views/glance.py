@@ -162,14 +162,11 @@ def newest(path: Path) -> dict[str, float]:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            return {str(key): float(value) for key, value in row.items() if _usual(value)}
+            numbers = ((str(key), value) for key, value in row.items() if isinstance(value, (int, float)))
+            return {key: float(value) for key, value in numbers if abs(value) < 1e18}  # False for NaN, too
         except (ValueError, AttributeError, RecursionError):
             continue
     return {}
-
-
-def _usual(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e18  # False for NaN, too
 
 
 def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> dict[str, Any]:
