@@ -36,6 +36,7 @@ def trainings(night: Night) -> pd.DataFrame:
 
 def families(night: Night) -> pd.DataFrame:
     """For each kind of idea: how many were tried, kept and failed, and the share of keeps."""
-    frame: pd.DataFrame = pd.DataFrame(glance.families(night.done), columns=["family", "tried", "kept", "failed"]).set_index("family")
+    rows = glance.families(night.done)
+    frame: pd.DataFrame = pd.DataFrame(rows, columns=["family", "tried", "kept", "failed"]).set_index("family")
     frame["share kept"] = frame["kept"] / frame["tried"]
     return frame
