@@ -122,7 +122,7 @@ def run_of(experiment: Experiment, folder: Path) -> Path:
 @click.argument("run_dir", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--tag", help="The night whose best model is used. Default: the latest night.")
 @click.option("--compare", is_flag=True, help="Show the night's baseline and its best side by side.")
-@click.option("--prompt", "prompts", multiple=True, default=[""], help="Text to go on from. Default: the start of a document.")
+@click.option("--prompt", "prompts", multiple=True, default=[""], help="Text to continue. Default: the start of a document.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, text}; needs RUN_DIR.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Maximum tokens per text.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest token.")
