@@ -214,8 +214,8 @@ def dtypes(bench: Bench) -> Result:
     place = bench.place / "dtypes.json"
     data = json.loads((bench.home / "current.json").read_text())["train_dir"]
     outcome, _ = bench.run(
-        sys.executable, "scripts/benchmark.py", "dtype", "--steps", str(STEPS), "--data", data, "--json", str(place),
-        AUTORESEARCH_HOME=str(data_home()),
+        sys.executable, "scripts/benchmark.py", "dtype", "--rounds", "3", "--steps", str(STEPS), "--data", data,
+        "--json", str(place), AUTORESEARCH_HOME=str(data_home()),
     )  # fmt: skip
     if not outcome.ok:
         return Result("dtypes", "bad", f"no dtype trains: {one_line(outcome.tail(300), 200)}", {})

@@ -5,11 +5,13 @@ catch: a secret that is in no variable of the driver's (a key in a file), or one
 reversed, a character a line).
 """
 
+import ast
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -24,6 +26,8 @@ _NAME = re.compile(
     r"|(?:^|_)AUTH(?:_|$)|COOKIE|BEARER|PRIVATE|SIGNATURE|WEBHOOK|(?:^|_)DSN(?:_|$)",
     re.IGNORECASE,
 )
+_PART = re.compile(rb"[\s\\]*[\w\x80-\xff][\w\s\\\x80-\xff]*")  # of a dotted name, also where it is broken into lines
+_MOST_DOTS = 500
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]?")  # colours, titles, the rest
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # can make text read as something else
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -119,6 +123,16 @@ def one_line(text: str, limit: int = 120) -> str:
     """Text of an agent as one harmless line: control characters, tabs and directional marks become spaces."""
     clean = " ".join(_BREAKS.sub(" ", text.encode("utf-8", "replace").decode()).split())
     return clean if len(clean) <= limit else clean[: limit - 1].rstrip() + "…"
+
+
+def parsed(source: bytes) -> ast.Module:
+    """A Python file that somebody else wrote, not larger than a train file may be.
+
+    SyntaxError, ValueError, RecursionError or MemoryError if it cannot be parsed."""
+    dotted = (_PART.fullmatch(part) is not None for part in source.split(b"."))
+    if max((len(list(run)) for names, run in groupby(dotted) if names), default=0) > _MOST_DOTS:
+        raise ValueError(f"a dotted name of more than {_MOST_DOTS} parts")  # the parser keeps each beginning of it: gigabytes
+    return ast.parse(source)
 
 
 def _overlap(text: bytes, secret: bytes) -> int:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from harness import HarnessError, home, write_atomically
 
 DOWNLOADS, TRIES = 4, 5         # files fetched at a time; attempts for each
+UNREACHED = "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"  # of httpx or httpx2, as huggingface_hub chooses
 FIRST_WAIT = 0.5                # seconds before the second attempt; each wait is twice the one before
 
 
@@ -81,7 +83,8 @@ def fetch_files(
     from huggingface_hub import HfApi
     if not (place / "listing.json").exists():
         info = patiently(f"the list of {source} at {revision}",
-                         lambda: HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=30))
+                         lambda: HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=10),
+                         first_contact=True)
         if re.fullmatch("[0-9a-f]{40}", revision) and info.sha != revision:
             raise HarnessError("data", f"{source}: expected commit {revision}, got {info.sha}")
         files = [{"name": s.rfilename, "bytes": s.size, "sha256": s.lfs and s.lfs.sha256} for s in info.siblings or []]
@@ -96,11 +99,29 @@ def fetch_files(
         if not last:
             raise HarnessError("data", f"{source} at {listing['revision']}: expected {held_out}, the file with the validation text")
         chosen += last
+    announce(source, chosen, place, held_out)
     with bar(f"fetching {source}", sum(f["bytes"] or 0 for f in chosen), "bytes") as advance, \
             concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
         for job in [pool.submit(fetch_file, source, listing["revision"], f, place, advance) for f in chosen]:
             job.result()
     return chosen, listing["revision"]
+
+
+def announce(source: str, chosen: list[dict], place: Path, held_out: str) -> None:
+    """Say on standard error what will be downloaded, and how much room there is. Errors: HarnessError("data") if there is too
+    little."""
+    missing = [f for f in chosen if not (place / f["name"]).exists()]
+    parts = [place / f"{f['name']}.part" for f in missing]
+    size = sum(f["bytes"] or 0 for f in missing) - sum(part.stat().st_size for part in parts if part.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise HarnessError("data", f"{source}: {size / 1e9:.2f} GB to download, {free / 1e9:.2f} GB free on the disk of {home()}; "
+                           "free some space, or set AUTORESEARCH_HOME to a folder on another disk")
+    if missing:
+        names = ", ".join(f["name"] + (" (validation and test text)" if f["name"] == held_out else "") for f in missing)
+        print(f"to download: {size / 1e9:.2f} GB from {source}, {len(missing)} of {len(chosen)} files: {names}\n"
+              f"to {place}, {free / 1e9:.2f} GB free; unpacking and preparing takes about three times the size of the text besides",
+              file=sys.stderr, flush=True)
 
 
 def fetch_file(source: str, revision: str, file: dict, place: Path, advance: Callable[..., None]) -> None:
@@ -136,15 +157,18 @@ def fetch_file(source: str, revision: str, file: dict, place: Path, advance: Cal
         patiently(file["name"], once)
 
 
-def patiently(what: str, once: Callable):
+def patiently(what: str, once: Callable, first_contact: bool = False):
     """Call `once` up to TRIES times and return its result. Errors that a retry cannot mend (not found, forbidden, disk full) are
-    raised at once. Errors: HarnessError("data") that names `what`."""
+    raised at once. Without any connection at the first contact there are two tries, because this machine is most likely offline.
+    Errors: HarnessError("data") that names `what`."""
     for attempt in range(TRIES):
         try:
             return once()
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", 0)
-            if attempt == TRIES - 1 or (400 <= status < 500 and status not in (408, 429)) or getattr(error, "errno", 0) == 28:
+            offline = first_contact and attempt and type(error).__name__ in UNREACHED
+            hopeless = (400 <= status < 500 and status not in (408, 429)) or getattr(error, "errno", 0) == 28
+            if attempt == TRIES - 1 or offline or hopeless:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise HarnessError("data", f"{what} could not be fetched: {reason}. "
                                    "Run the same command again to continue; what arrived is kept. Check HF_ENDPOINT, "

@@ -140,13 +140,18 @@ def scored(run_dir: Path, held: Path, **environment: str) -> float:
     return float(found[1])
 
 
+def run_environment(data: Path, run_dir: Path, budget: str, seed: int) -> dict[str, str]:
+    """The environment of a training of ours that is not scored at its end."""
+    variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": budget, "SEED": str(seed), "SCORE": "0"}
+    return {f"AUTORESEARCH_{k}": v for k, v in variables.items()}
+
+
 def train_ours(source: str, data: Path, held: Path, seconds: float, seed: int) -> dict[str, Any]:
     """One training of our file, scored by `prepare_mlx.py score`: report with val_bpb."""
     with tempfile.TemporaryDirectory() as folder:
         (run_dir := Path(folder, "run")).mkdir()
-        variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": f"{seconds}s", "SEED": str(seed), "SCORE": "0"}
         report = launch(TRAIN_FILE.name, source, Path(folder), {}, LIMIT[0] * seconds + LIMIT[1],
-                        **{f"AUTORESEARCH_{k}": v for k, v in variables.items()})
+                        **run_environment(data, run_dir, f"{seconds}s", seed))
         return report | {"val_bpb": scored(run_dir, held)}
 
 

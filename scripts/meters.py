@@ -5,6 +5,7 @@ Everything here works without a password. Where a machine does not say something
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -138,23 +139,22 @@ class Macmon:
         self.watts, self.total, self.since, self.ready = 0.0, 0.0, time.monotonic(), threading.Event()
         self.lock = threading.Lock()
         self.process = subprocess.Popen([program, "pipe", "-i", str(MACMON_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        threading.Thread(target=self.follow, daemon=True).start()
+        self.follower = threading.Thread(target=self.follow, daemon=True)
+        self.follower.start()
         if not self.ready.wait(10) or not self.watts > 0:
             self.close()
             raise Untold("macmon gives no power here; try `macmon pipe -s 1`")
 
     def follow(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            try:
+        with self.process.stdout as lines, contextlib.suppress(ValueError, KeyError, TypeError):
+            for line in lines:
                 watts = float(json.loads(line)["all_power"])
-            except (ValueError, KeyError, TypeError):
-                break
-            with self.lock:
-                now = time.monotonic()
-                self.total += watts * (now - self.since)                        # a sample is the mean since the one before
-                self.watts, self.since = watts, now
-            self.ready.set()
+                with self.lock:
+                    now = time.monotonic()
+                    self.total += watts * (now - self.since)                    # a sample is the mean since the one before
+                    self.watts, self.since = watts, now
+                self.ready.set()
         self.watts = math.nan  # it ended, and its energy is unknown from here on
         self.ready.set()
 
@@ -165,6 +165,7 @@ class Macmon:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.follower.join()
 
 
 def energy_meter(on_cuda: bool) -> Rapl | Nvml | Macmon:

@@ -140,7 +140,7 @@ elif act == "violation":
     Path("prepare_mlx.py").write_text("print('---')")
 elif act == "extra":
     Path("notes.txt").write_text("hello")
-    put("GAIN", gain + 1)
+    put("GAIN", round(gain + 0.05, 4))
 elif act == "fail":
     sys.exit("agent: something broke")
 elif act == "hangs":

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from conftest import PINNED, ROOT, Dataset, environment, prepare
@@ -22,7 +24,7 @@ from mlx.utils import tree_flatten
 from pinned import train_mlx
 
 from harness.machine import find_dtype
-from scripts import benchmark, compare_peers, leg, meters, peer_shim
+from scripts import benchmark, compare_backends, compare_peers, leg, meters, peer_shim
 from scripts.ablations import ABLATIONS, ADAMW_FOR_ALL, BASE
 from scripts.benchmark import OURS, edited, variant
 from scripts.compare_peers import Failed, adapt
@@ -151,26 +153,26 @@ def test_flops_are_those_of_both_files_own_count() -> None:
 
 
 def test_the_parts_of_a_step_add_up_to_it() -> None:
-    parts = benchmark.split(WINDOWS)
+    parts = compare_backends.split(WINDOWS)
     assert parts == pytest.approx({"forward": 10, "backward": 21, "optimizer": 14, "loader": 1})
     assert sum(parts.values()) == pytest.approx(46)
 
 
 def test_an_interval_needs_six_values_and_covers_the_median() -> None:
-    assert benchmark.interval([1.0] * 5) is None
-    assert benchmark.interval([5.0, 1, 6, 3, 2, 4]) == (1, 6)                   # misses with 2 / 2**6 = 3 %
-    assert benchmark.interval(list(range(10))) == (1, 8)                        # misses with 2 * 11 / 2**10 = 2 %
+    assert compare_backends.interval([1.0] * 5) is None
+    assert compare_backends.interval([5.0, 1, 6, 3, 2, 4]) == (1, 6)                   # misses with 2 / 2**6 = 3 %
+    assert compare_backends.interval(list(range(10))) == (1, 8)                        # misses with 2 * 11 / 2**10 = 2 %
 
 
 def test_a_winner_is_named_only_if_the_interval_excludes_one() -> None:
-    found = benchmark.ratios({"a": in_turn(*[100.0] * 6), "fast": in_turn(*range(110, 116)), "slow": in_turn(*range(90, 96)),
+    found = compare_backends.ratios({"a": in_turn(*[100.0] * 6), "fast": in_turn(*range(110, 116)), "slow": in_turn(*range(90, 96)),
                               "even": in_turn(90, 95, 99, 101, 105, 110), "few": in_turn(200, 210)}, "a")
     assert {name: r["faster"] for name, r in found.items()} == {"fast": "fast", "slow": "a", "even": None, "few": None}
     assert found["fast"]["median"] == pytest.approx(1.125)
 
 
 def test_a_round_that_one_leg_lacks_is_no_pair() -> None:
-    found = benchmark.ratios({"a": in_turn(100, 200, 100), "b": [measured(100, round=0), measured(100, round=2)]}, "a")
+    found = compare_backends.ratios({"a": in_turn(100, 200, 100), "b": [measured(100, round=0), measured(100, round=2)]}, "a")
     assert found["b"]["pairs"] == [1, 1]
 
 
@@ -179,7 +181,7 @@ def test_a_round_that_one_leg_lacks_is_no_pair() -> None:
     ("bf16", lost(6.9, 5.05, 4.0), True), ("fp32", lost(6.9, 5.0, 4.0, gradient=9e-5), True),
     ("fp32", lost(6.9, 5.0, 4.0, gradient=2e-4), False), ("fp32", lost(6.9, 5.0, 4.0, gradient=math.nan), False)])
 def test_a_leg_whose_losses_or_gradients_are_off_may_not_be_timed(dtype: str, other: dict, passed: bool) -> None:
-    found = benchmark.parity({"mlx-cpu": lost(6.9, 5.0, 4.0), "cpu": other}, dtype)
+    found = compare_backends.parity({"mlx-cpu": lost(6.9, 5.0, 4.0), "cpu": other}, dtype)
     assert found["mlx-cpu"]["passed"]
     assert found["cpu"]["passed"] == passed
     if not passed and other["gradients"]["lm_head.weight"]:
@@ -190,14 +192,14 @@ def test_a_leg_whose_losses_or_gradients_are_off_may_not_be_timed(dtype: str, ot
     ({}, ""), ({"drift": -0.031}, "a matrix product changed its speed by -3%"),
     ({"swapped_mb": 70.0, "drift": 0.5}, "the machine wrote 70 MB to swap"), ({"swapped_mb": 0.5}, "")])
 def test_a_leg_is_repeated_where_the_machine_swapped_or_changed_its_speed(report: dict, problem: str) -> None:
-    assert benchmark.spoiled(measured(1, **report), max_drift=3) == problem
+    assert compare_backends.spoiled(measured(1, **report), max_drift=3) == problem
 
 
 def test_a_leg_that_swaps_twice_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that swaps once is measured again, one that fails is asked no more."""
-    monkeypatch.setattr(benchmark, "others_percent", lambda: 1.0)
+    monkeypatch.setattr(compare_backends, "others_percent", lambda: 1.0)
     said: list[str] = []
-    shared = benchmark.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, said.append)
+    shared = compare_backends.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, compare_backends.CPU_PACE, said.append)
     swaps, asked = {"mlx-cpu": [9.0] * 4, "cpu": [9.0, 0.0, 0.0]}, []
 
     def start(leg: str, do: str, **settings: object) -> dict:
@@ -207,7 +209,7 @@ def test_a_leg_that_swaps_twice_is_thrown_away(tmp_path: Path, monkeypatch: pyte
         return measured(100, swapped_mb=swaps[leg].pop(0))
     monkeypatch.setattr(shared, "start", start)
     timed: dict[str, list[dict]] = {}
-    shared.time(["mlx-cpu", "cpu", "cuda"], 2, 0.0, 3.0, {"steps": 1}, timed)
+    shared.time(["mlx-cpu", "cpu", "cuda"], 2, timed)
     assert [r["round"] for r in timed["cpu"]] == [0, 1]
     assert "mlx-cpu" not in timed
     assert "in round 2 the machine wrote 9 MB to swap: thrown away" in shared.failed["mlx-cpu"]
@@ -216,42 +218,45 @@ def test_a_leg_that_swaps_twice_is_thrown_away(tmp_path: Path, monkeypatch: pyte
 
 
 def test_growth_is_told_as_an_exponent() -> None:
-    assert benchmark.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert benchmark.exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+    assert compare_backends.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert compare_backends.exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
 
 
 def test_a_comparison_writes_table_picture_and_json(tmp_path: Path) -> None:
     """With a leg that failed and one that wasn't timed."""
     energy = {"watts": 20.0, "joules_per_1000_tokens": 4.5, "source": "a meter"}
     reports = {"mlx-cpu": in_turn(100, 120, energy=energy), "cpu": [measured(200.0, drift=0.2), measured(300.0, round=1)]}
-    checked = {leg: {"fp32": p, "passed": p["passed"]} for leg, p in benchmark.parity(
+    checked = {leg: {"fp32": p, "passed": p["passed"]} for leg, p in compare_backends.parity(
         {"mlx-cpu": lost(1.0), "cpu": lost(1.0, gradient=2e-5), "mps": lost(2.0)}, "fp32").items()}
     result = {
         "machine": {"processor": "A processor", "cores": 2, "memory_gb": 8.0, "system": "Linux", "mlx": "1",
                     "threads": "all", "conditions": ["it runs on its battery"]}, "date": "2026-01-01",
         "parity": checked, "missing": ["no compiler"], "interrupted": True,
         "settings": {"tier": "cpu", "dtype": "fp32", "data": "d", "rounds": 2, "steps": 3, "repeats": 1, "warmup": 1,
-                     "max_drift": 3, "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
-        "legs": {name: benchmark.medians(r) for name, r in reports.items()}, "ratios": benchmark.ratios(reports, "mlx-cpu"),
+                     "max_drift": 3, "constants": {"DROPOUT": "(0.0,)"},
+                     "batch_tokens": 2048, "passes": 2, "seq_len": 128, "flops_per_token": 5e6, "parameters": 3e6},
+        "legs": {name: compare_backends.medians(r) for name, r in reports.items()},
+        "ratios": compare_backends.ratios(reports, "mlx-cpu"),
         "failed": {"cuda": "exit code 1: ...\nRuntimeError: no such device"}, "reports": reports,
-        "equal_steps": {"budget": "9steps", "legs": {"cpu": {"val_bpb": 1.5}}, "difference": 0.02, "agree": False},
+        "equal_steps": {"budget": "9steps", "legs": {"mlx-cpu": {"val_bpb": 1.47}, "cpu": {"val_bpb": 1.5}},
+                        "difference": 0.02, "agree": False},
         "equal_seconds": {"budget": "9s", "legs": {"cpu": {"val_bpb": 1.25, "num_steps": 1234}}}}
-    benchmark.write(result, tmp_path, "x")
+    compare_backends.write(result, tmp_path, "x")
     assert json.loads((tmp_path / "x.json").read_text())["legs"]["cpu"]["tokens_per_second"] == 250
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "x.md").read_text()
-    for words in ("| tokens/s, median | 110 | 250 |", "| backward | 21.0 | 21.0 |", "| val_bpb after 9steps | - | 1.5000 |",
+    for words in ("| tokens/s, median | 110 | 250 |", "| backward | 21.0 | 21.0 |", "| val_bpb after 9steps | 1.4700 | 1.5000 |",
                   "| steps in 9s | - | 1,234 |", "| Muon alone, ms | 1.25 | 1.25 |", "| energy, J per 1,000 tokens | 4.50 | - |",
                   "Energy of mlx-cpu: a meter.", "Energy of cpu is not told: no meter.", "No compiler.", "It was interrupted",
                   "at most 4 %. No leg counts in which the machine swapped", "About this machine: it runs on its battery.",
                   "1 losses in fp32 within 0.0e+00 and gradients within 2.0e-05 (lm_head.weight) (tolerance 1e-04).",
-                  "2.25 times the tokens/s, too few rounds", "one is wrong", "cpu 20%",
+                  "in both files DROPOUT = (0.0,).", "2.25 times the tokens/s, too few rounds", "one is wrong", "cpu 20%",
                   "Parity of mps: 1 losses in fp32 within 1.0e+00 and gradients within 0.0e+00 (wte.weight) (tolerance 1e-03): "
                   "failed, so it was not timed.",
                   "cuda failed: RuntimeError: no such device"):
         assert words in text, words
     busy = {leg: [r | {"others_percent": 70.0} for r in own] for leg, own in reports.items()}
-    assert any("a loaded machine" in line for line in benchmark.sentences(result | {"reports": busy}))
+    assert any("a loaded machine" in line for line in compare_backends.sentences(result | {"reports": busy}))
 
 
 def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
@@ -261,15 +266,16 @@ def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
 
 
 @pytest.mark.parametrize("words", [["--out", "/proc/nowhere"], ["--constant", "DEPTH"]])
-def test_what_would_fail_in_the_end_is_refused_at_once(words: list[str]) -> None:
+def test_what_would_fail_in_the_end_is_refused_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_backends, "available", lambda: (["mlx-cpu"], []))
     refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu", *words])
     assert refused.exit_code == 2
     assert "/proc/nowhere can't be written" in refused.output or "expected NAME=VALUE, got DEPTH" in refused.output
 
 
 def test_a_framework_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
-    here, missing = benchmark.available()
+    monkeypatch.setattr(compare_backends.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    here, missing = compare_backends.available()
     assert "mlx-cpu" in here
     assert missing == ["PyTorch is not installed (scripts/setup.sh torch installs it)"]
 
@@ -277,8 +283,8 @@ def test_a_framework_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("stage", ["parity", "times", "train"])
 def test_ctrl_c_keeps_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """In the check of parity there is nothing yet; in the second round the first one counts, in a training both do."""
-    monkeypatch.setattr(benchmark, "others_percent", lambda: 1.0)
-    shared = benchmark.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, lambda text: None)
+    monkeypatch.setattr(compare_backends, "others_percent", lambda: 1.0)
+    shared = compare_backends.Comparison(tmp_path, tmp_path, "cpu", "fp32", {}, compare_backends.CPU_PACE, lambda text: None)
     shape = dict.fromkeys(("batch_tokens", "passes", "seq_len", "flops_per_token", "parameters"), 1)
     done: list[str] = []
 
@@ -290,7 +296,7 @@ def test_ctrl_c_keeps_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shared, "start", start)
 
     def compare() -> dict:
-        return benchmark.compared(shared, ["cpu"], ["cpu"], 2, 0.0, 3.0, {}, {"equal_steps": "1steps"}, False)
+        return shared.measure(["cpu"], 2, {"equal_steps": "1steps"}, sweep=False)
     if stage == "parity":
         with pytest.raises(KeyboardInterrupt):
             compare()
@@ -308,14 +314,14 @@ def test_without_prepared_data_the_command_says_what_to_do(tmp_path: Path, monke
 
 
 def test_one_backend_is_measured_and_trained(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "TRAIN_FILE", PINNED / "train_mlx.py")
+    monkeypatch.setattr(compare_backends, "TRAIN_FILE", PINNED / "train_mlx.py")
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tiny.home))
-    monkeypatch.setattr(benchmark, "others_percent", lambda: 3.0)  # without waiting for a second
+    monkeypatch.setattr(compare_backends, "others_percent", lambda: 3.0)  # without waiting for a second
     small = [word for constant in ("DEPTH=1", "WIDTH=64", "SEQ_LEN=32", "BATCH_TOKENS=256", "NGRAM_BUCKETS=(97,)")
              for word in ("--constant", constant)]
     done = CliRunner().invoke(benchmark.main, [
-        "compare", "--backends", "mlx-cpu", "--data", str(tiny.train), *small, "--rounds", "1", "--steps", "2", "--repeats", "1",
-        "--warmup", "1", "--equal-steps", "3steps", "--equal-seconds", "0", "--sweep", "--out", str(tmp_path), "--name", "x"])
+        "compare", "--backends", "mlx-cpu", "--data", str(tiny.train), *small, "--rounds", "1", "--steps", "2",
+        "--equal-steps", "3steps", "--equal-seconds", "0", "--sweep", "--out", str(tmp_path), "--name", "x"])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "x.json").read_text())
     assert len(result["parity"]["mlx-cpu"]["fp32"]["losses"]) == 10
@@ -381,22 +387,57 @@ def test_a_measured_dtype_is_what_trainings_find(tmp_path: Path, monkeypatch: py
     assert find_dtype("Apple M1 mlx") == "float32"
 
 
-def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(tiny: Dataset, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dtype_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """`benchmark.py dtype` on a machine with these backends, in a data home of its own: what it writes as JSON."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.delenv("AUTORESEARCH_DTYPES", raising=False)
+
+    def run(data: Path, *backends: str) -> dict:
+        monkeypatch.setattr(benchmark, "available", lambda: (list(backends), []))
+        arguments = ["dtype", "--rounds", "1", "--steps", "3", "--data", str(data), "--json", str(tmp_path / "out.json")]
+        done = CliRunner().invoke(benchmark.main, arguments)
+        assert done.exit_code == 0, done.output
+        told = json.loads((tmp_path / "out.json").read_text())
+        assert told["said"] in done.output
+        return told
+    return run
+
+
+def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(
+        tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype_command: Callable[..., dict]) -> None:
     source = compare_peers.with_constants(SOURCE, {"DEPTH": 1, "WIDTH": 64, "BATCH_TOKENS": 256, "NGRAM_BUCKETS": "()"})
     monkeypatch.setattr(benchmark, "TRAIN_FILE", tmp_path / "train_mlx.py")
     (tmp_path / "train_mlx.py").write_text(source)
-    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
-    monkeypatch.setattr(benchmark, "available", lambda: (["mlx-cpu"], []))
-    arguments = ["dtype", "--rounds", "1", "--steps", "4", "--data", str(tiny.train), "--json", str(tmp_path / "out.json")]
-    done = CliRunner().invoke(benchmark.main, arguments)
-    assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "out.json").read_text())
+    told = dtype_command(tiny.train, "mlx-cpu")
     assert all(len(rates) == 1 and rates[0] > 0 for rates in told["tokens_per_second"].values())
     assert told["tokens_per_second"].keys() == {"bfloat16", "float16", "float32"}
     assert told["device"].endswith(" mlx")
     assert "nothing is changed" in told["said"]
     assert not (tmp_path / "dtypes.json").exists()
+
+
+@pytest.mark.parametrize(("fp32", "dtype"), [(150.0, "float32"), (101.0, "bfloat16")])
+def test_a_gpu_that_is_faster_in_fp32_computes_in_it_from_then_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype_command: Callable[..., dict], fp32: float, dtype: str) -> None:
+    """fp16 is the fastest, but train_mlx.py cannot use it. The line of the train file that chooses the dtype is run as on a GPU."""
+    monkeypatch.setattr(benchmark, "TRAIN_FILE", PINNED / "train_mlx.py")
+    rates = {"mx.bfloat16": 100.0, "mx.float16": 200.0, "mx.float32": fp32}
+
+    def trained(source: str, *_: object) -> dict:
+        (found,) = [rate for name, rate in rates.items() if re.search(rf"^DTYPE = {name} ", source, re.M)]
+        return {"tokens_per_second": found, "framework_mb": 1.0, "process_mb": 1.0, "device": "Apple M1 mlx"}
+    monkeypatch.setattr(benchmark, "measure_ours", trained)
+
+    def chosen(device: str) -> object:
+        line = re.search(r"^DTYPE = (.*)$", SOURCE, re.M)[1]
+        return eval(line, {"mx": mx, "GPU": True, "find_dtype": find_dtype, "device_name": lambda: device})
+    assert chosen("Apple M1 mlx") == mx.bfloat16
+    told = dtype_command(tmp_path, "mlx", "mlx-cpu")
+    assert told["chosen"] == dtype
+    assert chosen("Apple M1 mlx") == getattr(mx, dtype)
+    assert chosen("Apple M3 mlx") == mx.bfloat16
+    assert ("computes in float32 on Apple M1 mlx from now on" in told["said"]) == (dtype == "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,20 +477,16 @@ echo '{"cpu_power": 4.0, "all_power": 10.0, "sys_power": 30.0}'
 """
 
 
-@pytest.mark.parametrize(("program", "told"), [(MACMON + "exec sleep 60\n", True), ("#!/bin/sh\necho no Apple chip\n", False)])
-def test_macmons_power_is_added_up_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: bool) -> None:
+@pytest.fixture
+def macmon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name, first in PATH, still to be written."""
+    (tmp_path / "macmon").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(meters.shutil, "which", lambda name: None)
-    with pytest.raises(meters.Untold, match="brew install macmon"):
-        meters.Macmon()
-    monkeypatch.undo()
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    (tmp_path / "macmon").write_text(program)
-    (tmp_path / "macmon").chmod(0o755)
-    if not told:
-        with pytest.raises(meters.Untold, match="gives no power here"):
-            meters.Macmon()
-        return
+    return tmp_path / "macmon"
+
+
+def test_macmons_power_is_added_up_over_time(macmon: Path) -> None:
+    macmon.write_text(MACMON + "exec sleep 60\n")
     meter = meters.Macmon()
     try:
         while meter.watts != 10:
@@ -459,6 +496,24 @@ def test_macmons_power_is_added_up_over_time(tmp_path: Path, monkeypatch: pytest
         assert meter.joules() - before == pytest.approx(10 * (time.monotonic() - start), rel=0.2)
     finally:
         meter.close()
+
+
+def test_a_macmon_that_ends_tells_no_energy(macmon: Path) -> None:
+    macmon.write_text(MACMON + "while [ ! -e $0.end ]; do sleep 0.01; done\n")
+    meter = meters.Macmon()
+    Path(f"{macmon}.end").touch()
+    meter.follower.join(10)
+    assert math.isnan(meter.joules())
+    meter.close()
+
+
+def test_without_power_from_macmon_the_energy_is_not_told(macmon: Path) -> None:
+    macmon.write_text("#!/bin/sh\necho no Apple chip\n")
+    with pytest.raises(meters.Untold, match="gives no power here"):
+        meters.Macmon()
+    macmon.unlink()
+    with pytest.raises(meters.Untold, match="brew install macmon"):
+        meters.Macmon()
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to make a library that acts NVML's part")

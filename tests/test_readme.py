@@ -146,7 +146,7 @@ def in_small(command: str, hour: Hour, url: str) -> str:
     if command.startswith("python prepare_mlx.py --dataset"):
         return f"{command} --preset tiny"
     if command.startswith("python scripts/benchmark.py compare"):
-        return (f"{command} --backends mlx-cpu --rounds 1 --steps 1 --repeats 1 --warmup 1 --equal-steps 3steps --equal-seconds 0 "
+        return (f"{command} --backends mlx-cpu --rounds 1 --steps 1 --equal-steps 3steps --equal-seconds 0 "
                 "--constant NGRAM_BUCKETS=(97,)".replace("(97,)", "'(97,)'"))  # fmt: skip
     if command.endswith("--resume"):
         return f"{command} --experiments 2"

@@ -38,22 +38,24 @@ class GitFailed(NightError):
 DAMAGE = (GitFailed, OSError, MemoryError, RecursionError)
 
 
-def run_git(cwd: Path, *args: str, stdin: bytes | None = None) -> str:
+def run_git(cwd: Path, *args: str, stdin: bytes | None = None, index: Path | None = None) -> str:
     """Standard output of a git command, without its last newline. GitFailed with git's words if it fails."""
-    return git_bytes(cwd, *args, stdin=stdin).decode("utf-8", "surrogateescape").removesuffix("\n")
+    return git_bytes(cwd, *args, stdin=stdin, index=index).decode("utf-8", "surrogateescape").removesuffix("\n")
 
 
-def git_bytes(cwd: Path, *args: str, stdin: bytes | None = None) -> bytes:
-    """Standard output of a git command as it came. GitFailed with git's words if it fails or takes too long."""
+def git_bytes(cwd: Path, *args: str, stdin: bytes | None = None, index: Path | None = None) -> bytes:
+    """Standard output of a git command as it came. GitFailed with git's words if it fails or takes too long.
+
+    `index`: the file that git takes as its index, instead of the repository's own; one that is absent is an empty index."""
     for name in _FOREIGN:
         os.environ.pop(name, None)
-    command = ["git", *_QUIET, *args]
+    command, environment = ["git", *_QUIET, *args], {**_ENVIRONMENT, **({"GIT_INDEX_FILE": str(index)} if index else {})}
     try:
         with tempfile.TemporaryFile() as source:
             source.write(stdin or b"")
             source.seek(0)
             out = git.cmd.Git(str(cwd)).execute(
-                command, env=_ENVIRONMENT, stdout_as_string=False, strip_newline_in_stdout=False, istream=source,
+                command, env=environment, stdout_as_string=False, strip_newline_in_stdout=False, istream=source,
                 kill_after_timeout=SECONDS,
                 start_new_session=True,  # the terminal's Ctrl-C is for the driver, which finishes what it does
             )  # fmt: skip

@@ -33,8 +33,9 @@ from agent.git import filetree
 from agent.git.command import GitFailed, run_git
 from agent.git.filetree import LINK, MODULE, OTHER, TreeEntry
 from agent.git.worktree import Repository
+from agent.text import parsed
 
-TRAIN_FILE_BYTES = 256 << 10  # six times the longest train file; what parses it takes seconds and half a GB at four times as much
+TRAIN_FILE_BYTES = 96 << 10  # twice our longest; at 200 KB of `a.a.a.a` Python 3.10 dies of a full stack as it parses them
 MOST_VIOLATIONS = 20  # more say nothing new
 MOST_DROPPINGS = 200  # likewise; the rest is removed all the same
 _LARGEST_WATCHED = 1 << 20  # bytes of a hook or an attributes file whose content is compared
@@ -241,7 +242,7 @@ def _new_names(old: bytes, new: bytes) -> set[str]:
 def _names(source: bytes) -> set[str]:
     names: set[str] = set()
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = list(ast.walk(parsed(source)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return names  # it will not be trained
     for node in nodes:

@@ -64,8 +64,9 @@ class Repository:
         self.algorithm = run_git(self.root, "rev-parse", "--show-object-format")
 
     def git(self, *args: str, stdin: bytes | None = None) -> str:
-        """Output of a command on this repository, whose folder is named and not searched for."""
-        return run_git(self.root, f"--git-dir={self.common}", *args, stdin=stdin)
+        """Output of a command on this repository, whose folder is named and not searched for. The user's index is not read, as it
+        may be damaged: `git diff-tree` would fail then, which has no need of it."""
+        return run_git(self.root, f"--git-dir={self.common}", *args, stdin=stdin, index=self.common / "autoresearch-no-index")
 
     def file_at(self, commit: str, path: str) -> bytes:
         """A file's content at a commit; UsageError if it isn't there."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.journal.state import Experiment, Night
-from agent.text import failure_record
+from agent.text import failure_record, parsed
 from agent.trial.order import TrialResult
 
 _SEED_NAME = re.compile(r"(?:.*_)?seed", re.IGNORECASE)
@@ -63,7 +63,7 @@ class Verdict(NamedTuple):
 def fingerprint(content: bytes, name: str = "the train file") -> Source:
     """Identity and length of a Python source. SourceError, which says `name`, if the source does not parse."""
     try:
-        whole = ast.parse(content, filename=name)
+        whole = parsed(content)
         names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(whole) if not _is_method(node)}
         hidden = _text_bytes(content) if names & _RUNS_TEXT else 0
         tree = ast.fix_missing_locations(_Essence().visit(whole))
@@ -163,7 +163,7 @@ _STRUCTURE = {
 def _text_bytes(source: bytes) -> int:
     """Bytes of comments and docstrings: of all that `_Essence` leaves out."""
     comments = sum(_weight(token) for token in _tokens(source) if token.type == tokenize.COMMENT)
-    documented = (node for node in ast.walk(ast.parse(source)) if isinstance(node, _DOCUMENTED))
+    documented = (node for node in ast.walk(parsed(source)) if isinstance(node, _DOCUMENTED))
     docstrings = (ast.get_docstring(node, clean=False) or "" for node in documented)
     return comments + sum(len(text.encode("utf-8", "surrogatepass")) for text in docstrings)
 

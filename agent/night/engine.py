@@ -1,11 +1,10 @@
-"""The night's steps: propose, train, decide, keep or put aside. `Engine.run` has their order.
+"""The steps of a night: propose, train, decide, keep or put aside. `Engine.run` has their order.
 
-Each step looks at the journal, does the next thing and writes it down, and each may be repeated after a crash. Nothing is undone
-before it has been journalled, and the branch moves only after a verdict. So a driver that was killed anywhere folds the journal,
-puts git where the journal says it is, and goes on.
+Each step reads the journal, does one thing and writes it down, and each may be repeated after a crash. The branch moves only after
+a verdict is in the journal. So after a driver was killed, the next one reads the journal, makes git agree with it, and goes on.
 
-What a full disk, a damaged repository, a removed folder or too little memory raise in a step (`DAMAGE`) costs one experiment:
-`mend` makes the worktree anew and gives the verdict. Where that fails as well, the night ends with a word.
+Some errors come from outside: a full disk, a damaged repository, a removed folder, too little memory (`DAMAGE`). Each costs one
+experiment: `mend` repairs the worktree and gives the verdict. If the repair fails, the night ends and says why.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Engine:
         apply(self.night, self.journal.append(event, **_bounded(clean(fields))))
 
     def restored(self) -> None:
-        """Say that the night's folder had gone from its place, and make what else is needed in it."""
+        """Say that the night's folder had gone, and make the folder of logs again."""
         (self.lab.folder / "logs").mkdir(exist_ok=True)
         text = "the night's folder was removed, moved or replaced while the driver worked; its journal is there again"
         self.console.say(f"note: {text}")
@@ -87,14 +86,13 @@ class Engine:
         """Make processes, git and views agree with the journal."""
         for pid in sweep(self.lab.folder):
             self.console.say(f"ended process {pid}, left by a driver that was killed")
-        at = self.night.leader.commit if self.night.best is not None else self.night.base
-        self.worktree.open(at or self.night.base)
+        self.worktree.open(self._best_commit())
         self.follow()
 
     def run(self) -> tuple[str, str]:
-        """Propose, train, decide, keep or put aside, until a limit or a request ends the night. Returns the end's name and words.
+        """Propose, train, decide, keep or put aside, until a limit or a request ends the night: the name and words of that.
 
-        Each step first looks at the journal, so a night whose driver was killed continues at the step it had reached.
+        A step that the journal already holds is passed over: a night whose driver was killed goes on where it was.
         """
         if self.night.best is None:
             try:
@@ -106,20 +104,19 @@ class Engine:
             if self.night.open is None:
                 if end := self.before_experiment():
                     return end
-                self.record("experiment", n=len(self.night.experiments), parent=self._branch(), step=briefing.step(self.night))
+                self.record("experiment", n=len(self.night.experiments), parent=self._best_commit(), step=briefing.step(self.night))
             experiment = self.night.experiments[-1]
             try:
                 if experiment.commit is None and (end := self.propose(experiment)):
                     return end
                 if experiment.commit is not None and experiment.status is None:
-                    verdict = self.early_verdict(experiment) or self.trained_verdict(experiment)
-                    # this moves the branch to a keep, and leaves it for all others
-                    self.verdict(experiment, *self.verified(experiment, verdict))
+                    verdict = self.early_verdict(experiment) or self.train_and_decide(experiment)
+                    self.conclude(experiment, *self.verified(experiment, verdict))  # moves the branch, if it is a keep
             except DAMAGE as damage:
                 self.mend(experiment, damage)
 
-    def trained_verdict(self, experiment: Experiment) -> Verdict:
-        """Train and score the candidate, and the best in turn with it where that decides, until there is a verdict."""
+    def train_and_decide(self, experiment: Experiment) -> Verdict:
+        """Train and score the candidate until there is a verdict; a promising one in turns with the best."""
         best = self.night.leader
         while True:
             subject = experiment
@@ -136,15 +133,15 @@ class Engine:
                 return Verdict(result.status, (result.error or {}).get("message", ""), result.error)
 
     def mend(self, experiment: Experiment, damage: BaseException) -> None:
-        """Undo damage, which is this experiment's end. NightError if that is not possible."""
+        """Repair damage, and end this experiment with it. NightError if the repair fails."""
         words = self.repair(experiment.name, damage)
         if experiment.status is None:
             kind = "agent_error" if experiment.commit is None else "crash"
             reason = f"damaged from outside, and repaired: {words}"
-            self.verdict(experiment, kind, reason, failure_record(kind, reason))
+            self.conclude(experiment, kind, reason, failure_record(kind, reason))
 
     def repair(self, name: str, damage: BaseException) -> str:
-        """Have everything as the journal says again, after damage; its words. NightError if that is not possible."""
+        """Make everything agree with the journal again. Returns what the damage was. NightError if the repair fails."""
         words = one_line(str(damage), 300) or type(damage).__name__
         self.console.say(f"{name}: {words}; repairing")
         try:
@@ -155,12 +152,12 @@ class Engine:
         return words
 
     def follow(self) -> None:
-        """Have worktree, branch, refs and views as the journal says. DAMAGE where that is not possible."""
+        """Make worktree, branch, refs and views agree with the journal. Raises DAMAGE if that fails."""
         if self.journal.follow():
             self.restored()
         prune(self.night, self.lab.folder)  # first what makes room
-        self.worktree.fill(self._branch())
-        stays = self.worktree.move(self._branch())
+        self.worktree.fill(self._best_commit())
+        stays = self.worktree.move(self._best_commit())
         for words in (stays, *self.worktree.keep_refs({e.n: e.commit for e in self.night.experiments if e.commit})):
             self.note_once(words)
         with contextlib.suppress(OSError):  # a view; it is written again after the next experiment
@@ -205,21 +202,22 @@ class Engine:
                 )
             if self.stopper.finishing() and len(experiment.scores) < self.settings.baseline_seeds:
                 raise Stopped
-        self.verdict(experiment, "keep", "baseline", None)
+        self.conclude(experiment, "keep", "baseline", None)
 
     def propose(self, experiment: Experiment) -> tuple[str, str] | None:
-        """Get a candidate (or a verdict without one); a reason to end the night if no agent can be asked."""
+        """Ask the agent for a candidate, or give the verdict if none came. Returns why the night ends, if it does."""
         n, parent = experiment.n, experiment.parent
         self.console.stage(f"experiment {n} (best {self.night.leader.mean:.4f}): the agent is at work")
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
-        brief, said = briefing.program(self.program), self.hooks.before_experiment(self.night, experiment)
-        before, prompt = elsewhere(self.worktree.repository), briefing.compose(self.night, brief, said)
+        said = self.hooks.before_experiment(self.night, experiment)
+        prompt = briefing.compose(self.night, briefing.program(self.program), said)
+        before = elsewhere(self.worktree.repository)
         self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
         after = elsewhere(self.worktree.repository)
-        if new := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._noted):
-            self._noted.update(new)
-            self.note(f"changed while the agent of experiment {n} was at work: {_listed(new)}; if it was not you, look at it")
+        if changed := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._noted):
+            self._noted.update(changed)
+            self.note(f"changed while the agent of experiment {n} was at work: {_listed(changed)}; if it was not you, look at it")
         if proposal.droppings:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
@@ -230,11 +228,11 @@ class Engine:
         if proposal.kind in ("rate_limit", "login", "missing"):
             self.record("agent_failed", n=n, kind=proposal.kind, wait=proposal.wait, message=proposal.message, **spent)
             return self._no_agent(proposal.kind, proposal.message)
-        self.verdict(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
+        self.conclude(experiment, proposal.kind, proposal.message, proposal.error(), proposal.description, spent)
         return None
 
     def candidate(self, experiment: Experiment, commit: str, proposal: Proposal) -> None:
-        """Journal what the worktree now holds as the candidate of this experiment."""
+        """Journal the worktree's train file as the candidate of this experiment."""
         source, about = novelty.source(self.worktree.path / self.lab.train_file), proposal.description
         self.record(
             "candidate", n=experiment.n, commit=commit, ast=source.identity, lines=source.lines, description=about,
@@ -246,7 +244,7 @@ class Engine:
             self.console.say(f"experiment {experiment.n}: {about}")
 
     def early_verdict(self, experiment: Experiment) -> Verdict | None:
-        """The verdict on a candidate that need not be trained: no change, trained before, no Python, or with data of its own."""
+        """The verdict on a candidate that needs no training: unchanged, trained before, no Python, or with data of its own."""
         if experiment.scores:
             return None
         self.lay(experiment)
@@ -257,7 +255,7 @@ class Engine:
         return novelty.burdened(file.read_bytes(), parent) or novelty.refused(screen(self.lab, parent))
 
     def verified(self, experiment: Experiment, verdict: Verdict) -> Verdict:
-        """The verdict after every row was probed for look-ahead, if it is a keep: a violation if the candidate fails."""
+        """The same verdict, unless it is a keep and the candidate looks ahead: before a keep every row is probed for that."""
         if verdict.status != "keep":
             return verdict
         self.console.stage(f"{experiment.name}: every row is probed before it is kept")
@@ -272,12 +270,12 @@ class Engine:
         return Verdict("discard", f"it could not be probed before a keep, in {validity.MOST_INTERRUPTIONS} attempts: {why}", None)
 
     def lay(self, experiment: Experiment) -> None:
-        """Have the worktree as the candidate's commit and the harness as the base's, with nothing beside them to be imported."""
+        """Restore the candidate's files in the worktree and the night's harness, and remove whatever else could be imported."""
         self.worktree.fill(experiment.commit or "")  # byte by byte: git would believe sizes and times
         lay_harness(self.worktree.repository, self.night.base, self.lab.folder)
 
     def trial(self, experiment: Experiment) -> TrialResult:
-        """Train and score one experiment's file with its next seed; repeated if the machine slept, or was not itself."""
+        """Train and score an experiment's file with its next seed. Repeat that if the machine slept, or its speed changed."""
         if experiment.status is None and experiment.n and experiment.repeats.get("killed", 0) >= MOST_KILLS:
             why = f"the driver was killed in each of {MOST_KILLS} attempts at this training"
             return TrialResult("crash", 0.0, error=failure_record("crash", why))
@@ -303,11 +301,11 @@ class Engine:
                 return result
             self.console.say(f"{name}, trial {k + 1} is repeated: {(result.error or {}).get('message')}")
 
-    def verdict(
+    def conclude(
         self, experiment: Experiment, status: str, reason: str, error: dict[str, Any] | None, description: str = "",
         spent: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Journal the end of an experiment, then let git and the views follow."""
+        """Journal the verdict on an experiment, then let git, the views and the user's hook follow."""
         mean = experiment.mean
         self.record(
             "verdict", n=experiment.n, status=status, reason=reason, val_bpb=mean, description=description, error=error,
@@ -320,9 +318,8 @@ class Engine:
         self.hooks.after_experiment(self.night, experiment)
 
     def _trained(self, experiment: Experiment, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
-        """The result of one training; `interrupted` where somebody removed or moved a folder that it needs while it ran.
-
-        A candidate may do that itself: the third time it is a crash."""
+        """The result of one training: `interrupted` if somebody removed or moved a folder that it needs. The third time it is a
+        crash, because the candidate may do that itself."""
         began, trouble, result = time.monotonic(), None, None
         try:
             result = run_trial(self.lab, run_dir, seed, reference)
@@ -360,16 +357,17 @@ class Engine:
             )  # fmt: skip
 
     def note(self, text: str) -> None:
-        """Something the user should know and the night can do without: journalled and said."""
+        """Journal and say something that the user should know."""
         self.record("note", text=text)
         self.console.say(f"note: {text}")
 
     def note_once(self, text: str) -> None:
+        """The same, unless it was said in this session or is empty."""
         if text not in self._noted:
             self._noted.add(text)
             self.note(text)
 
-    def _branch(self) -> str:
+    def _best_commit(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
     def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from night_kit import Bed, checkout_digest, git
 
 from agent.errors import UsageError
 from agent.git.guard import remember
-from agent.git.worktree import Repository, Worktree
+from agent.git.worktree import GuardError, Repository, Worktree
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +154,32 @@ def test_a_lock_that_a_killed_git_left_on_the_nights_branch_is_removed(bed: Bed)
     assert git(bed.repo, "rev-parse", "autoresearch/night") == commit
     assert not lock.exists()
     assert (bed.repo / ".git/index.lock").exists()
+
+
+def test_a_damaged_index_of_the_users_is_not_read(bed: Bed) -> None:
+    worktree = opened(bed)
+    (bed.repo / ".git/index").write_bytes(b"DIRC nonsense")
+    (bed.repo / ".git/index.lock").touch()
+    commit = commit_of(worktree, text=b"WIDTH = 8\n")
+    assert "+WIDTH = 8" in worktree.diff(worktree.repository.head, commit)
+    worktree.lend(commit)
+    worktree.keep_refs({1: commit})
+    assert worktree.move(commit) == ""
+    assert (bed.repo / ".git/index").read_bytes() == b"DIRC nonsense"
+
+
+def test_a_ref_that_cannot_be_set_and_a_commit_that_is_gone_are_told_once(bed: Bed) -> None:
+    worktree = opened(bed)
+    commit, base = commit_of(worktree), worktree.repository.head
+    git(bed.repo, "update-ref", "refs/autoresearch/night", base)  # no ref can be below it now
+    assert "refs/autoresearch/night/0001 stays where it is" in worktree.keep_refs({1: commit})[0]
+    git(bed.repo, "update-ref", "-d", "refs/autoresearch/night")
+    git(bed.repo, "gc", "-q", "--prune=now")
+    assert f"commit {commit[:9]} is gone from git" in worktree.keep_refs({0: base, 1: commit})[0]
+    assert worktree.keep_refs({0: base, 1: commit}) == []
+    assert git(bed.repo, "rev-parse", "refs/autoresearch/night/0000") == base
+    with pytest.raises(GuardError, match="is gone from git: refs/heads/autoresearch/night was deleted"):
+        worktree.move(commit)
 
 
 def test_refs_that_somebody_deleted_come_back(bed: Bed) -> None:

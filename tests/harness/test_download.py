@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +101,10 @@ def test_the_preset_upstream_scores_upstreams_validation_file(tmp_path):
         done = fetch_upstream(server, tmp_path, "--shards", 2)
         assert done.returncode == 0, done.stderr
         assert "ready: climbmix-320-" in done.stdout
+        size = sum(len(files[name]) for name in ("shard_00000.parquet", "shard_00001.parquet", UPSTREAM[1]))
+        assert done.stderr.startswith(
+            f"to download: {size / 1e9:.2f} GB from karpathy/climbmix-400b-shuffle, 3 of 3 files: shard_00000.parquet, "
+            f"shard_00001.parquet, {UPSTREAM[1]} (validation and test text)\nto {tmp_path}/downloads/")
         assert ranges(server, "shard_00002.parquet") == []
         assert f"/api/datasets/karpathy/climbmix-400b-shuffle/revision/{DATASETS['climbmix'][3]}" in [
             path for _, path, *_ in server.requests]
@@ -233,10 +238,26 @@ def test_a_proxy_is_used(hub, tmp_path):
     is_whole(tmp_path, done)
 
 
-@pytest.mark.slow
-def test_no_server_at_all(tmp_path):
-    done = prepare("--dataset", "tinystories", "--preset", "tiny", home=tmp_path)
-    is_refused(tmp_path, done, "could not be fetched")
+def test_what_does_not_fit_on_the_disk_is_not_begun(hub, tmp_path, monkeypatch):
+    """What is here already needs no room, and a part of a file only the rest."""
+    chosen = [{"name": f"{i}.parquet", "bytes": 10**9} for i in range(3)]
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: SimpleNamespace(free=1_500_000_000))
+    with pytest.raises(HarnessError, match=r"karpathy/x: 3\.00 GB to download, 1\.50 GB free on the disk of .*set AUTORES"):
+        download.announce("karpathy/x", chosen, tmp_path, "")
+    (tmp_path / "0.parquet").touch()
+    with open(tmp_path / "1.parquet.part", "wb") as part:
+        part.truncate(600_000_000)
+    download.announce("karpathy/x", chosen, tmp_path, "")
+
+
+@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["refused", "forbidden"])
+def test_no_server_at_all(tmp_path, offline):
+    """With the preset that is large: the machine is offline, and says so within seconds."""
+    started = time.monotonic()
+    done = prepare("--preset", "upstream", home=tmp_path, **offline)
+    assert time.monotonic() - started < download.FIRST_WAIT * 2**download.TRIES, "no more than two tries"
+    is_refused(tmp_path, done, "the list of karpathy/climbmix-400b-shuffle at")
+    assert "could not be fetched: " + ("OfflineModeIsEnabled" if offline else "ConnectError") in done.stderr
     assert "Run the same command again to continue" in done.stderr
     assert "`--dataset stories` needs no network" in done.stderr
 

@@ -6,13 +6,16 @@ import ast
 import base64
 import lzma
 import random
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PINNED
+from conftest import PINNED, ROOT
 
+from agent.git.guard import TRAIN_FILE_BYTES
 from agent.judgement.novelty import DATA_BYTES, SOURCE_BYTES, SourceError, burdened, fingerprint
 
 
@@ -120,3 +123,20 @@ def test_an_ordinary_change_brings_no_data() -> None:
     change = "\n".join(f"    y{i} = mx.maximum(x, {i}.5) * weights['wte_{i}']  # a comment on line {i}" for i in range(80))
     assert burdened(parent + f"\ndef f(x, weights):\n{change}\n    return x\n".encode(), parent) is None
     assert burdened(b"import mlx.core as mx\n", parent) is None, "less is always allowed"
+
+
+@pytest.mark.parametrize("piece", [".a", "()", "+1"])
+def test_deep_nesting_does_not_end_the_driver(tmp_path: Path, piece: str) -> None:
+    """Python's own parser follows it on the stack, and a full stack ends the whole process."""
+    file = tmp_path / "train.py"
+    file.write_text("a" + piece * ((TRAIN_FILE_BYTES - 1) // len(piece)))
+    look = "import sys; from pathlib import Path; from agent.judgement import novelty; from agent.git import guard"
+    look += "; file = Path(sys.argv[1]); print(novelty.broken(file).reason); guard._names(file.read_bytes())"
+    done = subprocess.run([sys.executable, "-c", look, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "train.py: not a Python source" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_dotted_name_without_end_takes_no_memory(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="a dotted name of more than 500 parts"):
+        source_of(tmp_path, "from a" + ".\\\n a" * 20_000 + " import b")
+    source_of(tmp_path, f"# {'.' * 5000}\n" + "a.b(1.5, c.d)\n" * 2000)

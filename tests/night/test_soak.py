@@ -19,7 +19,8 @@ from test_kill import check
 from agent.journal.journal import read_events
 
 EXPERIMENTS = 300
-ACTS = "better worse worse worse crash nan oom comment seed violation extra fail noop syntax import unscorable silent simpler hang"
+ACTS = """better worse worse worse worse worse crash nan oom comment seed violation extra fail noop syntax import unscorable silent
+simpler hang"""  # so few gains that the toy's score stays above 0
 
 
 def verdicts(bed: Bed) -> int:

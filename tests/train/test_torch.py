@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from pinned import train_mlx, train_torch  # noqa: E402
 from pinned.train_torch import GPT, NGRAMS, GPTConfig, init_optimizer, make_gradients, make_step, schedule  # noqa: E402
 
-from scripts import benchmark  # noqa: E402
+from scripts import compare_backends  # noqa: E402
 
 CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # N-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2**32 at once
@@ -809,15 +809,15 @@ def test_it_imports_its_framework_and_not_the_other_one() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def compared(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **constants: str) -> benchmark.Comparison:
+def compared(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **constants: str) -> compare_backends.Comparison:
     """A small comparison of the pinned files in fp32 on the CPU, with its initial weights drawn."""
-    monkeypatch.setattr(benchmark, "TRAIN_FILE", PINNED / "train_mlx.py")
-    monkeypatch.setattr(benchmark, "TORCH_FILE", PINNED / "train_torch.py")
+    monkeypatch.setattr(compare_backends, "TRAIN_FILE", PINNED / "train_mlx.py")
+    monkeypatch.setattr(compare_backends, "TORCH_FILE", PINNED / "train_torch.py")
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tiny.home))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = {"DROPOUT": "(0.0,)", "DEPTH": "2", "WIDTH": "64", "SEQ_LEN": "32", "BATCH_TOKENS": "256", "MICRO_TOKENS": "128",
              "NGRAM_BUCKETS": "(97, 101)"}
-    shared = benchmark.Comparison(folder, tiny.train, "cpu", "fp32", small | constants)
+    shared = compare_backends.Comparison(folder, tiny.train, "cpu", "fp32", small | constants, compare_backends.CPU_PACE, print)
     shared.new_weights("mlx-cpu")
     return shared
 
@@ -840,7 +840,7 @@ def test_another_optimizer_or_model_on_one_side_is_noticed(
     shared = compared(tiny, tmp_path, monkeypatch)
     reports = {name: shared.start(name, "parity", own, steps=10, fill_zeros=True, gradients=str(tmp_path / "gradients.npz"))
                for name, own in (("mlx-cpu", {}), ("cpu", constants))}
-    found = benchmark.parity(reports, "fp32")["cpu"]
+    found = compare_backends.parity(reports, "fp32")["cpu"]
     assert not found["passed"]
     assert found["difference"] > 1e-4
     assert (found["gradient_difference"] > 1e-4) == (what == "model")
@@ -850,7 +850,7 @@ def test_the_backends_reach_the_same_score_after_equal_steps(tiny: Any, tmp_path
     shared = compared(tiny, tmp_path, monkeypatch)
     runs = {name: shared.trained(name, "10steps") for name in ("mlx-cpu", "cpu")}
     assert runs["cpu"]["total_tokens"] == runs["mlx-cpu"]["total_tokens"] == 10 * 256
-    assert runs["cpu"]["val_bpb"] == pytest.approx(runs["mlx-cpu"]["val_bpb"], rel=benchmark.BPB_TOLERANCE)
+    assert runs["cpu"]["val_bpb"] == pytest.approx(runs["mlx-cpu"]["val_bpb"], rel=compare_backends.BPB_TOLERANCE)
 
 
 def test_the_time_of_a_step_is_taken_on_pytorch(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
