@@ -67,6 +67,7 @@ CANNOT = {
     "mlx-cpu": "MLX computes everything but matrix products on one thread",
     "cpu": "PyTorch doesn't count the memory of its arrays on a CPU",
 }
+WINDOWS = ("forward", "gradients", "step", "training")                          # each holds what the one before holds, and a part
 PARTS = ("forward", "backward", "optimizer", "loader")
 FRAMEWORKS = {"mlx": "MLX", "torch": "PyTorch"}
 INSTALL = {"mlx": "scripts/setup.sh", "torch": "scripts/setup.sh torch"}
@@ -191,8 +192,7 @@ class Comparison:
                 for again in (True, False):
                     time.sleep(self.pace["rest"])
                     busy = others_percent()
-                    report = self.attempt(self.start, leg, "times", pieces=True,
-                                          windows=["forward", "gradients", "step", "training"], **self.pace)
+                    report = self.attempt(self.start, leg, "times", pieces=True, windows=WINDOWS, **self.pace)
                     if not report or not (problem := spoiled(report, self.pace["max_drift"])):
                         break
                     self.tell(f"round {i + 1}, {leg}: {problem}" + ("; once more" if again else ""))
@@ -318,7 +318,7 @@ def spoiled(report: dict[str, Any], max_drift: float) -> str:
 
 def split(seconds: dict[str, float]) -> dict[str, float]:
     """Milliseconds a step by part, as differences of windows that hold more and more of the step."""
-    windows = [1000 * seconds[name] for name in ("forward", "gradients", "step", "training")]
+    windows = [1000 * seconds[name] for name in WINDOWS]
     return dict(zip(PARTS, (b - a for a, b in zip([0.0, *windows[:-1]], windows, strict=True)), strict=True))
 
 
@@ -348,21 +348,28 @@ def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
         **median([r["energy"] for r in reports], "joules_per_1000_tokens", "watts"),
         "lowest": min(rates), "highest": max(rates), "rounds": len(reports),
         "step_ms": statistics.median(1000 * r["seconds"]["training"] for r in reports),
-        "parts_ms": median([split(r["seconds"]) for r in reports], *PARTS),
+        "parts_ms": split(median([r["seconds"] for r in reports], *WINDOWS)),
         "pieces_ms": median([r["pieces_ms"] for r in reports], *reports[0]["pieces_ms"]),
         "first_step_seconds": statistics.median(r["first_seconds"]["step"] for r in reports),
         "largest_drift": max(abs(r["drift"]) for r in reports)}
 
 
+def others(reports: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """Percent of the CPU that other programs used before a leg: median and most."""
+    percents = [r["others_percent"] for own in reports.values() for r in own]
+    return statistics.median(percents), max(percents)
+
+
 def ratios(reports: dict[str, list[dict[str, Any]]], first: str) -> dict[str, dict[str, Any]]:
-    """tokens/s of each leg over those of the leg `first`, round by round. A winner is named only if the interval excludes 1."""
-    results = {}
+    """tokens/s of each leg over those of the leg `first`, round by round. A winner is named only if the interval excludes 1, and
+    the machine was not loaded: there the system's scheduler decides, and one framework's threads wait for each other longer."""
+    results, calm = {}, others(reports)[0] <= BUSY_PERCENT
     base = {r["round"]: r["tokens_per_second"] for r in reports[first]}
     for leg in (leg for leg in reports if leg != first):
         pairs = [r["tokens_per_second"] / base[r["round"]] for r in reports[leg] if r["round"] in base]
         if pairs:
             bounds = interval(pairs)
-            faster = leg if bounds and bounds[0] > 1 else first if bounds and bounds[1] < 1 else None
+            faster = None if not (bounds and calm) else leg if bounds[0] > 1 else first if bounds[1] < 1 else None
             results[leg] = {"against": first, "pairs": pairs, "median": statistics.median(pairs), "interval_95": bounds,
                             "faster": faster}
     return results
@@ -414,15 +421,9 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
-def others(result: dict[str, Any]) -> tuple[float, float]:
-    """Percent of the CPU that other programs used before a leg: median and most."""
-    percents = [r["others_percent"] for reports in result["reports"].values() for r in reports]
-    return statistics.median(percents), max(percents)
-
-
 def sentences(result: dict[str, Any]) -> list[str]:
     """What the table doesn't show, one sentence a line."""
-    m, s, (busy, busiest) = result["machine"], result["settings"], others(result)
+    m, s, (busy, busiest) = result["machine"], result["settings"], others(result["reports"])
     loaded = " (a loaded machine: figures are low and spread)" if busy > BUSY_PERCENT else ""
     lines = [f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; CPU threads: {m['threads']}; "
              f"MLX {m.get('mlx', '-')}, PyTorch {m.get('torch', '-')}. {result['date']}.",
@@ -440,7 +441,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     for leg, r in result["ratios"].items():
         bounds = f"95 % interval {r['interval_95'][0]:.2f} to {r['interval_95'][1]:.2f}" if r["interval_95"] else \
             "too few rounds for an interval, six are needed"
-        verdict = f"{r['faster']} is faster" if r["faster"] else "no winner"
+        verdict = f"{r['faster']} is faster" if r["faster"] else "no winner" + ", as the machine was loaded" * bool(loaded)
         lines.append(f"{leg} over {r['against']}: {r['median']:.2f} times the tokens/s, {bounds}: {verdict}.")
     if (steps := result.get("equal_steps")) and len(steps["legs"]) > 1:
         lines.append(f"val_bpb after {steps['budget']}: apart by {steps['difference']:.2%} "
@@ -472,6 +473,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     legs, m, s = result["legs"], result["machine"], result["settings"]
+    loaded = ", loaded" if others(result["reports"])[0] > BUSY_PERCENT else ""
     figure, axes = pyplot.subplots(figsize=(9, 1.7 + 0.62 * len(legs)), dpi=120)
     longest = max(leg["step_ms"] for leg in legs.values())
     for row, leg in enumerate(legs.values()):
@@ -487,7 +489,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * longest)
     axes.set_xlabel("milliseconds a step (median)")
-    axes.set_title(f"{m['processor']}, {m['cores']} cores{', loaded' if others(result)[0] > BUSY_PERCENT else ''}: "
+    axes.set_title(f"{m['processor']}, {m['cores']} cores{loaded}: "
                    f"{s['parameters'] / 1e6:.1f} M parameters, {s['batch_tokens']:,} tokens a step, rows of {s['seq_len']}, "
                    f"{s['dtype']}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
