@@ -34,6 +34,7 @@ from harness import PROGRAM, HarnessError, kind_of, open_plain
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
 LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
 COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # largest run directory that is copied
+HOLE = bytes(1 << 20)           # a part of a file that takes no space
 # Linux system calls through which processes can pass messages by keyrings or the page cache. No model needs them. For each
 # architecture: the kernel's number for it, then add_key, request_key, keyctl, mincore, cachestat, preadv2, io_uring_setup
 DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
@@ -145,8 +146,8 @@ def copy_run(run_dir: Path, target: Path) -> None:
                     stack.append((Path(entry.path), place / entry.name, depth + 1))
                 elif entry.is_file(follow_symlinks=False):
                     with os.fdopen(open_plain(Path(entry.path)), "rb") as read, open(place / entry.name, "wb") as write:
-                        while chunk := read.read(1 << 20):
-                            if chunk.count(0) < len(chunk):
+                        while chunk := read.read(len(HOLE)):
+                            if chunk != HOLE:
                                 write.write(chunk)
                             else:  # a hole stays one: a sparse file could fill the disk and take minutes
                                 write.seek(len(chunk), os.SEEK_CUR)
