@@ -10,8 +10,8 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 
 .PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
 
-demo: .venv/.ready
-	@tag=demo-$$(date +%m%d-%H%M%S); set -e; \
+demo: .venv/.ready  # one thread a training: for matrices this small more threads wait for each other, above all on a busy machine
+	@tag=demo-$$(date +%m%d-%H%M%S); set -e; export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1; \
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 7 --tag $$tag $(OPTIONS); \
 	echo; $(ENV) $(PY) scripts/sample.py --compare --tag $$tag --tokens 60; \
 	printf '\nNext:\n    source .venv/bin/activate\n    %s\n    %s\n    %s\n' \

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.chat.edit import finish
+from agent.chat.edit import answer_prompt
 from agent.coders.coder import Reply, with_last_lines
 from agent.coders.error_text import name_failure
 from agent.coders.own import OURS
@@ -230,10 +230,7 @@ def main(train_file: Path, command: tuple[str, ...], model: str | None) -> None:
     """Have the agent that COMMAND starts edit TRAIN_FILE as the prompt on standard input asks.
 
     Exit codes: 0 its turn ended, 1 a failure, 2 usage, 3 login, 4 rate limit, 5 missing."""
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    if not prompt.strip():
-        raise click.UsageError("no prompt; expected it on standard input")
-    finish(ask(train_file, list(command), prompt, model))
+    answer_prompt(lambda prompt: ask(train_file, list(command), prompt, model))
 
 
 if __name__ == "__main__":

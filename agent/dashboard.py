@@ -113,9 +113,6 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
         found = await asyncio.to_thread(reader.detail, request.path_params["n"])
         return JSONResponse(found) if found else PlainTextResponse("there is no such experiment", 404)
 
-    async def icon(request: Request) -> Response:
-        return Response(status_code=204)  # browsers ask for an icon; there is none
-
     async def damaged(request: Request, error: Exception) -> Response:
         return PlainTextResponse(str(error), 500)
 
@@ -165,8 +162,7 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
 
         return await inner(scope, receive, careful)
 
-    routes = [Route("/", page), Route("/night", night), Route("/experiment/{n:int}", experiment), Route("/events", events),
-              Route("/favicon.ico", icon)]  # fmt: skip
+    routes = [Route("/", page), Route("/night", night), Route("/experiment/{n:int}", experiment), Route("/events", events)]
     inner = Starlette(routes=routes, exception_handlers={NightError: damaged})
     return guarded
 

@@ -32,11 +32,19 @@ from agent.views.terminal import TERMINAL_LOG, Console, complain
 INTERRUPTED = 130  # exit code: stopped at once by the user, resumable
 
 
-_EXIT_CODES = """\
-Exit codes: 0 the night ended as planned; 1 it ended early, and the last lines say why; 2 a wrong option or folder; 8 another driver
-works on this night; 9 the journal is damaged; 10 the data or the harness failed; 11 the unchanged train file does not train;
-12 the agent does not answer, or --max-cost can't be held with it; 130 stopped at once. Every night that has begun can go on with
---resume.
+_EXIT_CODES = """\b
+Exit codes:
+    0  the night ended as planned
+    1  it ended early; the last lines say why
+    2  a wrong option or folder
+    8  another driver works on this night
+    9  the journal is damaged
+   10  the data or the harness failed
+   11  the unchanged train file does not train
+   12  the agent does not answer, or --max-cost can't be held with it
+  130  stopped at once
+
+Every night that has begun can go on with --resume.
 """
 
 

@@ -18,6 +18,7 @@ files.
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +27,10 @@ import sys
 import time
 from pathlib import Path
 from typing import ClassVar
+
+if importlib.util.find_spec("numpy") is None:
+    sys.exit(f"error: {sys.executable} has none of the project's packages; first: source .venv/bin/activate (make demo or uv sync "
+             "makes .venv)")
 
 PROGRAM = Path(__file__).resolve().parent.parent / "prepare_mlx.py"  # the command line, started again to score and to serve
 

@@ -32,13 +32,13 @@ from harness.overlap import COPY, NEIGHBOURS, SHINGLE, WINDOW, code_points, find
 from harness.stories import book
 from harness.tokenizer import Tokenizer
 
-WORKERS = 12                    # maximum number of worker processes, of about 120 MB each
-HELD_OUT = 2_000_000            # bytes: up to here val and test hold out a tenth of the text each, whatever a preset scores of it
-HELD_OUT_MOST = 8_000_000       # bytes: from HELD_OUT to here they hold out a twentieth each
+WORKERS = 12                    # maximum number of worker processes, each of about 120 MB
+HELD_OUT = 2_000_000            # bytes: val and test each get a tenth of the text until they have this much
+HELD_OUT_MOST = 8_000_000       # bytes: beyond HELD_OUT each gets a twentieth of the text, until it has this much
 STORIES_BYTES = 8 << 20         # size of the training stories: more than a CPU reads in five minutes
 TOKENIZER_BYTES = 16 << 20      # training text that the tokenizer learns from, sampled from all documents
-SHORTEST = 64                   # bytes: what remains of a training document beside held-out text, if it is shorter, is left out
-PHRASES = 0.007                 # share of held-out text that may stand in train in stretches that are too short for a copy
+SHORTEST = 64                   # bytes: once held-out text is cut out of a training document, shorter remainders are left out
+PHRASES = 0.007                 # share of held-out text that may also be in train, in stretches too short to be copies
 LIMIT = 0.02                    # share of the text that may be left out unless --allow-loss is given
 FORMAT = 4                      # raise it when the files on disk change their meaning: existing datasets are then rebuilt
 DATASETS = {  # name: (licence, source, file pattern in the hub repository, its commit)
@@ -56,8 +56,8 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
 
     dataset: a name in DATASETS, or text:PATH. vocab_size: tokens; 0: the preset's. field: field of a JSON object or column of a
     table. shards: number of hub files. revision: commit, branch or tag of a hub dataset; "": the commit in DATASETS.
-    allow_loss: go on even if more than LIMIT of the text cannot be read. make_current: trainings and nights take it when nothing
-    else is said. Errors: HarnessError("usage", "data").
+    allow_loss: go on even if more than LIMIT of the text cannot be read. make_current: make it the default of trainings and nights.
+    Errors: HarnessError("usage", "data").
     """
     if preset_name not in PRESETS:
         raise HarnessError("usage", f"unknown preset {preset_name!r}; expected one of {', '.join(PRESETS)}")
@@ -90,7 +90,7 @@ def prepare(dataset: str, preset_name: str, *, vocab_size=0, field="text", shard
 
 
 def trouble(error: BaseException, ident: str) -> HarnessError:
-    """The error for what the machine refused while data was prepared: room on the disk, access, memory for a worker."""
+    """The error that explains why preparing failed: the disk is full, a file is not accessible, or a worker ran out of memory."""
     work = home() / "work" / ident
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return HarnessError("data", f"the disk of {home()} is full: preparing takes about three times the size of the text; free "
@@ -108,7 +108,7 @@ def trouble(error: BaseException, ident: str) -> HarnessError:
 
 @dataclass(frozen=True)
 class Part:
-    """The documents that one worker read, one after another in the file `text`; `digests` has what is known of them."""
+    """The documents that one worker read: the file `text` has them one after another, the file `digests` all other fields."""
     text: Path
     digests: Path
     sizes: np.ndarray           # int64 [n]: bytes of each document
@@ -122,14 +122,14 @@ class Part:
         return np.cumsum(self.sizes)
 
     def documents(self, numbers) -> list[bytes]:
-        """Some documents, given their numbers."""
+        """Read the documents with these numbers."""
         ends = self.ends
         with open(self.text, "rb") as file:
             return [file.read(int(self.sizes[n])) for n in numbers if file.seek(int(ends[n] - self.sizes[n])) >= 0]
 
 
 def grouped(blocks: list[Block]) -> list[list[Block]]:
-    """Put small blocks together, in order, so that each group has about BLOCK_BYTES: thousands of notes are few parts."""
+    """Join small blocks, in order, to groups of about BLOCK_BYTES, so that thousands of small files make few parts."""
     groups: list[list[Block]] = []
     size = BLOCK_BYTES
     for block in blocks:
@@ -142,8 +142,8 @@ def grouped(blocks: list[Block]) -> list[list[Block]]:
 
 
 def read_part(blocks: list[Block], place: Path) -> Part:
-    """Read the documents of some blocks and keep them in `place`.text and `place`.digests. Documents with the same letters, which
-    are duplicates or near duplicates, get the same first hash."""
+    """Read the documents of some blocks and store them as `place`.text and `place`.digests. Documents with the same letters,
+    that is duplicates and near duplicates, get the same first hash."""
     text, digests = place.with_suffix(".text"), place.with_suffix(".digests")
     if not digests.exists():  # an interrupted preparation may have left it
         documents: list[str] = []
@@ -193,14 +193,15 @@ def check_losses(losses: list[Loss], kept: int, allow_loss: bool) -> None:
 
 
 def share(part: int, total: int) -> str:
-    """A share in per cent with two digits that count: 0.031 %."""
+    """A share in per cent with two significant digits: 0.031 %."""
     return f"{100 * part / total:.2g} %" if part < total else "100 %"
 
 
 def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident: str,
                  held_file: str) -> tuple[list[Path], list[Loss], dict]:
-    """Return a dataset's files, fetched or generated if they are missing, what was left out, and their origin for meta.json.
-    stories, and a hub dataset with a `held_file`, have their held-out text in the last file. Errors: HarnessError("data")."""
+    """Fetch or generate the files of a dataset if they are missing. Returns the files, what was left out, and the origin for
+    meta.json. For `stories`, and for a hub dataset with a `held_file`, the last file has the held-out text. Errors:
+    HarnessError("data")."""
     if dataset.startswith("text:"):
         files, losses = find_files(Path(dataset[5:]))
         return files, losses, {"source": dataset[5:], "licence": "the user's own", "files": [identity(p) for p in files]}
@@ -217,20 +218,21 @@ def source_files(dataset: str, preset: Preset, shards: int, revision: str, ident
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Splits: duplicates out, val and test by hash, then everything out of train that also stands in held-out text
+# Splits: remove duplicates, choose val and test by hash, then remove from train what is also in held-out text
 # ---------------------------------------------------------------------------------------------------------------------
 
 TRAIN, VAL, TEST, DROPPED = 0, 1, 2, 3
 
 
 def choose_splits(hashes: np.ndarray, sizes: np.ndarray, n_held_out: int = 0, most: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Assign each document to TRAIN, VAL, TEST or DROPPED (duplicates): uint8 [n]. Also returns the order of the held-out ones.
+    """Assign each document to TRAIN, VAL, TEST or DROPPED (duplicates). Returns this, uint8 [n], and the numbers of the held-out
+    documents in the order in which a preset scores them.
 
-    Only the text decides, so that every preset gets the same training documents: of the documents with different letters, those
-    with the lowest hashes are held out, even hashes for val and odd ones for test, until each has `held_out_limit`. A preset
-    scores the first of them in the order of their hashes. If n_held_out > 0, val and test come from the last `n_held_out` documents
-    instead, in their order, until each has `most` bytes (0: all of them), and no other document is held out.
-    hashes: uint64 [n, 2], see `Part`. sizes: int64 [n], bytes.
+    Only the text decides, so that every preset gets the same training documents. After duplicates are dropped, the documents
+    with the lowest hashes are held out, even hashes for val and odd hashes for test, until each split has `held_out_limit`
+    bytes. If n_held_out > 0, val and test come from the last `n_held_out` documents instead, in their order, until each has
+    `most` bytes (0: all of them), and no other document is held out. hashes: uint64 [n, 2], see `Part`. sizes: int64 [n],
+    bytes.
     """
     first = np.unique(hashes[:, 0], return_index=True)[1]                       # in the order of the hashes
     splits = np.full(len(hashes), DROPPED, np.uint8)
@@ -250,13 +252,13 @@ def choose_splits(hashes: np.ndarray, sizes: np.ndarray, n_held_out: int = 0, mo
 
 
 def held_out_limit(total: int) -> int:
-    """How much of a text of `total` bytes val and test hold out each, in bytes."""
+    """Bytes that val and test each get of a text of `total` bytes."""
     return min(HELD_OUT_MOST, total // 10, max(HELD_OUT, total // 20))
 
 
 def compared(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The windows of a UTF-8 text that are compared. Returns the letter at which each begins, int64 [k], its hash, uint64 [k], and
-    the byte at which each letter stands, int64 [letters]."""
+    """Choose the windows of a UTF-8 text to compare. Returns the position of each in letters, int64 [k], its hash, uint64 [k], and
+    the position of each letter in bytes, int64 [letters]."""
     letters, at = letters_of(code_points(data.decode()))
     if not data.isascii():
         at = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)[at]
@@ -264,12 +266,13 @@ def compared(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find where documents share stretches with the text behind `index`. Returns the stretches, int64 [k, 4]: document, first byte
-    in the document, first byte behind the stretch, letters; and for the windows of the index that stand in stretches shorter than
-    COPY, float64 [k, 3]: which window, letters of its stretch, and how many shingles of SHINGLE letters it stands for.
+    """Find the stretches that documents share with held-out text. Returns two arrays. The first has a row for each stretch, int64
+    [k, 4]: document, first byte in the document, byte after the last, number of letters. The second has a row for each held-out
+    window in a stretch shorter than COPY, float64 [k, 3]: the window, letters of the stretch, and how many shingles of SHINGLE
+    letters the window represents.
 
     data: the documents, one after another. sizes: int64 [n], bytes of each. wanted: bool [n], which documents count. index: sorted
-    hashes of windows.
+    hashes of the held-out windows.
     """
     begins, hashes, at = compared(data)
     hit, windows = find(hashes, index)
@@ -290,8 +293,8 @@ def shared(data: bytes, sizes: np.ndarray, wanted: np.ndarray, index: np.ndarray
 
 
 def leak(found: list[tuple[np.ndarray, np.ndarray]], times: np.ndarray, shortest: int) -> float:
-    """Estimate the share of held-out shingles that stand in train once all shared stretches of `shortest` letters are out.
-    found: of each part, see `shared`. times: how often each window of the index stands in held-out text."""
+    """Estimate the share of held-out shingles that train still has after shared stretches of `shortest` letters or more are
+    removed. found: what `shared` returned for each part. times: how often each window of the index occurs in held-out text."""
     remaining = np.zeros(len(times))
     for _, phrases in found:
         short = phrases[phrases[:, 1] < shortest]
@@ -313,12 +316,12 @@ def batches_of(documents: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def windows_of(documents: list[bytes]) -> np.ndarray:
-    """The hashes of all windows of some documents that are compared, repeated ones too: uint64 [n]."""
+    """The hashes of all chosen windows of some documents, including repeated ones: uint64 [n]."""
     return np.concatenate([np.empty(0, np.uint64), *(compared(b"".join(d))[1] for d in batches_of(documents))])
 
 
 def repeated(documents: list[bytes], index: np.ndarray) -> np.ndarray:
-    """Which documents share a copied stretch with the text behind `index`: bool [n]."""
+    """Which documents contain a copy from the text whose windows are in `index`: bool [n]."""
     found, passed = np.zeros(len(documents), bool), 0
     for batch in batches_of(documents):
         rows, _ = shared(b"".join(batch), np.array([len(d) for d in batch], np.int64), np.ones(len(batch), bool), index)
@@ -328,7 +331,7 @@ def repeated(documents: list[bytes], index: np.ndarray) -> np.ndarray:
 
 
 def without(document: bytes, spans: list[tuple[int, int]]) -> list[bytes]:
-    """What remains of a document without some byte ranges, in ascending order. Remainders below SHORTEST are left out."""
+    """The pieces of a document that remain when byte ranges, in ascending order, are cut out; without pieces below SHORTEST."""
     if not spans:
         return [document]
     edges = [0, *(edge for span in spans for edge in span), len(document)]
@@ -337,7 +340,8 @@ def without(document: bytes, spans: list[tuple[int, int]]) -> list[bytes]:
 
 
 def training_texts(part: Part, numbers: np.ndarray, spans: np.ndarray) -> list[str]:
-    """The texts of some training documents, without what they share with held-out text. spans: int64 [k, 4], see `shared`."""
+    """The texts of some training documents, without the stretches that held-out text has, too. spans: int64 [k, 4], see
+    `shared`."""
     by_document: dict[int, list[tuple[int, int]]] = {}
     for n, a, b, _ in spans.tolist():
         by_document.setdefault(n, []).append((a, b))
@@ -350,8 +354,8 @@ def training_texts(part: Part, numbers: np.ndarray, spans: np.ndarray) -> list[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 def tokenize_part(part: Part, splits: bytes, spans: np.ndarray, model: bytes, target: Path) -> tuple[int, int]:
-    """Write a part's training tokens to `target`. Returns the number of documents and bytes.
-    Errors: HarnessError("data") if the tokens do not give the text back."""
+    """Write the training tokens of a part to `target`. Returns the number of documents and bytes.
+    Errors: HarnessError("data") if decoding the tokens does not give the same text."""
     texts = training_texts(part, np.flatnonzero(np.frombuffer(splits, np.uint8) == TRAIN), spans)
     data = "".join(texts).encode()
     if not target.exists():  # an interrupted preparation may have left it
@@ -373,9 +377,8 @@ def begin_worker() -> None:
 
 
 def fingerprint(dataset: str, preset: Preset, field: str, shards: int, revision: str, held_file: str = "") -> str:
-    """Hash everything that a prepared dataset depends on: the user's files byte by byte and what is left out of them, or name and
-    commit; and the preset.
-    Returns 10 hexadecimal digits. Errors: HarnessError("usage", "data")."""
+    """Hash everything that a prepared dataset depends on: the preset, and for own text every byte of the files and what is left
+    out, for another dataset its name and commit. Returns 10 hexadecimal digits. Errors: HarnessError("usage", "data")."""
     if dataset == "text:" or shards < 1:
         raise HarnessError("usage", f"expected a path after text: and --shards of at least 1, got {dataset} and {shards}")
     if not (own := dataset.startswith("text:")) and dataset not in DATASETS:
@@ -415,7 +418,11 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     made = dataset == "stories"  # its held-out text is made, not copied
     last = str(files[-1]) if made or held_file else ""
     workers = min(os.cpu_count() or 1, WORKERS)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
+    pool: concurrent.futures.Executor
+    if sum(p.stat().st_size for p in files) < BLOCK_BYTES:  # a worker process would take longer to start than to work
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
     try:
         # 1. files -> documents and their hashes
         few = 1 + len(files) // (8 * workers)
@@ -450,7 +457,7 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
         by_part = [s.tobytes() for s in np.split(splits, first[1:-1])]
         with bar("comparing", len(groups)) as advance:
             found = [f for f in pool.map(shared_in_part, parts, by_part, [work / "held_out.npy"] * len(parts)) if not advance()]
-        # in the user's text everything goes that makes more than PHRASES; in a hub dataset common phrases stay
+        # of the user's own text, also shorter stretches are removed until at most PHRASES is shared; a hub dataset keeps phrases
         shortest = next((n for n in (COPY, SHINGLE) if leak(found, times, n) <= PHRASES), 0) if own else COPY
         spans = [rows[rows[:, 3] >= shortest] for rows, _ in found]
         stays = splits != DROPPED
@@ -504,12 +511,12 @@ def build(dataset: str, preset: Preset, field: str, shards: int, revision: str, 
     shutil.rmtree(home() / "train" / ident, ignore_errors=True)
     os.replace(target, home() / "train" / ident)  # now the dataset is ready
     shutil.rmtree(work)
-    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items())
+    described = ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items() if n)
     print(f"{dataset}: {described}; vocabulary {tokenizer.vocab_size:,}", file=sys.stderr)
 
 
 def documents_of(parts: list[Part], first: np.ndarray, numbers: np.ndarray) -> list[bytes]:
-    """Some documents, in the order of `numbers`, which count through all parts. first: number of each part's first document."""
+    """Read the documents with these numbers, which count through all parts. first: number of the first document of each part."""
     found: dict[int, bytes] = {}
     for i, part in enumerate(parts):
         own = numbers[(numbers >= first[i]) & (numbers < first[i + 1])]
@@ -518,12 +525,12 @@ def documents_of(parts: list[Part], first: np.ndarray, numbers: np.ndarray) -> l
 
 
 def within(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
-    """The first of some documents that together have `limit` bytes, or all of them."""
+    """The first of these documents that together have at least `limit` bytes; all of them if they have less."""
     return numbers[np.cumsum(sizes[numbers]) - sizes[numbers] < limit]
 
 
 def enough(preset: Preset) -> int:
-    """Bytes of text from which val has all that a preset scores."""
+    """Bytes of text that are enough for val to have as much as the preset scores."""
     return preset.eval_bytes * (10 if preset.eval_bytes <= HELD_OUT else 20)
 
 

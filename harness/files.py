@@ -1,5 +1,5 @@
 """
-Read the user's files: any file or folder -> jobs for worker processes -> documents, and a list of what could not be read.
+Read the user's files: any file or folder -> blocks for worker processes -> documents, and a list of what could not be read.
 
 `find_files` lists them, `open_file` unpacks and checks one file and cuts it into blocks, `read_block` reads a block's documents.
 Whatever is left out is recorded as a `Loss` with the user's own file name and line; corpus.py reports the losses and stops if they
@@ -38,8 +38,8 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".text", ".md")
 NO_TEXT = ("audio/", "video/", "font/")  # and "image/": left out without counting as a loss; .ts may be a video or TypeScript
 ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp874", "koi8_r", "gb18030", "big5", "cp932",
-             "euc_jp", "cp949")  # those that are guessed, of text that is not UTF-8
-SNIFFED = 1 << 16               # bytes of a file that are looked at to tell its kind and encoding
+             "euc_jp", "cp949")  # encodings that are tried for text that is not UTF-8
+SNIFFED = 1 << 16               # bytes at the start of a file that show its kind and encoding
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Block:
 
 
 def find_files(root: Path) -> tuple[list[Path], list[Loss]]:
-    """List the user's files in a fixed order, without hidden ones, and those that are left out because they hold no known text.
+    """List the user's files in a fixed order, without hidden ones, and the files that are left out because they hold no known text.
     Errors: HarnessError("data") if there is nothing to read."""
     try:
         inside = (Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names)
@@ -90,7 +90,8 @@ def find_files(root: Path) -> tuple[list[Path], list[Loss]]:
 
 
 def refuse(error: OSError) -> None:
-    """For os.walk, which else passes over a folder that cannot be listed. Errors: `error`, unless there is no such folder."""
+    """Error handler for os.walk, which by default skips folders that cannot be listed. Raises `error`, unless the folder is
+    gone."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -101,7 +102,7 @@ def kind_of_name(path: Path) -> str:
 
 
 def no_text(path: Path) -> str:
-    """Why a file is left out: "no text" for pictures and the like, another reason for a kind that is not read; "" if it is read."""
+    """Why a file is left out: "no text" for images, sound and video, else a reason; "" if the file is read."""
     suffix = kind_of_name(path)
     if suffix in (*TABLES, *PLAIN):
         return ""
@@ -122,9 +123,9 @@ def no_text(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def open_file(path: Path, field: str, work: Path) -> tuple[list[Block], list[Loss]]:
-    """Cut one file into blocks at document borders. A file that is packed, or not UTF-8, or JSON, or a table, is first written to
-    `work` as UTF-8 text or JSON lines. Errors: HarnessError("data") if a parquet file has no such column or the text no encoding
-    that can be told; OSError for a full disk."""
+    """Cut one file into blocks at document borders. A compressed file, another encoding than UTF-8, JSON and tables are first
+    converted to UTF-8 text or JSON lines in `work`. Errors: HarnessError("data") if a parquet file has no such column or the
+    encoding of the text is unknown; OSError for a full disk."""
     losses: list[Loss] = []
     original, name, kind = path, str(path), kind_of_name(path)
     unpacked = work / f"{sha256(name.encode())[:12]}{kind}"
@@ -156,7 +157,7 @@ def open_file(path: Path, field: str, work: Path) -> tuple[list[Block], list[Los
 
 
 def damaged(name: str, size: int, error: BaseException, where: str = "") -> Loss:
-    """The loss of a file, or a part of it, that cannot be read. Errors: OSError for a full disk, which is not the file's fault."""
+    """The Loss for a file, or a part of it, that cannot be read. Errors: OSError for a full disk, which is not the file's fault."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         raise error
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
@@ -178,7 +179,8 @@ def unpack(path: Path, target: Path) -> None:
 
 
 def cut(window: bytes) -> int:
-    """Find where a block may end: behind the first separator, else a blank line, line end or space, else between two characters."""
+    """Find where a block may end: after the first separator, else after a blank line, line end or space, else between
+    characters."""
     for mark in (SEPARATOR, b"\n\n", b"\r\n\r\n", b"\n", b"\r", b" "):
         if (found := window.find(mark)) >= 0:
             return found + len(mark)
@@ -198,9 +200,9 @@ def encoding_of_head(head: bytes) -> str:
 
 
 def as_utf8(path: Path, name: str, target: Path) -> tuple[Path, int]:
-    """Return a UTF-8 file with the text of `path`, and where its text begins; `path` itself if it is UTF-8, with a few bad bytes or
-    not. Another encoding is recognised by its marks or guessed, said, and written to `target` as UTF-8.
-    Errors: HarnessError("data") if the text is in no encoding that can be told."""
+    """Return a UTF-8 file with the text of `path`, and the byte at which the text begins. This is `path` itself if it is UTF-8,
+    possibly with a few bad bytes. Text in another encoding, recognised by its byte order mark or guessed, is converted to
+    `target`; a guess is printed. Errors: HarnessError("data") if the encoding is unknown."""
     with open(path, "rb") as file:
         encoding = encoding_of_head(file.read(SNIFFED))
     if encoding == "utf-8-sig":
@@ -230,8 +232,8 @@ def print_note(text: str) -> None:
 
 
 def bad_bytes(path: Path) -> tuple[int, int, bytes]:
-    """Count the bytes of a file that are not UTF-8, and its characters beyond ASCII that are. Also returns about 64 KB of lines
-    with such bytes, to guess the encoding from."""
+    """Count the bytes of a file that are not UTF-8, and its valid characters beyond ASCII. Also returns about 64 KB of lines with
+    invalid bytes, as a sample to guess the encoding from."""
     bad = good = 0
     sample, rest = b"", b""
     with open(path, "rb") as file:
@@ -278,7 +280,7 @@ def guess(sample: bytes) -> str:
     if not best:
         return ""
     encoding = "cp1252" if "cp1252" in best.could_be_from_charset else best.encoding
-    # damage is no encoding: what is beyond ASCII must be letters beside letters, or typographic marks
+    # damaged text must not pass: characters beyond ASCII must be letters beside letters, or typographic marks
     odd = re.findall(r"(\w?)([^\x00-\x7f])(?=(\w?))", sample.decode(encoding, "ignore"))
     fine = sum(char in "“”‘’„‚–—…«»€£°§©®•\u00a0" or ord(char) > 0x2FFF or (char.isalpha() and bool(before or after))
                for before, char, after in odd)
@@ -286,7 +288,7 @@ def guess(sample: bytes) -> str:
 
 
 def place_of(path: Path) -> str:
-    """Where the first byte stands that is not UTF-8: "in line 7"."""
+    """The place of the first byte that is not UTF-8, such as "in line 7"."""
     with open(path, "rb") as file:
         return next((f"in line {n}" for n, line in enumerate(file, 1) if not valid(line)), "at its end")
 

@@ -1,5 +1,5 @@
 """
-Compare texts by their letters: cut a text into passages, find duplicates, find stretches that two texts share.
+Compare texts by their letters: cut a text into passages, and find duplicates and stretches that two texts share.
 
 The letters of a text are its letters and digits in lower case, without accents, white space and punctuation. A copy with other line
 ends, other wrapping, other quotes or other case has the same letters, so it is cut at the same places and recognised.
@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-WINDOW = 32                     # letters under one rolling hash, about 40 characters of English
-NEIGHBOURS = 16                 # of so many windows in a row one is compared, chosen by its hash: the same one in every copy
+WINDOW = 32                     # letters in one rolling hash, about 40 characters of English
+NEIGHBOURS = 16                 # of this many windows in a row, one is compared: its hash decides, so it is the same in every copy
 COPY = 80                       # letters, about 100 characters: a shared stretch this long is a copy, a shorter one may be a phrase
 SHINGLE = 48                    # letters, about 60 characters: a shorter stretch counts as no copy at all
 SLAB = 1 << 20                  # characters that are cut at a time
@@ -21,7 +21,7 @@ BASE = 0x9E3779B97F4A7C15
 
 @lru_cache(maxsize=1)
 def letter_table() -> np.ndarray:
-    """For each code point below 65,536 the letter it is compared as, 0 for what is no letter: uint32 [65536]."""
+    """For each code point below 65,536 the letter that it counts as, 0 if it is no letter: uint32 [65536]."""
     table = np.zeros(1 << 16, np.uint32)
     for point in range(1 << 16):
         if (char := chr(point)).isalnum():
@@ -37,8 +37,8 @@ def code_points(text: str) -> np.ndarray:
 
 
 def letters_of(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the letters of a text and the character at which each stands: uint32 [n], int64 [n]. Characters beyond U+FFFF, such as
-    emoji, are letters."""
+    """Return the letters of a text, uint32 [n], and their positions in it in characters, int64 [n]. Characters beyond U+FFFF,
+    such as emoji, count as letters."""
     letters = letter_table()[np.minimum(points, 0xFFFF)]
     if len(points) and points.max() > 0xFFFF:
         letters = np.where(points > 0xFFFF, points, letters)
@@ -64,10 +64,10 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def sampled(letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the windows that are compared: the letter at which each begins, int64 [k], and its hash, uint64 [k].
+    """Choose the windows to compare. Returns the position of each in letters, int64 [k], and its hash, uint64 [k].
 
-    Winnowing: of every NEIGHBOURS windows in a row the one with the smallest hash is compared, about one in eight. So two texts
-    that share WINDOW + NEIGHBOURS - 1 letters always share such a window.
+    This is winnowing: of every NEIGHBOURS windows in a row, the one with the smallest hash is chosen, about one in eight of all. So
+    two texts that share WINDOW + NEIGHBOURS - 1 letters always have a chosen window in common.
     """
     hashes = rolling(letters)
     lowest = hashes
@@ -82,7 +82,7 @@ def sampled(letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Look hashes up in the sorted array `index`. Returns which hashes stand there, int64 [k], and where, int64 [k]."""
+    """Look hashes up in the sorted array `index`. Returns which of the hashes are in it, int64 [k], and where, int64 [k]."""
     if not len(index):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     where = np.minimum(np.searchsorted(index, hashes), len(index) - 1)
@@ -91,8 +91,8 @@ def find(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def stretches(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join shared windows, given where each begins in ascending order, to stretches. Returns where each stretch begins and ends,
-    in letters: int64 [k], int64 [k]."""
+    """Join shared windows to stretches. begins: positions of the windows in letters, ascending. Returns where each stretch
+    begins and ends, in letters: int64 [k], int64 [k]."""
     if not len(begins):
         return begins, begins
     gaps = np.flatnonzero(np.diff(begins) > 2 * WINDOW)
@@ -100,11 +100,11 @@ def stretches(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def passages(text: str, size: int) -> list[str]:
-    """Cut a text into passages of about `size` characters; joined, they are `text` again. A text below 2 * `size` stays whole.
+    """Cut a text into passages of about `size` characters; joined, they are `text` again. A text below 2 * `size` is not cut.
 
-    The cuts depend on the letters near them: within a window of lengths a passage ends at a blank line, else a sentence end, else a
-    line end, else a word end, else anywhere; among equals, where the rolling hash of the letters before it is smallest. After an
-    insertion, or in a copy that begins elsewhere, the cuts are therefore soon the same again.
+    Only the letters near a cut decide where it is. Among the allowed lengths, a passage ends at a blank line, else at a
+    sentence end, else at a line end, else at a word end, else anywhere; among equal places, where the rolling hash of the
+    letters before is smallest. So after an insertion, or in a copy that begins elsewhere, the cuts are soon the same again.
     """
     if len(text) <= 2 * size:
         return [text]
@@ -130,7 +130,8 @@ def slab_passages(text: str, size: int) -> list[str]:
 
 
 def cut_keys(points: np.ndarray, letters: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """For each letter how bad a cut behind it would be: uint64 [n]. The kind of gap behind it counts first, then the hash."""
+    """For each letter, how bad a cut after it would be: uint64 [n]. The kind of gap after the letter counts first, then the
+    hash."""
     kinds = gap_table()[np.minimum(points, 0xFFFF)]
     crlf = np.flatnonzero((points[:-1] == 13) & (points[1:] == 10))
     kinds[crlf] -= GAP_LINE - GAP_SPACE  # \r\n is one line end
@@ -152,7 +153,7 @@ GAP_LINE, GAP_SPACE, GAP_STOP, GAP_WIDE = 1 << 48, 1 << 32, 1 << 16, 1  # counts
 
 @lru_cache(maxsize=1)
 def gap_table() -> np.ndarray:
-    """For each code point below 65,536 what it means in the gap between two letters: int64 [65536]."""
+    """For each code point below 65,536, its kind in a gap between two letters: int64 [65536]."""
     table = np.zeros(1 << 16, np.int64)
     table[[ord(c) for c in "\t \u00a0\u3000"]] = GAP_SPACE
     table[[ord(c) for c in "\n\r"]] = GAP_LINE
@@ -162,7 +163,7 @@ def gap_table() -> np.ndarray:
 
 
 def behind_gap(text: str, start: int, end: int) -> int:
-    """Where to cut in the gap between two letters: behind its last line end, else its last white space, else at its end."""
+    """Where to cut in the gap between two letters: after its last line end, else after its last white space, else at its end."""
     gap = text[start:end]
     if line := max(gap.rfind("\n"), gap.rfind("\r")) + 1:
         return start + line

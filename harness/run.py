@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -95,10 +96,7 @@ class Run:
         self.born = time.monotonic()
         place = os.environ.get("AUTORESEARCH_DATA")
         if not place:
-            try:
-                place = json.loads((home() / "current.json").read_text())["train_dir"]
-            except FileNotFoundError:
-                raise HarnessError("data", "no data is prepared: run `python prepare_mlx.py` first") from None
+            place = json.loads((home() / "current.json").read_text())["train_dir"]
         self.data = Path(place)
         self.meta = json.loads((self.data / "meta.json").read_text())
         text, age = os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], time.time() - psutil.Process().create_time()
@@ -159,9 +157,19 @@ class Run:
             os.execv(sys.executable, command)  # frees the trainer's memory
 
 
+def prepare_and_begin_again() -> NoReturn:
+    """Prepare this machine's dataset, then train in a new process, whose clock starts afresh. SystemExit with the exit code."""
+    print("no data is prepared yet, so this machine's dataset is prepared first, as by: python prepare_mlx.py", flush=True)
+    try:
+        code = subprocess.run([sys.executable, str(PROGRAM)]).returncode
+        sys.exit(code or subprocess.run([sys.executable, *sys.argv]).returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def start_run(train_file: str) -> Run:
     """Begin a run as the command line and the AUTORESEARCH_* variables say (CONTRIBUTING.md lists them), by default on the data
-    prepared last. SystemExit with code 2 if the run cannot begin."""
+    prepared last; if there is none, prepare it first. SystemExit with code 2 if the run cannot begin."""
     parser = argparse.ArgumentParser(
         description="Train for the budget, then print the score.", allow_abbrev=False)
     for name, text in OPTIONS.items():
@@ -169,6 +177,8 @@ def start_run(train_file: str) -> Run:
     for name, value in vars(parser.parse_args()).items():
         if value is not None:
             os.environ[variable(name)] = value
+    if not os.environ.get(variable("data")) and not (home() / "current.json").exists():
+        prepare_and_begin_again()
     try:
         return Run(train_file)
     except (HarnessError, OSError, ValueError) as error:

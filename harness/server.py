@@ -1,8 +1,9 @@
 """
-The logits server: a process that imports the candidate and answers the scorer's batches, and the scorer's end of it.
+The logits server: a process that imports the candidate and answers the scorer's batches. And its client in the scorer.
 
-Requests and replies are JSON lines through pipes. Tokens and logits travel through files that both processes have mapped: nameless
-ones, or on Windows, where no descriptor is inherited and there is no sandbox, two files in the server's folder.
+Requests and replies are JSON lines through pipes. Tokens and logits are in files that both processes map into memory. These
+files have no names; on Windows, where a child inherits no descriptors and there is no sandbox, they are two files in the
+server's folder.
 """
 
 import contextlib
@@ -32,23 +33,24 @@ from harness import PROGRAM, HarnessError, kind_of, open_plain
 
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
 LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
-COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # limits of what is copied of a run directory
-# Linux: calls by which a process learns what others did, through keyrings or the kernel's cache of files. No model needs them.
-# add_key, request_key, keyctl, mincore, cachestat, preadv2, io_uring_setup; and how the kernel calls the architecture
+COPY_BYTES, COPY_FILES, COPY_DEPTH = 20 << 30, 10_000, 8  # largest run directory that is copied
+HOLE = bytes(1 << 20)           # a part of a file that takes no space
+# Linux system calls through which processes can pass messages by keyrings or the page cache. No model needs them. For each
+# architecture: the kernel's number for it, then add_key, request_key, keyctl, mincore, cachestat, preadv2, io_uring_setup
 DENIED_CALLS = {"x86_64": (0xC000003E, 248, 249, 250, 27, 451, 327, 425),
                 "aarch64": (0xC00000B7, 217, 218, 219, 232, 451, 286, 425)}
 SERVER_FILE_BYTES = 256 << 20   # size limit of every file that the server writes, including its log
-DATA_VARIABLES = {f"AUTORESEARCH_{name}" for name in ("HOME", "DATA", "RUN_DIR", "JOURNAL")}  # lead a candidate to text or weights
-SERVER_LOG_BYTES = 1 << 20      # the end of the log that is kept
-REPLY_BYTES = 1 << 16           # of one line that a server may send
+DATA_VARIABLES = {f"AUTORESEARCH_{name}" for name in ("HOME", "DATA", "RUN_DIR", "JOURNAL")}  # lead to text or weights
+SERVER_LOG_BYTES = 1 << 20      # how much of the end of the log is kept
+REPLY_BYTES = 1 << 16           # longest line that a server may send
 WINDOWS = sys.platform == "win32"
-# What Metal says where it ends work for another program's sake, and then aborts the process. agent/trial/failures.py knows it, too
+# What Metal says when it ends work in favour of other programs; then the process aborts. agent/trial/failures.py has it, too
 WATCHDOG = re.compile(rb"Impacting Interactivity|GPU Timeout Error|Innocent ?Victim|SubmissionsIgnored", re.I)
 
 
 def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.ACCESS_WRITE) -> np.ndarray:
-    """Map a file that two processes hold as an array. Mostly the file has no name: no third process can find it, and nothing is
-    left behind."""
+    """Map a file that two processes have open as an array. Except on Windows the file has no name, so that no third process
+    finds it and nothing is left behind."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if os.fstat(descriptor).st_size != size:  # only the scorer resizes: a sandbox may refuse it to the server
         os.ftruncate(descriptor, size)
@@ -56,15 +58,15 @@ def shared(descriptor: int, dtype: type, shape: list[int], access: int = mmap.AC
 
 
 def exchange(name: str) -> BinaryIO:
-    """A new file for `shared`: a nameless one where a child can inherit its descriptor, else one of this name."""
+    """A new file for `shared`: without a name where a child can inherit its descriptor, else with this name."""
     if WINDOWS:
         return open(name, "w+b")
     return os.fdopen(os.memfd_create("exchange"), "r+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def deny_calls() -> None:
-    """Have the kernel refuse DENIED_CALLS to this process and its children, for good (seccomp). Does nothing elsewhere than on
-    Linux, and where the kernel has no such filter."""
+    """Make the kernel refuse DENIED_CALLS to this process and its children from now on (seccomp). Does nothing on other systems
+    than Linux, and if the kernel lacks such filters."""
     if sys.platform != "linux" or platform.machine() not in DENIED_CALLS:
         return
     architecture, *calls = DENIED_CALLS[platform.machine()]
@@ -123,7 +125,7 @@ def serve(run_dir: Path) -> None:
 
 
 def copy_run(run_dir: Path, target: Path) -> None:
-    """Copy the plain files of a run directory, which a candidate wrote: links, pipes and devices are left out.
+    """Copy the plain files of a run directory. A candidate wrote it, so links, pipes and devices are left out.
 
     Errors: HarnessError("violation") for more than COPY_BYTES bytes, COPY_FILES files, or folders nested deeper than COPY_DEPTH.
     """
@@ -144,8 +146,8 @@ def copy_run(run_dir: Path, target: Path) -> None:
                     stack.append((Path(entry.path), place / entry.name, depth + 1))
                 elif entry.is_file(follow_symlinks=False):
                     with os.fdopen(open_plain(Path(entry.path)), "rb") as read, open(place / entry.name, "wb") as write:
-                        while chunk := read.read(1 << 20):
-                            if chunk.count(0) < len(chunk):
+                        while chunk := read.read(len(HOLE)):
+                            if chunk != HOLE:
                                 write.write(chunk)
                             else:  # a hole stays one: a sparse file could fill the disk and take minutes
                                 write.seek(len(chunk), os.SEEK_CUR)
@@ -174,7 +176,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 class LogitsServer:
-    """The scorer's end of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order asked.
+    """The client of a logits server: `ask` sends a batch, `answer` waits for the logits. Answers come in the order of the requests.
 
     run_dir: holds the candidate. shape: [rows, seq_len, vocab] of a batch. wrap: command to start the server under, a sandbox.
     log: receives the end of the server's log on `close`. scratch: the server's only folder, emptied first; default: a new one.

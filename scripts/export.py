@@ -19,15 +19,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from agent.errors import NightError  # noqa: E402
-from agent.journal.folder import latest  # noqa: E402
-from agent.journal.journal import read_events  # noqa: E402
-from agent.journal.state import Night, fold  # noqa: E402
+from agent.journal.state import Night  # noqa: E402
 from agent.judgement.decision import noise  # noqa: E402
 from agent.views.report import plain  # noqa: E402
 from harness import home  # noqa: E402
 from harness.tokenizer import Tokenizer  # noqa: E402
-from scripts.sample import run_of  # noqa: E402
+from scripts.sample import find_night, run_of  # noqa: E402
 
 CARD = """---
 library_name: mlx
@@ -138,13 +135,8 @@ def main(paths: tuple[Path, ...], tag: str | None) -> None:
         raise click.ClickException(f"{out} exists already; choose another folder, or remove it")
     night, n = None, 0
     if run_dir is None:
-        runs = Path.cwd() / "runs"
-        try:
-            folder = runs / (tag or latest(runs))
-            night = fold(read_events(folder / "journal.jsonl")[0])
-            n, run_dir = night.leader.n, run_of(night.leader, folder)
-        except NightError as error:
-            raise click.ClickException(str(error)) from None
+        night, folder = find_night(tag)
+        n, run_dir = night.leader.n, run_of(night.leader, folder)
     if not (run_dir / "train.json").exists():
         raise click.ClickException(f"{run_dir}: expected the directory of a finished training, with train.json")
     export(run_dir, out, night, n)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from agent.errors import NightError  # noqa: E402
 from agent.journal.folder import latest  # noqa: E402
 from agent.journal.journal import read_events  # noqa: E402
-from agent.journal.state import Experiment, fold  # noqa: E402
+from agent.journal.state import Experiment, Night, fold  # noqa: E402
 from harness import home  # noqa: E402
 from harness.tokenizer import Tokenizer  # noqa: E402
 from scripts.decoding import Cached, Uncached  # noqa: E402
@@ -118,11 +118,23 @@ def run_of(experiment: Experiment, folder: Path) -> Path:
     return kept[-1]
 
 
+def find_night(tag: str | None) -> tuple[Night, Path]:
+    """A night, by default the latest, and its folder. ClickException if there is none, or it has no baseline."""
+    runs = Path.cwd() / "runs"
+    try:
+        folder = runs / (tag or latest(runs))
+        night = fold(read_events(folder / "journal.jsonl")[0])
+        night.leader  # noqa: B018  (JournalError without a baseline)
+        return night, folder
+    except NightError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @click.command()
 @click.argument("run_dir", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--tag", help="The night whose best model is used. Default: the latest night.")
 @click.option("--compare", is_flag=True, help="Show the night's baseline and its best side by side.")
-@click.option("--prompt", "prompts", multiple=True, default=[""], help="Text to go on from. Default: the start of a document.")
+@click.option("--prompt", "prompts", multiple=True, default=[""], help="Text to continue. Default: the start of a document.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, text}; needs RUN_DIR.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Maximum tokens per text.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 always takes the likeliest token.")
@@ -140,13 +152,8 @@ def main(run_dir: Path | None, tag: str | None, compare: bool, prompts: tuple[st
         click.echo(json.dumps([{"prompt": prompt, "text": "".join(write(run_dir, prompt, options))} for prompt in prompts]))
         return
     if run_dir is None:
-        runs = Path.cwd() / "runs"
-        try:
-            folder = runs / (tag or latest(runs))
-            night = fold(read_events(folder / "journal.jsonl")[0])
-            best = night.leader
-        except NightError as error:
-            raise click.ClickException(str(error)) from None
+        night, folder = find_night(tag)
+        best = night.leader
         if compare:
             sides = [night.experiments[0], best] if best.n else [best]
             for prompt in prompts:

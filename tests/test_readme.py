@@ -16,6 +16,9 @@ from model_server import BLOCK, CLOSING, ModelServer, Script
 from night_kit import CACHE, git
 from test_local import FAKE_SERVER, model_folder
 
+from agent import errors
+from agent.loop import INTERRUPTED
+
 README = (ROOT / "README.md").read_text()
 PAGES = (README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))))
 BLOCKS = [line for page in PAGES for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
@@ -76,6 +79,13 @@ def test_a_command_takes_its_options(command: str) -> None:
     assert shown.returncode == 0, shown.stderr
     assert not [w for w in words if w.startswith("--") and w != "--acp'" and not re.search(rf"{w.strip(chr(39))}\b", shown.stdout)
                 and "--edit" not in w]
+
+
+def test_help_has_every_exit_code() -> None:
+    shown = subprocess.run([sys.executable, "-m", "agent.loop", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    table = {int(code) for code in re.findall(r"^ +(\d+)  ", shown.stdout.split("Exit codes:")[1], re.M)}
+    kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.NightError))
+    assert table == {0, INTERRUPTED, *(kind.exit_code for kind in kinds)}
 
 
 class Hour:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,11 @@ def test_pip_and_uv_are_told_the_same_versions() -> None:
     block = re.search(r"^constraint-dependencies = \[.*?\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     assert block is not None
     assert [line.strip()[1:-2] for line in block[1].splitlines()] == wanted
+
+
+@pytest.mark.parametrize("command", ["-m agent.loop --status", "-m agent.doctor", "prepare_mlx.py --list", "train_mlx.py"])
+def test_a_python_without_the_packages_is_told_which_one_has_them(command: str) -> None:
+    done = subprocess.run([sys.executable, "-S", *command.split()], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has none of the project's packages; first: source .venv/bin/activate")

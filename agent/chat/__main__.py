@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import click
 
-from agent.chat.edit import check, edit, finish
-from agent.chat.endpoint import READ_CHARACTERS, SILENT_SECONDS, ChatError, Endpoint, first_set
+from agent.chat.edit import answer_prompt, check, edit
+from agent.chat.endpoint import READ_CHARACTERS, SILENT_SECONDS, Endpoint, first_set
 from agent.coders.coder import Reply
-from agent.text import redact
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,19 +36,14 @@ def main(
     url = base_url or first_set(os.environ, "OPENAI_BASE_URL", "OPENAI_API_BASE")
     if url is None:
         raise click.UsageError("no endpoint; give --base-url, for example http://127.0.0.1:1234/v1, or set OPENAI_BASE_URL")
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    if not prompt.strip():
-        raise click.UsageError("no prompt; expected it on standard input")
-    try:
+
+    def work(prompt: str) -> Reply:
         key = first_set(os.environ, "AUTORESEARCH_API_KEY", "OPENAI_API_KEY")
         endpoint = Endpoint(url, key, timeout, max_tokens, temperature, silence)
         name = model or endpoint.only_model()
-        reply = (check if only_check else edit)(lambda messages: endpoint.ask(name, messages), prompt, train_file)
-    except ChatError as error:
-        reply = Reply(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds)
-    except Exception as error:  # a traceback could show what must stay secret, and says nothing to a person
-        reply = Reply(failure="agent_error", detail=redact(f"{type(error).__name__}: {error}")[:500])
-    finish(reply)
+        return (check if only_check else edit)(lambda messages: endpoint.ask(name, messages), prompt, train_file)
+
+    answer_prompt(work)
 
 
 if __name__ == "__main__":

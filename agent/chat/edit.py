@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import click
+
 from agent.chat.blocks import EditError, apply_answer, spoken
 from agent.chat.endpoint import LARGER_CONTEXT, Answer, ChatError
 from agent.coders.coder import Failure, Reply, with_last_lines
@@ -181,8 +183,17 @@ def check(ask: Ask, prompt: str, path: Path, start_seconds: float = 0.0) -> Repl
     return replace(talk.usage, message="; ".join([words, *talk.notes, *([hint] if hint else [])]))
 
 
-def finish(reply: Reply) -> None:
-    """Print the reply as the last line, and exit with the code of its failure."""
+def answer_prompt(work: Callable[[str], Reply]) -> None:
+    """Read the prompt from standard input, do the work, print the reply as the last line, and exit with the code of its failure."""
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not prompt.strip():
+        raise click.UsageError("no prompt; expected it on standard input")
+    try:
+        reply = work(prompt)
+    except ChatError as error:
+        reply = Reply(failure=error.failure, detail=str(error), wait_seconds=error.wait_seconds)
+    except Exception as error:  # a traceback could show what must stay secret, and says nothing to a person
+        reply = Reply(failure="agent_error", detail=redact(f"{type(error).__name__}: {error}")[:500])
     if reply.detail:
         print(f"{reply.failure}: {printable(reply.detail)}", file=sys.stderr)
     print(json.dumps(asdict(reply)), flush=True)

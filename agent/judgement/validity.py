@@ -19,11 +19,11 @@ TRIALS_BEFORE = 3  # that the median needs
 
 
 def validated(night: Night, experiment: Experiment, result: TrialResult, budget_seconds: float | None) -> TrialResult:
-    """The result of a trial, or that it counts for nothing: `disturbed` where the machine grew faster or slower meanwhile by
-    more than the harness finds harmless, or was slower than the night's all along, so that neither heat nor another program
-    decides. Within bounds: then it is taken, and its summary says so.
+    """The result of a trial, with status `disturbed` if it does not count, so that neither heat nor another program decides: the
+    machine's speed changed during the training by more than the harness allows, or was below the night's median throughout.
 
-    NightError if the machine sleeps through every attempt."""
+    A trial is repeated `MOST_REPEATS` times, and a night repeats only a share of its trials. Beyond that the result counts, and
+    its summary has a warning. NightError if the machine sleeps through every attempt."""
     if result.status == "interrupted" and experiment.repeats.get("interrupted", 0) + 1 >= MOST_INTERRUPTIONS:
         raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
     few, one_in = REPEATS_OF_A_NIGHT

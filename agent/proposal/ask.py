@@ -91,7 +91,7 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
-        reply = desk.coder.reply(_text(out), _text(log), job)
+        reply = desk.coder.reply(output_of(out), output_of(log), job)
     except CoderError as error:
         return Proposal("missing", message=str(error))
     finally:
@@ -137,7 +137,7 @@ class Lingering:
             self.size, self.since = size, now
         elif size and self.coder.tells_its_end and now - self.since > self.seconds:
             self.since = now
-            reply = self.coder.reply(_text(self.out), _text(self.log), self.job)
+            reply = self.coder.reply(output_of(self.out), output_of(self.log), self.job)
             return "finished" if reply.failure is None and reply.message else None
         return None
 
@@ -214,8 +214,8 @@ def _holds_secret(source: bytes) -> bool:
     return redact(text) != text
 
 
-def _text(path: Path) -> str:
-    """All that was kept of an output: the spawner bounds the file, and the result is on its last line."""
+def output_of(path: Path) -> str:
+    """The whole text of an output file, whose size the spawner limits; "" without a file. The result is on its last line."""
     try:
         return read_plain(path, LARGEST_OUTPUT).decode("utf-8", "replace")
     except OSError:

@@ -23,7 +23,7 @@ from agent.git.guard import TRAIN_FILE_BYTES
 from agent.journal.settings import Settings
 from agent.journal.state import Night
 from agent.process import child
-from agent.proposal.ask import LARGEST_OUTPUT, Lingering
+from agent.proposal.ask import Lingering, output_of
 from agent.text import one_line, redact
 
 PROMPT = """\
@@ -114,7 +114,7 @@ def ask_for_a_word(
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
-        reply = coder.reply(_text(out), _text(log), job)
+        reply = coder.reply(output_of(out), output_of(log), job)
         edited = _read(work / name) not in (content, b"")
     except CoderError as error:
         return Answer("missing", str(error))
@@ -169,10 +169,3 @@ def _read(path: Path) -> bytes:
         return read_plain(path, TRAIN_FILE_BYTES)
     except OSError:
         return b""
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_plain(path, LARGEST_OUTPUT).decode("utf-8", "replace")
-    except OSError:
-        return ""

@@ -139,12 +139,8 @@ def _switch(file: TrainFile, switch: Switch) -> Iterator[Change]:
 
 def _same_layers(file: TrainFile, old: str, new: str) -> bool:
     """Whether two forms of `has_ve` choose the same layers at this depth, so that the training would be the same."""
-    depth = file.constants.get("DEPTH")
-    if depth is None:
-        return False
-    return [VALUE_LAYERS[old](i, depth.value) for i in range(depth.value)] == [
-        VALUE_LAYERS[new](i, depth.value) for i in range(depth.value)
-    ]
+    n = file.constants["DEPTH"].value if "DEPTH" in file.constants else 0
+    return n > 0 and all(VALUE_LAYERS[old](i, n) == VALUE_LAYERS[new](i, n) for i in range(n))
 
 
 def _tables(file: TrainFile) -> Iterator[Change]:
@@ -208,7 +204,7 @@ def _batch(file: TrainFile, data_seq_len: int | None, steps: float | None) -> It
         if new < length or new % length:
             continue
         passes = -(-new // micro.value) if micro else 1
-        why = "more, noisier steps in the same time" if new < batch.value else "fewer, steadier steps that use the machine better"
+        why = "more and noisier steps" if new < batch.value else "fewer, steadier steps that use the machine better"
         note = f"in {passes} passes" if passes > 1 else ""
         yield Change("BATCH_TOKENS", str(batch.value), str(new), direction, prior, why, (batch.set(new),), note)
     if micro is not None and micro.value < batch.value:

@@ -57,17 +57,14 @@ def propose(file: TrainFile, state: Night | None, draw: random.Random, *, learn:
             data = file.apply(edit for change in chosen for edit in change.edits)
         except (ValueError, SyntaxError):
             data = b""  # both changes edit the same place
-        if data and identity(data) not in tried and (len(chosen) == 1 or _trains(data, file.tier, seq_len)):
-            return chosen, data
+        if data and identity(data) not in tried:
+            values = {name: c.value for name, c in TrainFile(data, file.tier).constants.items()}
+            if len(chosen) == 1 or trains(values, seq_len):  # of two changes, each alone can train
+                return chosen, data
         if len(chosen) == 1 and left:
             left.remove(first)
         patience -= not left
     return None
-
-
-def _trains(data: bytes, tier: str, seq_len: int | None) -> bool:
-    """Whether a file with two changes can train: each alone can."""
-    return trains({name: c.value for name, c in TrainFile(data, tier).constants.items()}, seq_len)
 
 
 def identity(data: bytes) -> str:

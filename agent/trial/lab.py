@@ -29,11 +29,11 @@ UNTIMED_SECONDS = 3600.0  # the wall limit of a budget in steps or tokens, of a 
 SCORE_SECONDS = 300.0, 900.0  # the wall limit of a baseline's score: that of a training, within these
 # Keys of a summary. The driver measures the first two itself, the scorer the third: none is the candidate's own word.
 TRAINER_SECONDS, SCORER_SECONDS, LOAD_SECONDS = "trainer_seconds", "scorer_seconds", "load_seconds"
-# What a candidate may take, as a multiple of what the baseline took, and seconds on top: for start-up, saving and loading; for
-# steps and answers, which are slower in a larger model
-OVERHEAD, SLOWER = 1.5, 3.0
-SLACK_SECONDS, SLACK_SHARE, LOAD_SLACK_SECONDS = 10.0, 0.05, 5.0
-_META_BYTES = 1 << 20
+# Time limits of a candidate: a multiple of the baseline's time, and seconds on top
+OVERHEAD = 1.5  # for start-up, saving and loading
+SLOWER = 3.0  # for training steps and answers, which honestly take longer in a larger model
+SLACK_SECONDS, SLACK_SHARE, LOAD_SLACK_SECONDS = 10.0, 0.05, 5.0  # the share is of the budget
+META_BYTES = 1 << 20  # of a meta.json
 DATA_VARIABLES = ("AUTORESEARCH_HOME", "AUTORESEARCH_DATA", "AUTORESEARCH_JOURNAL")  # the user's own; they lead to data
 
 
@@ -46,7 +46,7 @@ class TrainText:
     def __init__(self, folder: Path) -> None:
         self.folder, self._known, self._digests = folder, dict[str, tuple[int, ...]](), dict[str, str]()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # data of another maker, without digests
-            content = read_plain(folder / "meta.json", _META_BYTES)
+            content = read_plain(folder / "meta.json", META_BYTES)
             self._digests = {entry["name"]: entry["sha256"] for entry in json.loads(content)["prepared"]}
             self._digests["meta.json"] = hashlib.sha256(content).hexdigest()
 
@@ -105,10 +105,10 @@ class Lab:
     environ: Mapping[str, str] = field(default_factory=clean_env)
 
     def confined(self, argv: list[str], writable: Sequence[Path], *readable: Path) -> list[str]:
-        """A command of the candidate's in this machine's sandbox: no network, writes only to `writable`, and of all nights and all
-        prepared data it sees these, the worktree, the harness and `readable`.
+        """The candidate's command in this machine's sandbox: no network, and writes only to `writable`. Of nights and prepared data
+        it can read the worktree, the harness and `readable`.
 
-        An empty command gives the words to put before one."""
+        An empty command gives the words to put before a command."""
         for folder in writable:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.sandboxed:
@@ -118,12 +118,12 @@ class Lab:
         return sandbox.wrap(argv, rights.rules(writable, opened, hidden))[0]
 
     def scratch(self, run_dir: Path) -> Path:
-        """TMPDIR of one trial, `tmp/NNNN-S`, made anew for each: a trial finds nothing that another one left. Kernels that a
-        framework caches there are compiled again, before the budget starts."""
+        """TMPDIR of one trial, `tmp/NNNN-S`. It is new for each trial, so that no trial finds what another one left. A framework
+        that caches kernels there compiles them again, before the budget starts."""
         return self.folder / "tmp" / run_dir.name
 
     def restore_harness(self) -> bool:
-        """Have the night's copy of the harness as its commit has it. Returns whether anything had been changed."""
+        """Restore the night's copy of the harness. Returns whether anything had been changed."""
         return self.repository is not None and restore(self.repository, self.base, self.folder)
 
     def changed_text(self) -> str:
@@ -138,11 +138,11 @@ class Lab:
 
     @property
     def wall_seconds(self) -> float:
-        """What one training may take from start to exit, as long as no baseline has told what it takes."""
+        """Time limit of a training from start to exit, until the baseline's time is known."""
         return (self.budget_seconds or UNTIMED_SECONDS) + self.startup_seconds
 
     def trainer_limit(self, reference: Mapping[str, Any]) -> float:
-        """What one training may take from start to exit, in seconds of the driver's clock. `reference` is the baseline's summary.
+        """Time limit of a training from start to exit, in seconds of the driver's clock. `reference` is the baseline's summary.
 
         A budget in seconds: the budget, 1.5 times what the baseline took beside it, and 10 s or 5 % of the budget. Another
         budget: three times what the baseline took and 10 s, because a larger model's steps are honestly slower.
@@ -156,14 +156,14 @@ class Lab:
         return min(self.wall_seconds, budget + beside)
 
     def scorer_limit(self, reference: Mapping[str, Any]) -> float:
-        """What one score may take, in seconds of the driver's clock."""
+        """Time limit of a score, in seconds of the driver's clock."""
         took, (shortest, longest) = reference.get(SCORER_SECONDS), SCORE_SECONDS
         if not isinstance(took, float):
             return min(longest, max(shortest, self.wall_seconds))
         return SLOWER * took + SLACK_SECONDS
 
     def load_limit(self, reference: Mapping[str, Any]) -> float | None:
-        """What a logits server may take to import the candidate and load its model, in seconds; None: the harness's own limit."""
+        """Time limit for a logits server to import the candidate and load its model, in seconds; None: the harness's own limit."""
         took = reference.get(LOAD_SECONDS)
         return OVERHEAD * took + LOAD_SLACK_SECONDS if isinstance(took, float) else None
 

@@ -29,7 +29,7 @@ VERIFYING = 8.0  # times as long as a score: the harness asks up to six times as
 
 
 def screen(lab: Lab, parent: bytes) -> TrialResult:
-    """Have the harness search the worktree's train file for held-out text that `parent`, the file it was made from, lacks."""
+    """Search the worktree's train file for held-out text. What `parent`, the file it was made from, holds too does not count."""
     folder = _fresh(lab.folder / "trials" / "screen")
     (folder / "parent.py").write_bytes(parent)
     log = lab.folder / "logs" / "screen.log"
@@ -44,15 +44,15 @@ def screen(lab: Lab, parent: bytes) -> TrialResult:
 
 
 def run_trial(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str, Any] | None) -> TrialResult:
-    """Train what the worktree holds with one seed and score it. `reference` is the baseline's summary: the score must be comparable
-    with it, and the time that the baseline took bounds what this trial may take.
+    """Train the worktree's train file with one seed, and score it. `reference` is the baseline's summary: the score must be
+    comparable with it, and the baseline's time bounds the time of this trial.
 
-    Stopped if the user wants to stop at once. DataError if there is no Python to start it with, or the training text was changed.
+    Stopped if the user wants to stop at once. DataError if Python cannot be started, or the training text was changed.
     """
     if changed := lab.changed_text():
         raise DataError(
-            f"{changed} of the training text {lab.train_dir} is not what was prepared: an agent, a training or another program "
-            "changed it; prepare the data again with prepare_mlx.py, then --resume"
+            f"{changed} of the training text {lab.train_dir.name} is not what was prepared: an agent, a training or another "
+            "program changed it; prepare the data again with prepare_mlx.py, then --resume"
         )
     _fresh(run_dir)
     _fresh(lab.scratch(run_dir))
@@ -101,7 +101,7 @@ def _over_time(lab: Lab, limit: float, reference: Mapping[str, Any] | None) -> s
 
 
 def verify(lab: Lab, run_dir: Path, reference: Mapping[str, Any] | None) -> TrialResult:
-    """Score a finished run directory again, before a keep, and probe every row for look-ahead. An ordinary score probes a few."""
+    """Score a finished run directory again, before a keep, and probe every row for look-ahead. An ordinary score probes some."""
     return score_run(lab, run_dir, "val", reference, verifying=True)
 
 

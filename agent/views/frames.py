@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from agent.journal.state import Night
+from agent.views import glance
 
 
 def experiments(night: Night) -> pd.DataFrame:
@@ -33,10 +34,9 @@ def trainings(night: Night) -> pd.DataFrame:
     return frame
 
 
-def families(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each kind of idea: how many were tried, how many were kept, and the share of keeps."""
-    done = frame[frame.index > 0]
-    table: pd.DataFrame = done.groupby("family")["status"].agg(tried="size", kept=lambda status: int((status == "keep").sum()))
-    table["share kept"] = table["kept"] / table["tried"]
-    in_order: pd.DataFrame = table.sort_values(["kept", "tried"], ascending=False)
-    return in_order
+def families(night: Night) -> pd.DataFrame:
+    """For each kind of idea: how many were tried, kept and failed, and the share of keeps."""
+    rows = glance.families(night.done)
+    frame: pd.DataFrame = pd.DataFrame(rows, columns=["family", "tried", "kept", "failed"]).set_index("family")
+    frame["share kept"] = frame["kept"] / frame["tried"]
+    return frame

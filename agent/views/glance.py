@@ -130,7 +130,7 @@ def left(night: Night, now: float) -> dict[str, Any]:
     experiments = max(0, min(counts)) if counts else None
     if pace and experiments is not None:
         begun = now - night.open.started if night.open and night.open.n else 0.0
-        needed = max(0.0, experiments * pace - begun)
+        needed = max(0.0, experiments * pace - min(begun, pace))  # the open one may take longer; the others still come
         seconds = needed if seconds is None else min(seconds, needed)
     return {"seconds": seconds, "experiments": experiments, "pace": pace}
 
@@ -162,14 +162,11 @@ def newest(path: Path) -> dict[str, float]:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            return {str(key): float(value) for key, value in row.items() if _usual(value)}
+            numbers = ((str(key), value) for key, value in row.items() if isinstance(value, (int, float)))
+            return {key: float(value) for key, value in numbers if abs(value) < 1e18}  # False for NaN, too
         except (ValueError, AttributeError, RecursionError):
             continue
     return {}
-
-
-def _usual(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e18  # False for NaN, too
 
 
 def in_detail(night: Night, n: int, folder: Path, diff: str, sigma: float) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def best(now: dict[str, Any]) -> str:
 def outlook(now: dict[str, Any]) -> str:
     """How long the night will go on, how many experiments that allows, and what the agent has cost so far."""
     parts, left = [], now["left"]
-    if left and left["seconds"] is not None:
+    if left and left["seconds"]:  # 0: the last experiment has taken longer than the others, and nobody knows how much longer
         end = time.strftime("%H:%M", time.localtime(time.time() + left["seconds"]))
         parts.append(f"{lasting(left['seconds'])} left (to {end})")
     if left and left["experiments"] is not None:

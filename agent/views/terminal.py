@@ -64,17 +64,14 @@ class Console:
         """Print a line with the time."""
         clock = time.strftime("%H:%M:%S")
         try:
-            self._print(clock, text)
+            if self._rich.file.isatty():
+                self._rich.print(_wrapped(clock, text))
+            else:
+                print(f"{clock} {text}", file=self._rich.file, flush=True)
         except OSError:  # the reader of the output is gone
             self.leave((1,))
             with contextlib.suppress(OSError):
                 self._rich.file.flush()  # the line is still in the buffer: now it goes to the file
-
-    def _print(self, clock: str, text: str) -> None:
-        if self._rich.file.isatty():
-            self._rich.print(_wrapped(clock, text))
-        else:
-            print(f"{clock} {text}", file=self._rich.file, flush=True)
 
     def leave(self, streams: Sequence[int] = ()) -> None:
         """From now on, write to the file instead of to these descriptors (default: those that were a terminal at the start).

@@ -1,5 +1,6 @@
 """Hub datasets against a real server that misbehaves: a whole dataset, or a clear error and a state to go on from."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,8 +17,9 @@ import pyarrow.parquet as parquet
 import pytest
 from conftest import ROOT, environment, prepare, some_text
 from hub_server import REVISION, Hub
+from huggingface_hub import constants
 
-from harness import HarnessError, download
+from harness import HarnessError, corpus, download
 from harness.corpus import DATASETS, UPSTREAM
 from harness.score import read_held_out
 
@@ -41,13 +43,31 @@ def hub():
         yield server
 
 
-def fetch(hub, home, *more, **env):
-    return prepare("--dataset", "tinystories", "--preset", "tiny", *more, home=home, **{"HF_ENDPOINT": hub.url, **env})
+NOWHERE = "http://127.0.0.1:9"
 
 
-def fetch_upstream(hub, home, *more):
+def fetch(hub, home, *, dataset="tinystories", preset="tiny", url="", token="", said=None, **options) -> dict | str:
+    """Prepare a hub dataset in this process, which reads the address of the hub once, at its import. Returns the entry, or the
+    error's text; `said` takes what is printed meanwhile."""
+    url = url or hub.url
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said or io.StringIO()):
+        patch.setenv("AUTORESEARCH_HOME", str(home))
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(download, "FIRST_WAIT", 0.01)
+        try:
+            return corpus.prepare(dataset, preset, **options)
+        except HarnessError as error:
+            if error.exit_code != 2:
+                raise
+            return str(error)
+
+
+def fetch_upstream(hub, home, **options):
     """With few tokens, because the text is small."""
-    return prepare("--preset", "upstream", "--vocab-size", 320, *more, home=home, HF_ENDPOINT=hub.url)
+    return fetch(hub, home, dataset="climbmix", preset="upstream", vocab_size=320, **options)
 
 
 def ranges(hub, name):
@@ -55,9 +75,9 @@ def ranges(hub, name):
     return [r for method, path, r, _ in hub.requests if method == "GET" and path.endswith(name)]
 
 
-def is_whole(home, done, files=(FIRST,), revision=PINNED):
-    assert done.returncode == 0, done.stderr
-    assert "ready: tinystories-320-" in done.stdout
+def is_whole(home, entry, files=(FIRST,), revision=PINNED):
+    assert isinstance(entry, dict), entry
+    assert entry["id"].startswith("tinystories-320-")
     [place] = (home / "train").iterdir()
     meta = json.loads((place / "meta.json").read_text())
     assert meta["revision"] == revision
@@ -66,43 +86,48 @@ def is_whole(home, done, files=(FIRST,), revision=PINNED):
     assert meta["documents"] == 300 * len(files)
 
 
-def is_refused(home, done, said):
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "ready" not in done.stdout
-    assert "error: " in done.stderr
-    assert said in done.stderr.splitlines()[-1]
+def is_refused(home, why, said):
+    assert isinstance(why, str)
+    assert said in why
     assert not (home / "train").exists()
     assert not (home / "current.json").exists()
 
 
+def run(hub, home, **env):
+    """The program itself, as a process."""
+    return prepare("--dataset", "tinystories", "--preset", "tiny", "--json", home / "entry.json", home=home,
+                   **{"HF_ENDPOINT": hub.url, **env})
+
+
 def test_chosen_shards_only_and_then_no_network(hub, tmp_path):
-    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    is_whole(tmp_path, fetch(hub, tmp_path, shards=2), (FIRST, SECOND))
     assert ranges(hub, THIRD) == ranges(hub, "README.md") == []
-    again = fetch(hub, tmp_path, "--shards", 2, HF_ENDPOINT="http://127.0.0.1:9")
+    again = fetch(hub, tmp_path, shards=2, url=NOWHERE)
     is_whole(tmp_path, again, (FIRST, SECOND))
 
 
 def test_the_commit_is_the_pinned_one_or_the_given_one(hub, tmp_path):
     is_whole(tmp_path / "pinned", fetch(hub, tmp_path / "pinned"))
     assert f"/api/datasets/karpathy/tinystories-gpt4-clean/revision/{PINNED}" in [path for _, path, *_ in hub.requests]
-    is_whole(tmp_path / "given", fetch(hub, tmp_path / "given", "--revision", "a" * 40), revision="a" * 40)
-    is_whole(tmp_path / "branch", fetch(hub, tmp_path / "branch", "--revision", "main"), revision=REVISION)
+    is_whole(tmp_path / "given", fetch(hub, tmp_path / "given", revision="a" * 40), revision="a" * 40)
+    is_whole(tmp_path / "branch", fetch(hub, tmp_path / "branch", revision="main"), revision=REVISION)
     files = [path.split("/resolve/")[1] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path]
     assert files == [f"{commit}/{FIRST}" for commit in (PINNED, "a" * 40, REVISION)]
     names = [name for name, *_ in (p.parts[-1:] for p in tmp_path.glob("*/train/*"))]
     assert len(set(names)) == 3, "another commit is another dataset"
-    again = fetch(hub, tmp_path / "branch", "--revision", "main", HF_ENDPOINT="http://127.0.0.1:9")
+    again = fetch(hub, tmp_path / "branch", revision="main", url=NOWHERE)
     is_whole(tmp_path / "branch", again, revision=REVISION)
 
 
 def test_the_preset_upstream_scores_upstreams_validation_file(tmp_path):
     files = {f"shard_0000{i}.parquet": shard(i) for i in range(3)} | {UPSTREAM[1]: shard(9)}
     with Hub(files) as server:
-        done = fetch_upstream(server, tmp_path, "--shards", 2)
-        assert done.returncode == 0, done.stderr
-        assert "ready: climbmix-320-" in done.stdout
+        said = io.StringIO()
+        entry = fetch_upstream(server, tmp_path, shards=2, said=said)
+        assert isinstance(entry, dict), entry
+        assert entry["id"].startswith("climbmix-320-")
         size = sum(len(files[name]) for name in ("shard_00000.parquet", "shard_00001.parquet", UPSTREAM[1]))
-        assert done.stderr.startswith(
+        assert said.getvalue().startswith(
             f"to download: {size / 1e9:.2f} GB from karpathy/climbmix-400b-shuffle, 3 of 3 files: shard_00000.parquet, "
             f"shard_00001.parquet, {UPSTREAM[1]} (validation and test text)\nto {tmp_path}/downloads/")
         assert ranges(server, "shard_00002.parquet") == []
@@ -142,12 +167,11 @@ def test_what_has_no_commits_is_asked_for_none(tmp_path):
     assert "--revision main: stories is not a hub dataset" in done.stderr
 
 
-@pytest.mark.slow
 def test_another_preset_of_what_is_there_needs_no_network(hub, tmp_path):
     is_whole(tmp_path, fetch(hub, tmp_path))
-    done = fetch(hub, tmp_path, "--vocab-size", 256, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    assert "ready: tinystories-256-" in done.stdout
+    entry = fetch(hub, tmp_path, vocab_size=256, url=NOWHERE)
+    assert isinstance(entry, dict), entry
+    assert entry["id"].startswith("tinystories-256-")
 
 
 @pytest.mark.parametrize("behaviour", ["drop 70000", "429", "503", "truncate 5000", "wrong"])
@@ -169,17 +193,17 @@ def test_the_list_is_asked_for_again(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "behaviour", "said"), [
-    pytest.param(SECOND, "wrong", "expected SHA-256", marks=pytest.mark.slow),
-    pytest.param(SECOND, "503", "503", marks=pytest.mark.slow),
-    pytest.param(SECOND, "truncate 5000", "Consistency check failed", marks=pytest.mark.slow),
-    pytest.param("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched", marks=pytest.mark.slow),
+    (SECOND, "wrong", "expected SHA-256"),
+    (SECOND, "503", "503"),
+    (SECOND, "truncate 5000", "Consistency check failed"),
+    ("list", "503", f"tinystories-gpt4-clean at {PINNED} could not be fetched"),
 ])
 def test_lasting_trouble_is_a_clear_error_and_later_it_goes_on(hub, tmp_path, name, behaviour, said):
     hub.misbehave(name, *[behaviour] * 20)
-    is_refused(tmp_path, fetch(hub, tmp_path, "--shards", 2), said)
+    is_refused(tmp_path, fetch(hub, tmp_path, shards=2), said)
     hub.plans.clear()
     before = len(ranges(hub, FIRST))
-    is_whole(tmp_path, fetch(hub, tmp_path, "--shards", 2), (FIRST, SECOND))
+    is_whole(tmp_path, fetch(hub, tmp_path, shards=2), (FIRST, SECOND))
     if name != "list":
         assert len(ranges(hub, FIRST)) == before == 1, "the first shard was kept"
 
@@ -226,16 +250,18 @@ def test_two_presets_at_once_share_one_download(hub, tmp_path):
 def test_what_will_not_get_better_is_said_at_once(hub, tmp_path):
     hub.token = "hf_right"
     started = time.monotonic()
-    is_refused(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_wrong"), "could not be fetched")
+    is_refused(tmp_path, fetch(hub, tmp_path, token="hf_wrong"), "could not be fetched")
     assert len([r for r in hub.requests if "/api/datasets/" in r[1]]) == 1
     assert time.monotonic() - started < 60
-    is_whole(tmp_path, fetch(hub, tmp_path, HF_TOKEN="hf_right"))
+    is_whole(tmp_path, fetch(hub, tmp_path, token="hf_right"))
     assert {auth for *_, auth in hub.requests[-2:]} == {"Bearer hf_right"}
 
 
 def test_a_proxy_is_used(hub, tmp_path):
-    done = fetch(hub, tmp_path, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url, http_proxy=hub.url, NO_PROXY="", no_proxy="")
-    is_whole(tmp_path, done)
+    done = run(hub, tmp_path, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url, http_proxy=hub.url, NO_PROXY="", no_proxy="")
+    assert done.returncode == 0, done.stderr
+    assert "ready: tinystories-320-" in done.stdout
+    is_whole(tmp_path, json.loads((tmp_path / "entry.json").read_text()))
 
 
 def test_what_does_not_fit_on_the_disk_is_not_begun(hub, tmp_path, monkeypatch):
@@ -256,7 +282,8 @@ def test_no_server_at_all(tmp_path, offline):
     started = time.monotonic()
     done = prepare("--preset", "upstream", home=tmp_path, **offline)
     assert time.monotonic() - started < download.FIRST_WAIT * 2**download.TRIES, "no more than two tries"
-    is_refused(tmp_path, done, "the list of karpathy/climbmix-400b-shuffle at")
+    assert done.returncode == 2, done.stderr
+    is_refused(tmp_path, done.stderr, "the list of karpathy/climbmix-400b-shuffle at")
     assert "could not be fetched: " + ("OfflineModeIsEnabled" if offline else "ConnectError") in done.stderr
     assert "Run the same command again to continue" in done.stderr
     assert "`--dataset stories` needs no network" in done.stderr

@@ -5,8 +5,10 @@ import json
 import os
 
 import numpy as np
-from conftest import on_windows, prepare
+import pytest
+from conftest import on_windows, prepare, program
 
+from harness.machine import detect_preset
 from harness.overlap import code_points, letters_of
 from harness.tokenizer import Tokenizer
 
@@ -71,3 +73,16 @@ def test_only_a_preparation_by_hand_becomes_the_current_one(tmp_path):
     assert prepare(*options, home=tmp_path / "home").returncode == 0
     current = json.loads((tmp_path / "home" / "current.json").read_text())
     assert current == json.loads((tmp_path / "entry.json").read_text())
+
+
+@pytest.mark.slow  # the machine's own dataset has 8 MB
+@pytest.mark.skipif(detect_preset() != "cpu", reason="where there is a GPU, the machine's own dataset comes from the hub")
+def test_a_first_training_prepares_the_data_itself(tmp_path):
+    train_file = tmp_path / "train.py"
+    train_file.write_text("from prepare_mlx import start_run\nrun = start_run(__file__)\nprint(run.data.name, run.budget.text)\n")
+    for said in (["no data is prepared yet", "ready: stories-1024-", "stories-1024-"], ["stories-1024-"]):
+        done = program(train_file, "--budget", "3steps", home=tmp_path / "home", cwd=tmp_path, AUTORESEARCH_DEVICE="cpu")
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert [line.startswith(start) for line, start in zip(lines, said, strict=True)] == [True] * len(said), done.stdout
+        assert lines[-1].endswith(" 3steps")

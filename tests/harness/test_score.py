@@ -593,6 +593,16 @@ def test_every_row_is_probed_before_a_keep(validation, table):
         assert 0.85 * min(ordinary) < len(questions) < 1.15 * max(ordinary)
 
 
+def test_what_is_told_in_private_reaches_the_probes(tiny, candidate):
+    """More than the two processes of an ordinary score load the model."""
+    run_dir = candidate(source="print('loaded', flush=True)\n" + BIGRAM)
+    private = json.dumps({"held": str(tiny.held), "wrap": [], "verify": True})
+    done = subprocess.run([sys.executable, ROOT / "prepare_mlx.py", "score", run_dir, "--private"], input=private,
+                          env=environment(tiny.home), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "serve.log").read_text().count("loaded") > 2
+
+
 def test_a_model_that_looks_ahead_rarely_passes_a_score_and_is_refused_before_a_keep():
     """At 1 % of positions, where a model passes every other ordinary score; and an honest one always passes."""
     rng = np.random.default_rng(1)

@@ -118,6 +118,7 @@ def test_a_person_works_in_the_repository_meanwhile(tmp_path: Path) -> None:
             git("config", "remote.origin.gh-resolved", "base"), git("config", "core.autocrlf", "true")
             git("config", "core.safecrlf", "true"), git("commit", "-q", "--allow-empty", "-m", "mine")
         elif n == 2:
+            git("pack-refs", "--all"), git("config", "core.fsmonitor", "/no/such/program")
             git("branch", "-D", "autoresearch/night"), git("gc", "-q", "--prune=now")
         elif n == 3:
             git("clean", "-ffdxq", "runs")

@@ -17,7 +17,7 @@ def test_experiments_trainings_and_families_as_frames() -> None:
     assert list(frame["best"]) == pytest.approx([1.6, 1.6, 1.35])
     assert list(frame["trainings"]) == [3, 1, 2]
     assert frames.trainings(night).groupby("n")["val_bpb"].mean()[2] == pytest.approx(1.35)
-    families = frames.families(frame)
+    families = frames.families(night)
     assert (families["tried"].sum(), families["kept"].sum()) == (2, 1)
 
 

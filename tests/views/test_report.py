@@ -127,6 +127,9 @@ def test_near_misses_are_those_ahead_of_the_best_of_their_time_or_within_the_noi
     assert [(e.n, round(gain, 4)) for e, gain, _ in found] == [(6, 0.03), (3, 0.01), (4, -0.01)]
     assert found[0][2].endswith("after 2 trainings")
     assert [e.n for e, _, _ in report.near_misses(story.night, 0.002)] == [6, 3], "with less noise 4 is plainly worse"
+    story.events[-1]["reason"] = "within the noise: ahead of the best by 0.0010 in 7 pairs trained side by side (noise ±0.0036)"
+    words = next(words for e, _, words in report.near_misses(story.night, 0.002) if e.n == story.night.done[-1].n)
+    assert "noise" not in words, "one comparison with the noise is enough, and the verdict has it"
 
 
 def test_names_of_keeps_do_not_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

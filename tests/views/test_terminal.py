@@ -100,7 +100,7 @@ def test_nothing_is_hidden_in_a_diff() -> None:
 
 def test_time_left_counts_hours_experiments_and_money() -> None:
     """The pace is 100 s an experiment; 10 were done in the 1000 s since the session began."""
-    def after(**settings: object) -> dict[str, object]:
+    def after(overdue: bool = False, **settings: object) -> dict[str, object]:
         story = Story()
         story.experiment(0, "keep", (1.5, 1.5, 1.5))
         for n in range(1, 11):
@@ -110,7 +110,10 @@ def test_time_left_counts_hours_experiments_and_money() -> None:
             event["t"] = max(0.0, 100.0 * (event.get("n") or 0)) if event["event"] == "verdict" else \
                 100.0 * max(0, (event.get("n") or 0) - 1) if event["event"] != "session" else 1e-9
         events[1]["settings"] = settings
-        return glance.left(story.night, 1000.0)
+        if overdue:
+            story.add("experiment", n=11, parent="p")
+            events[-1]["t"] = 1000.0
+        return glance.left(story.night, 2000.0 if overdue else 1000.0)
 
     assert after(experiments=15)["experiments"] == 5
     assert after(experiments=15)["seconds"] == pytest.approx(500)
@@ -118,6 +121,7 @@ def test_time_left_counts_hours_experiments_and_money() -> None:
     assert after(hours=8.0, max_cost=1.3)["experiments"] == 3
     assert after(hours=8.0, max_cost=1.3)["seconds"] == pytest.approx(300)
     assert after() == {"seconds": None, "experiments": None, "pace": pytest.approx(100)}
+    assert after(True, experiments=13)["seconds"] == pytest.approx(200), "the open one is overdue, two are still to come"
 
 
 def test_a_score_is_compared_in_words() -> None:
