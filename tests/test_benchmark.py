@@ -270,6 +270,21 @@ def test_a_comparison_writes_table_picture_and_json(tmp_path: Path) -> None:
     assert any("a loaded machine" in line for line in compare_backends.sentences(result | {"reports": busy}))
 
 
+@pytest.mark.parametrize("place", sorted((ROOT / "docs" / "benchmarks").glob("*.json")), ids=lambda place: place.stem)
+def test_a_published_page_says_what_its_json_says(place: Path) -> None:
+    """And neither names a folder of the machine."""
+    text, page = place.read_text(), place.with_suffix(".md").read_text()
+    assert not re.search(r"/(home|Users|work|tmp|root|private|var)/", text + page)
+    assert place.with_suffix(".png").is_file()
+    result = json.loads(text)
+    figures = [f"{leg[key]:,.0f}" for leg in result["legs"].values() for key in ("tokens_per_second", "lowest", "highest")]
+    figures += [f"{leg['step_ms']:.1f}" for leg in result["legs"].values()]
+    figures += [f"{ratio['median']:.2f} times the tokens/s" for ratio in result["ratios"].values()]
+    figures += [f"{run['val_bpb']:.4f}" for key in ("equal_steps", "equal_seconds") for run in result[key]["legs"].values()]
+    assert len(figures) > 8
+    assert [figure for figure in figures if figure not in page] == []
+
+
 def test_a_backend_that_is_not_here_is_refused_with_those_that_are() -> None:
     refused = CliRunner().invoke(benchmark.main, ["compare", "--backends", "mlx-cpu,abacus"])
     assert refused.exit_code == 2
