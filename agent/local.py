@@ -51,7 +51,7 @@ class LocalModel:
     memory_gb: int  # of a machine that runs it with a 30,000-token prompt beside the system itself
 
 
-# Of November 2026, by their cards. Untried here: no Mac with the memory for them was at hand. `--check` tries the one you have.
+# From the models' cards, November 2026. Not tried: that takes a Mac with the memory for them. `--check` tries the one you have.
 KNOWN = (
     LocalModel("mlx-community/Qwen3.5-35B-A3B-OptiQ-4bit", 20.1, 48),
     LocalModel("mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit", 17.2, 32),
@@ -77,7 +77,7 @@ def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
     default = None
     with contextlib.suppress(ChatError):
         default = default_model(memory_bytes)
-    lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, by their cards; untried here:"]
+    lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, from their cards, not tried by us:"]
     for known in reversed(KNOWN):
         try:
             there = f"is on this machine: {find_model(known.repo, environ)}"
@@ -324,7 +324,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--timeout", type=POSITIVE, default=600, show_default=True,
               help="Timeout per reply, in seconds, with the time to load the model.")
 @click.option("--silence", type=POSITIVE, default=SILENT_SECONDS, show_default=True,
-              help="Longest silence of the server, in seconds; it is started again after that, once.")
+              help="Longest silence of the server, in seconds; it is started again after that, once. A check ends then.")
 @click.option("--start-seconds", type=POSITIVE, default=120, show_default=True,
               help="Timeout for the start of the server, in seconds, without the loading of the model.")
 @click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Maximum tokens per reply.")
@@ -362,7 +362,7 @@ def propose(
             try:
                 return servers[-1].ask(messages)
             except ChatError as error:
-                if not error.silent or len(servers) > 1:
+                if only_check or not error.silent or len(servers) > 1:
                     raise
                 print(f"{error}\nmlx-lm's server is started again", file=sys.stderr)
             stack.close()

@@ -171,6 +171,16 @@ def test_a_server_that_takes_the_prompt_and_answers_nothing_is_started_again_onc
     assert run.alive() == []
 
 
+def test_a_check_tells_of_a_mute_server_within_one_silence(tmp_path: Path) -> None:
+    run = Run(tmp_path, [], mode="mute")
+    code, reply = run("--model", str(model_folder(tmp_path / "model")), "--silence", "2", "--check")
+    assert (code, reply["failure"], run.text) == (1, "agent_error", SOURCE)
+    assert "nothing came from" in reply["detail"]
+    assert "within 2 s, though it still lists its models: it may hang" in reply["detail"]
+    assert (tmp_path / "facts.json.started").read_text() == "x"
+    assert run.alive() == []
+
+
 def test_a_model_that_cannot_be_loaded_is_told_with_its_cause_within_seconds(tmp_path: Path) -> None:
     run = Run(tmp_path, [], mode="unloadable")
     code, reply = run("--model", str(model_folder(tmp_path / "model")))

@@ -15,8 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-MAX_CHARACTERS = 1 << 20  # of an answer; a train file has 30,000
-MAX_BLOCKS = 100
+# Limits that keep the work small. A train file has 800 lines with 40,000 characters.
+MAX_CHARACTERS = 300_000  # in an answer, its thoughts aside
+MAX_THOUGHTS = 600_000  # characters; longer ones are not searched for blocks
+MAX_GROWTH = 3_000  # lines that an answer may add to the file
+MAX_BLOCKS = 50
+MAX_MIDDLES = 4  # lines in one block that look like =======
+MAX_ELISIONS = 40  # lines in an answer that look like ...
 SHOWN_LINES = 14  # of the file, in an error
 _MARKER_LENGTH = 300  # a longer line is no marker
 
@@ -63,9 +68,9 @@ def apply_answer(source: str, answer: str, reasoning: str = "") -> str:
 
     too_long, no_blocks, unfinished_block, empty_search, not_found, ambiguous, elision, no_change, not_python, breaks_contract.
     `reasoning` is what the model thought beside its answer: it counts only where the answer itself holds no edit."""
-    if len(answer) + len(reasoning) > MAX_CHARACTERS:
-        raise EditError("too_long", f"the reply has {len(answer) + len(reasoning):,} characters; expected a few short blocks")
     text, thoughts = spoken(answer)
+    if len(text) > MAX_CHARACTERS:
+        raise EditError("too_long", f"the reply has {len(text):,} characters; expected a few short blocks")
     newline = "\r\n" if "\r\n" in source else "\n"
     old = source.replace("\r\n", "\n")
     new = _edited(old, text.replace("\r\n", "\n"), (thoughts + "\n" + reasoning).replace("\r\n", "\n"))
@@ -84,14 +89,19 @@ def _edited(old: str, text: str, thoughts: str) -> str:
         # Some servers put the whole reply into the reasoning. Drafts of one place contradict each other, and are refused.
         for mark in (*_THOUGHT_STARTS, *_THOUGHT_ENDS):
             thoughts = thoughts.replace(mark, "\n")
-        with_edit = [] if text.strip() else _blocks(thoughts)
+        with_edit = [] if text.strip() or len(thoughts) > MAX_THOUGHTS else _blocks(thoughts)
         if not with_edit:
             raise EditError("no_blocks", "expected at least one SEARCH/REPLACE block, found none" + ("" if text.strip() else
                             ": the reply is empty" + (" but for its reasoning" if thoughts.strip() else "")))  # fmt: skip
         blocks = with_edit
     lines = (old if old.endswith("\n") else old + "\n").split("\n")[:-1]
+    if (gaps := len(_elisions([line for block in blocks for line in block.lines], old))) > MAX_ELISIONS:
+        raise EditError("elision", f"{gaps:,} lines such as '...' leave code out; write every line")
+    most = len(lines) + MAX_GROWTH
     for number, block in enumerate(blocks, 1):
         lines = _replace(lines, block, f"block {number} of {len(blocks)}")
+        if len(lines) > most:
+            raise EditError("too_long", f"the edited file has more than {most:,} lines; expected one small change")
     return "".join(line + "\n" for line in lines)
 
 
@@ -125,7 +135,7 @@ def _blocks(text: str) -> list[_Block]:
             continue
         elif mark.startswith(">>>>>"):
             middles = [at for at, body in enumerate(lines) if 5 <= len(body.strip()) <= 9 and set(body.strip()) == {"="}]
-            if not middles or len(middles) > 8:
+            if not middles or len(middles) > MAX_MIDDLES:
                 break
             found.append(_Block(lines, middles))
             complete = True
@@ -263,10 +273,11 @@ def _place(lines: list[str], search: list[str], new: list[str], where: str) -> _
         raise EditError("empty_search", f"{where} searches for nothing beside '...'; put the lines to replace there")
     trimmed = _trimmed(new, before, after)
     for key, wanted, made in ((str, search, new), (_plain, bare, trimmed), (str.strip, bare, trimmed)):
+        starts = _runs(lines, wanted, key)
+        shifted = key is str.strip and len(starts) <= 10  # else it's ambiguous, whatever the indentation
         places = []
-        for start in _runs(lines, wanted, key):
-            found = lines[start : start + len(wanted)]
-            moved = _moved(wanted, found, made) if key is str.strip else made
+        for start in starts:
+            moved = _moved(wanted, lines[start : start + len(wanted)], made) if shifted else made
             if moved is not None:
                 places.append(_Place(start, start + len(wanted), moved))
         if len(places) == 1:
@@ -283,9 +294,12 @@ def _place(lines: list[str], search: list[str], new: list[str], where: str) -> _
 
 def _runs(lines: list[str], wanted: list[str], key: Callable[[str], str]) -> list[int]:
     """Where `wanted` begins in `lines`, compared by `key`."""
-    have, want = [key(line) for line in lines], [key(line) for line in wanted]
-    last = len(have) - len(want)
-    return [at for at, line in enumerate(have[: max(0, last + 1)]) if line == want[0] and have[at : at + len(want)] == want]
+    have, want = ("\n".join(["", *map(key, part), ""]) for part in (lines, wanted))
+    starts, at, counted, number = [], -1, 0, 0
+    while (at := have.find(want, at + 1)) >= 0:  # linear, where comparing at each line is not
+        number, counted = number + have.count("\n", counted, at), at
+        starts.append(number)
+    return starts
 
 
 def _plain(line: str) -> str:
@@ -362,7 +376,7 @@ def _nearest(lines: list[str], search: list[str]) -> str:
 
 def _require_sound(old: str, new: str) -> None:
     """The result is Python and keeps what the harness needs of a train file, where the file had it. Raises EditError."""
-    if len(new) > len(old) + MAX_CHARACTERS // 4:
+    if len(new) > len(old) + MAX_CHARACTERS // 3:
         raise EditError("too_long", f"the edited file has {len(new):,} characters, was {len(old):,}; expected one small change")
     try:
         kept = _contract(new)

@@ -207,6 +207,13 @@ HOSTILE = {
     "thinks": "<think>" * 70_000,
     "thinks_closed": "<think></think>" * 30_000 + GOOD,
     "ellipses": block("...\n" * 100_000, "...\n" * 100_000),
+    "own_ellipses": block("".join(f"# ... {n}\n" for n in range(20_000)), "".join(f"# ... {n}\n" for n in range(20_000))),
+    "ellipses_between": block(*("".join(f"X{n} = {n}\n...\n" for n in range(800)) for _ in "ab")) * 12,
+    "ellipses_and_middles": "<<<<<<< SEARCH\n" + ("...\n" * 9000 + "=======\n") * 8 + "...\n>>>>>>> REPLACE\n",
+    "shifted": block("  x = 1\n" * 2000),
+    "overlaps": block(new="LR = 0.2" + "\nx = 1" * 2500) + block("x = 1\n" * 1200 + "WD = 0.1") * 20,
+    "growth": block(new="LR = 0.1" + "\nx = 1" * 900) + "".join(block(f"X{n} = {n}", "y = 1\n" * 900) for n in range(40)),
+    "sum": block(new="LR = " + "+".join("1" * 40_000)),
     "hashes": block("# " * 100_000, "#" * 200_000),
     "angle": "<" * 4 + "\n" + "<|" * 200_000,
     "nul": "\x00" * 500_000,
@@ -216,11 +223,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
-def test_nothing_a_model_sends_raises_or_takes_a_second(answer: str) -> None:
+def test_nothing_a_model_sends_raises_or_takes_long(answer: str) -> None:
     source = SOURCE + "".join(f"X{number} = {number}\n" for number in range(800))
-    began = time.process_time()
-    assert len(outcome(source, answer, answer[:1000])) < 70_000
-    assert time.process_time() - began < 1.0
+    for text, reasoning in ((answer, answer[:1000]), ("", answer)):
+        began = time.process_time()
+        assert len(outcome(source, text, reasoning)) < 70_000
+        assert time.process_time() - began < 1.0
 
 
 def outcome(source: str, answer: str, reasoning: str) -> str:

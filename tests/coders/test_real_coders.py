@@ -78,7 +78,9 @@ REAL = {
         "@google/gemini-cli", "0.61.0", {"GEMINI_API_KEY": "key", "GOOGLE_GEMINI_BASE_URL": "{url}"}, "gemini-2.5-flash",
         setup=gemini_home,
     ),
-    "opencode": Real("opencode-ai", "1.18.33", model="x/m", setup=opencode_home),
+    "opencode": Real(  # it asks its maker for a list of models first, and waits long where there is no way out
+        "opencode-ai", "1.18.33", {"OPENCODE_DISABLE_MODELS_FETCH": "1"}, "x/m", setup=opencode_home,
+    ),
     "aider": Real(
         "aider-chat", "0.86.2", {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "key"}, "openai/m",
         ("--edit-format", "diff", "--no-show-model-warnings"),
@@ -278,7 +280,7 @@ def test_a_rate_limit_is_named_with_its_wait(name: str, wait: int | None) -> Non
 
 def test_a_stream_without_an_end_is_ended_and_still_read(name: str) -> None:
     seen = run(name, Script(endless=True), seconds=12)
-    assert seen.outcome.reason == ("exited" if name == "gemini" else "wall")  # gemini notices that it goes round in circles
+    assert seen.outcome.reason == "wall" or name == "gemini"  # which may notice in time that it goes round in circles
     assert seen.text == SOURCE
     assert seen.reply.failure == "agent_error"
 
@@ -317,7 +319,7 @@ class Lived:
     touched: list[str]  # what is not as it was in the user's checkout
 
 
-def live(name: str, script: Script, minutes: float = 1.0, check: bool = False) -> Lived:
+def live(name: str, script: Script, minutes: float = 3.0, check: bool = False) -> Lived:
     """`python -m agent.loop --agent NAME --experiments 1` on a toy repository, by the real command line."""
     programs, real = install(name), REAL[name]
     (cache() / "work").mkdir(exist_ok=True)
@@ -377,7 +379,7 @@ ENDINGS = {
 @pytest.mark.parametrize("case", ENDINGS)
 def test_each_other_ending_has_its_status(case: str) -> None:
     script, statuses = ENDINGS[case]
-    lived = live("claude", replace(script), 0.3 if case == "endless" else 1.0)
+    lived = live("claude", replace(script), 0.3 if case == "endless" else 3.0)
     (experiment,) = lived.night.done
     assert experiment.status in statuses, experiment
     assert lived.code == (experiment.status != "violation"), "the agent never changed the file"
