@@ -90,10 +90,11 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
     """What was chosen, how long it will take, and what it may cost: the first lines of a session."""
     data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
     why = f", {data['chosen']}" if data.get("chosen") else ""
+    name = data.get("name") or "text:"
     lines = [
         f"night {night.tag}: {night.train_file} as of commit {night.base[:7]}; Ctrl-C stops it, a closed window does not; "
         "--resume goes on",
-        f"data: {data.get('name') or data['id']}, preset {data.get('preset')}{why}; others: --dataset, --preset",
+        f"data: {data['id'] if name == 'text:' else name}, preset {data.get('preset')}{why}; others: --dataset, --preset",
         agent,
     ]
     if unit == "s":

@@ -17,7 +17,9 @@ import pytest
 from night_kit import Bed, checkout_digest, git
 
 from agent.journal.journal import decode, encode, read_events
+from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
+from agent.night.setup import in_plain_words
 
 QUICK = "--no-sandbox"
 
@@ -410,3 +412,11 @@ def test_the_first_lines_say_in_plain_words_what_was_chosen_and_what_it_takes(tm
     assert re.search(r"time: about 5.8 min a training, 3 for the baseline first \(17 min\); then 1 experiments", said), said
     assert re.search(r"cost: at most \$2.00; disk: \d+ GB free", said), said
     assert all(len(line) < 140 for line in said.splitlines()[:8])
+
+
+def test_the_users_own_text_is_named_though_its_path_is_not() -> None:
+    """Agents may read the journal, so the path is not in it."""
+    data = {"id": "notes-320-0123456789", "name": "text:", "preset": "tiny", "budget": "20steps"}
+    night = Night(tag="one", base="0" * 40, train_file="train_mlx.py", dataset=data)
+    lines = in_plain_words(night, Settings(), "agent: search", 9.0)
+    assert lines[1].startswith("data: notes-320-0123456789, preset tiny; others: --dataset")
