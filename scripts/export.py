@@ -32,7 +32,7 @@ tags: [autoresearch, mlx]
 ---
 # {title}
 
-A small GPT, trained for {budget} by `{train_file}` in {what}.
+A small GPT, trained by `{train_file}` with a budget of {budget} in {what}.
 
 | | |
 | --- | --- |
@@ -82,7 +82,7 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(out, data / "tokenizer.model")
     scores = night.experiments[n].scores if night else []
-    score = f"{np.mean(scores):.4f} bits per byte (mean of {len(scores)} trainings; one has sd {noise(night).sigma:.4f})" \
+    score = f"{np.mean(scores):.4f} bits per byte (mean of {len(scores)} trainings, sd {noise(night).sigma:.4f})" \
         if night and scores else "not measured here"
     title = f"{night.tag}, {night.experiments[n].name}" if night else run_dir.name
     what = f"the night {night.tag}" if night else "a training by hand"

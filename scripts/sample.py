@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from agent.errors import NightError  # noqa: E402
 from agent.journal.folder import latest  # noqa: E402
-from agent.journal.journal import read_events  # noqa: E402
-from agent.journal.state import Experiment, Night, fold  # noqa: E402
+from agent.journal.state import Experiment, Night  # noqa: E402
+from agent.views.report import load as load_night  # noqa: E402
 from harness import home  # noqa: E402
 from harness.tokenizer import Tokenizer  # noqa: E402
 from scripts.decoding import Cached, Uncached  # noqa: E402
@@ -123,7 +123,7 @@ def find_night(tag: str | None) -> tuple[Night, Path]:
     runs = Path.cwd() / "runs"
     try:
         folder = runs / (tag or latest(runs))
-        night = fold(read_events(folder / "journal.jsonl")[0])
+        night = load_night(folder)
         night.leader  # noqa: B018  (JournalError without a baseline)
         return night, folder
     except NightError as error:

@@ -75,6 +75,7 @@ def test_mlx_lm_gives_the_same_logits_and_text(trained: Path, tiny: Dataset, tmp
     again = program(EXPORT, trained, tmp_path / "out", home=tiny.home)
     assert "exists already" in again.stderr
     assert "with train.json" in program(EXPORT, tmp_path, tmp_path / "x", home=tiny.home).stderr
+    assert "there is no night in" in program(EXPORT, tmp_path / "x", "--tag", "none", home=tiny.home, cwd=tmp_path).stderr
 
 
 def test_the_card_of_a_nights_model_tells_its_recipe(trained: Path, tiny: Dataset, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_the_card_of_a_nights_model_tells_its_recipe(trained: Path, tiny: Datase
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# night, experiment 1" in card
-    assert "1.5050 bits per byte (mean of 2, one training spreads by 0.0" in card
+    assert "1.5050 bits per byte (mean of 2 trainings, sd 0.0" in card
     assert "| held-out test | 1.5321 bits per byte" in card
     assert "- \\<b\\>wider\\</b\\> \\| \\`MLP\\`: 0.5000" in card
     assert "| commit | c1 |" in card
