@@ -202,7 +202,7 @@ def _names(text: str) -> set[str]:
 def _elisions(lines: list[str], old: str) -> list[str]:
     """Lines such as `# ... rest as before` that stand for code which was left out."""
     known = {line.strip() for line in old.split("\n")}
-    marks = [line.strip() for line in lines if len(line) < _MARKER_LENGTH]
+    marks = [mark for line in lines if (mark := line.strip())[:1] in {"#", "/", ".", "…"} and len(line) < _MARKER_LENGTH]
     return [mark for mark in marks if mark not in known and _ELISION.fullmatch(mark)]
 
 
