@@ -77,7 +77,8 @@ def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
     default = None
     with contextlib.suppress(ChatError):
         default = default_model(memory_bytes)
-    lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, from their cards, not tried by us:"]
+    has = f"This machine has {round(memory_bytes / GIB)} GB of memory."
+    lines = [f"{has} Models for --agent local, from their cards, not tried by us:"]
     for known in reversed(KNOWN):
         try:
             there = f"is on this machine: {find_model(known.repo, environ)}"
