@@ -78,7 +78,7 @@ def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
     with contextlib.suppress(ChatError):
         default = default_model(memory_bytes)
     has = f"This machine has {round(memory_bytes / GIB)} GB of memory."
-    lines = [f"{has} Models for --agent local, from their cards, not tried by us:"]
+    lines = [f"{has} Models for --agent local, from their cards, untried by us:"]
     for known in reversed(KNOWN):
         try:
             there = f"is on this machine: {find_model(known.repo, environ)}"
