@@ -181,7 +181,7 @@ def decide(contenders: Sequence[Contender], rule: Rule = DEFAULT_RULE) -> Step:
     level = level_now(best.trials, firsts, candidate.trials[-1][0], sigma)
     gain = level - _mean(set_aside(own, sigma)) if theirs else looks_lead(own, level, sigma)
     error = sigma * math.sqrt(1 / len(own) + 1 / max(4, len(theirs)))
-    side = gain
+    side = gain if gain < 0 else max(gain, level - median(own))  # told in full, though a look that is far too good counts for less
 
     def step(action: Action, reason: Reason) -> Step:
         return Step(action, reason, side, 2 * error, sigma, pairs)

@@ -377,3 +377,10 @@ def test_a_night_of_an_earlier_version_goes_on() -> None:
         story.trial(4, k, score)
     night = story.night
     assert judge(night, night.experiments[4]).action.startswith("train")
+
+
+def test_a_lead_that_is_far_too_good_is_told_in_full() -> None:
+    baseline = Contender([(n, 0.925 + 0.001 * n) for n in range(3)], lines=10, kept=True)
+    step = decide([baseline, Contender([(3, 0.76)], lines=10)])
+    assert step.action != "discard"
+    assert step.gain == pytest.approx(0.166, abs=0.003)
