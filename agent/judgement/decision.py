@@ -5,7 +5,7 @@ trainings of the night in the order they ended and says what comes next: train t
 knows nothing else, so a driver that was killed finds the same next step in its journal.
 
 1. Looks. The candidate is trained once. Nearly all candidates are no better, and most of them show it here: the training must lead
-   what the best would score now by about 0.5 sigmas, as three in ten equal candidates do. Then it is trained a second and a
+   what the best would score now by about 0.45 sigmas, as a third of equal candidates does. Then it is trained a second and a
    third time, and the mean must lead by more each time. Looks choose who is compared. They prove nothing, because a lucky
    candidate was chosen for its luck.
 2. Comparison. What is left is trained side by side with the best: best, candidate, candidate, best, and so on. Only these trainings
@@ -94,12 +94,12 @@ class Rule:
     false_keeps: float = 0.05  # chance that a night of equal candidates keeps any of them
     experiments: int = 100  # candidates that share this chance; a longer night needs its own number
     baseline_trials: int = 6  # of the first best, before any candidate
-    looks: tuple[float, ...] = (0.54, 0.66, 0.82)  # sigmas by which the mean of the first trainings must lead
+    looks: tuple[float, ...] = (0.45, 0.75, 1.0)  # sigmas by which the mean of the first trainings must lead
     lead: float = 0.85  # the same, while it is trained side by side
     thrift: float = 1.6  # trainings of an average candidate, above which all of these rise: a wave makes many look good
     sure: float = 6.0  # sigmas of lead after which the other looks are left out
-    min_pairs: int = 5  # before a keep
-    max_pairs: int = 12
+    min_pairs: int = 6  # before a keep
+    max_pairs: int = 16
     ahead: float = 0.75  # share of the candidate's trainings that must beat the best's middle one
     gap: float = 4.0  # sigmas between all trainings of the one and all of the other: kept after `gap_pairs`
     gap_pairs: int = 2
