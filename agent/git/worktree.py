@@ -260,9 +260,11 @@ class Worktree:
         kind = f"--object-format={self.repository.algorithm}"
         run_git(self.path.parent, "init", "--quiet", "--template=", kind, f"--initial-branch={self.branch}", str(self.path))
         folder = self.path / ".git"
-        quoted = str(self.common / "objects").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        objects = str(self.common / "objects")
+        if objects.startswith(('"', "#")) or "\n" in objects:  # only then: aider's own reader of git knows no quotes
+            objects = '"' + objects.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
         (folder / "objects" / "info").mkdir(exist_ok=True)
-        (folder / "objects" / "info" / "alternates").write_text(f'"{quoted}"\n', encoding="utf-8", errors="surrogateescape")
+        (folder / "objects" / "info" / "alternates").write_text(f"{objects}\n", encoding="utf-8", errors="surrogateescape")
         with contextlib.suppress(OSError):  # a shallow clone: history ends there
             (folder / "shallow").write_bytes(read_plain(self.common / "shallow", 1 << 20))
         name, email = ("".join(char for char in word if char not in '"\\\n') for word in self.repository.identity() or _NOBODY)
