@@ -74,11 +74,8 @@ def default_model(memory_bytes: int) -> LocalModel:
 
 def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
     """The table as text: each model's size and need, the one for this machine, and which are here."""
-    default = None
-    with contextlib.suppress(ChatError):
-        default = default_model(memory_bytes)
-    has = f"This machine has {round(memory_bytes / GIB)} GB of memory."
-    lines = [f"{has} Models for --agent local, from their cards, untried by us:"]
+    default = next((known for known in KNOWN if round(memory_bytes / GIB) >= known.memory_gb), None)
+    lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, from their cards, untried:"]
     for known in reversed(KNOWN):
         try:
             there = f"is on this machine: {find_model(known.repo, environ)}"

@@ -202,18 +202,11 @@ def _names(text: str) -> set[str]:
 def _elisions(lines: list[str], old: str) -> list[str]:
     """Lines such as `# ... rest as before` that stand for code which was left out."""
     known = {line.strip() for line in old.split("\n")}
-    marks = [line.strip() for line in lines if len(line) < _MARKER_LENGTH]
+    marks = [mark for line in lines if (mark := line.strip())[:1] in {"#", "/", ".", "…"} and len(line) < _MARKER_LENGTH]
     return [mark for mark in marks if mark not in known and _ELISION.fullmatch(mark)]
 
 
 # --- applying a block --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Place:
-    start: int
-    end: int
-    new: list[str]
 
 
 def _replace(lines: list[str], block: _Block, where: str) -> list[str]:
@@ -240,19 +233,18 @@ def _apply(lines: list[str], search: list[str], new: list[str], where: str) -> l
     if holes and len(holes) != len(gaps):
         raise EditError("elision", f"{where}: {holes[0]!r} in REPLACE leaves lines out, and they would be lost; write every line")
     if gaps and holes:
-        pieces = zip(_split(search, gaps), _split(new, holes), strict=True)
         after = 0
-        for old_piece, new_piece in pieces:
+        for old_piece, new_piece in zip(_split(search, gaps), _split(new, holes), strict=True):
             if not old_piece and not new_piece:
                 continue
-            place = _place(lines, old_piece, new_piece, where)
-            if place.start < after:
+            start, end, made = _place(lines, old_piece, new_piece, where)
+            if start < after:
                 raise EditError("not_found", f"{where}: the parts of SEARCH around {gaps[0]!r} stand in another order in the file")
-            lines = lines[: place.start] + place.new + lines[place.end :]
-            after = place.start + len(place.new)
+            lines = lines[:start] + made + lines[end:]
+            after = start + len(made)
         return lines
-    place = _place(lines, search, new, where)
-    return lines[: place.start] + place.new + lines[place.end :]
+    start, end, made = _place(lines, search, new, where)
+    return lines[:start] + made + lines[end:]
 
 
 def _split(lines: list[str], marks: list[str]) -> list[list[str]]:
@@ -265,9 +257,11 @@ def _split(lines: list[str], marks: list[str]) -> list[list[str]]:
     return [_filled(part)[0] for part in parts]
 
 
-def _place(lines: list[str], search: list[str], new: list[str], where: str) -> _Place:
-    """Where SEARCH stands, and what REPLACE is there: exactly as written, else but for blanks at ends of lines and blank lines
-    around, else but for an indentation that differs by the same in all lines. Two places of one kind are never guessed."""
+def _place(lines: list[str], search: list[str], new: list[str], where: str) -> tuple[int, int, list[str]]:
+    """First line and end of SEARCH in the file, and REPLACE as it fits there.
+
+    Lines are compared exactly; then without blanks at their ends and blank lines around; then without their indentation, if it
+    differs in the same way in all lines. Two places of one kind are never guessed."""
     bare, before, after = _filled(search)
     if not bare:
         raise EditError("empty_search", f"{where} searches for nothing beside '...'; put the lines to replace there")
@@ -279,11 +273,11 @@ def _place(lines: list[str], search: list[str], new: list[str], where: str) -> _
         for start in starts:
             moved = _moved(wanted, lines[start : start + len(wanted)], made) if shifted else made
             if moved is not None:
-                places.append(_Place(start, start + len(wanted), moved))
+                places.append((start, start + len(wanted), moved))
         if len(places) == 1:
             return places[0]
         if places:
-            at = ", ".join(str(place.start + 1) for place in places[:10])
+            at = ", ".join(str(start + 1) for start, _, _ in places[:10])
             raise EditError("ambiguous", f"{where}: the lines of SEARCH, from {_first(search)!r}, occur {len(places)} times, at "
                             f"lines {at}; add lines before or after")  # fmt: skip
     gap = _elisions(search, "\n".join(lines))

@@ -127,7 +127,9 @@ def edit(ask: Ask, prompt: str, path: Path) -> Reply:
 
     The reply's failure is None exactly if the file was written. Raises OSError for a file that can't be read or written."""
     source = _read(path)
-    talk = _conversation(ask, prompt, path, source)
+    if len(source.strip()) > 20:  # it is sent once, where shortening leaves it alone
+        prompt = prompt.replace(source.strip(), "(the file is below)")
+    talk = Conversation(ask, prompt, _shown(path, source))
     problems: list[str] = []
     for attempt in (1, 2):
         try:
@@ -210,25 +212,13 @@ def _read(path: Path) -> str:
         return file.read()
 
 
-def _conversation(ask: Ask, prompt: str, path: Path, source: str) -> Conversation:
-    return Conversation(ask, _without(prompt, source), _shown(path, source))
-
-
 def _shown(path: Path, source: str) -> str:
     return f"\n\nThe file {path.name} as it is now:\n```python\n{source}\n```\n"
 
 
-def _without(prompt: str, source: str) -> str:
-    """The prompt without the file, should it be in it: it is sent once, where shortening leaves it alone."""
-    return prompt.replace(source.strip(), "(the file is below)") if len(source.strip()) > 20 else prompt
-
-
 def _cut_off(answer: Answer) -> str:
     if not answer.text.strip():
-        return (
-            "the whole reply went into reasoning, then its length was up: raise --max-tokens or the model's context, or let the "
-            "model reason less"
-        )
+        return "the whole reply went into reasoning: raise --max-tokens or the model's context, or let the model reason less"
     return "the reply was cut off by its length: use fewer and smaller blocks, or raise --max-tokens, or the model's context"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Literal
@@ -83,7 +82,7 @@ def wait_seconds(text: str, now: float | None = None) -> float | None:
     moments = [float(hit[1]) for hit in _EPOCH.finditer(text)]
     for cue in list(_CUE.finditer(text))[-MOST_CUES:]:
         following = text[cue.end() : cue.end() + 120]
-        if (moment := next(_moments(following, now), None)) is not None:
+        if (moment := _moment(following, now)) is not None:
             moments.append(moment)
         elif span := _SPAN.search(following):
             waits.append(sum(_in_seconds(number, unit) for number, unit in re.findall(_PART, span[1], re.I)))
@@ -92,22 +91,22 @@ def wait_seconds(text: str, now: float | None = None) -> float | None:
     return max(waits) if waits else None
 
 
-def _moments(text: str, now: float) -> Iterator[float]:
+def _moment(text: str, now: float) -> float | None:
     """The Unix time of the date and time that a text begins with, if it does."""
     hit = _WHEN.search(text)
     if hit is None:
-        return
+        return None
     day, clock, zone = hit.groups()
     here = datetime.fromtimestamp(now, _zone(zone))
     try:
         found = dates.parse(f"{day or ''} {clock}".strip(), default=here.replace(minute=0, second=0, microsecond=0))
     except (ValueError, OverflowError):
-        return
+        return None
     if day is None and found.timestamp() <= now - JUST_PAST:
         found += timedelta(days=1)
     elif day and not re.search(r"\d{4}", day) and found.timestamp() < now - 182 * 86400:
         found = found.replace(year=found.year + 1)  # "Jan 2", said in December
-    yield found.timestamp()
+    return found.timestamp()
 
 
 def _zone(text: str | None) -> tzinfo | None:
@@ -136,7 +135,5 @@ def line_at(text: str, position: int, width: int = 300) -> str:
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
     line = text[start : len(text) if end < 0 else end]
-    if len(line) > width:
-        middle = max(0, min(position - start - width // 2, len(line) - width))
-        line = line[middle : middle + width]
-    return line.strip()
+    middle = max(0, min(position - start - width // 2, len(line) - width))
+    return line[middle : middle + width].strip()

@@ -6,6 +6,7 @@ wrote is never searched for failures: only error fields and standard error are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -45,12 +46,8 @@ def claude(stdout: str, log: str, job: Job) -> Reply:
         return _failed("", log=log or stdout)
     usage = result.get("usage") or {}
     inputs = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    known = Reply(
-        tokens_in=_total(usage, *inputs),
-        tokens_out=usage.get("output_tokens"),
-        cost_usd=result.get("total_cost_usd"),
-        message=_text(result.get("result")),
-    )
+    cost, message = result.get("total_cost_usd"), _text(result.get("result"))
+    known = Reply(_total(usage, *inputs), usage.get("output_tokens"), cost, message)
     if result.get("is_error"):
         return _failed(f"{result.get('api_error_status') or ''} {known.message or result.get('subtype')}", known)
     return known
@@ -122,11 +119,8 @@ def qwen(stdout: str, log: str, job: Job) -> Reply:
         return _failed("", log=log or stdout)
     result = several[-1]
     usage = result.get("usage") or {}
-    known = Reply(
-        tokens_in=_total(usage, "input_tokens"),
-        tokens_out=_total(usage, "output_tokens"),
-        message=_text(result.get("result")),
-    )
+    message = _text(result.get("result"))
+    known = Reply(_total(usage, "input_tokens"), _total(usage, "output_tokens"), message=message)
     if result.get("is_error") or (known.message or "").startswith("[API Error"):
         return _failed(known.message or str(result.get("error")), known)
     return known
@@ -194,11 +188,8 @@ def _failed(error: str, known: Reply | None = None, log: str = "") -> Reply:
 
 
 def _add(reply: Reply, tokens_in: int | None, tokens_out: int | None) -> Reply:
-    return replace(
-        reply,
-        tokens_in=(reply.tokens_in or 0) + (tokens_in or 0),
-        tokens_out=(reply.tokens_out or 0) + (tokens_out or 0),
-    )
+    sums = (reply.tokens_in or 0) + (tokens_in or 0), (reply.tokens_out or 0) + (tokens_out or 0)
+    return replace(reply, tokens_in=sums[0], tokens_out=sums[1])
 
 
 def _total(counts: dict[str, Any], *keys: str) -> int | None:
@@ -252,9 +243,7 @@ def _array(text: str) -> list[dict[str, Any]]:
 
 
 def _file(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            item = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return item if isinstance(item, dict) else {}
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        if isinstance(item := json.load(file), dict):
+            return item
+    return {}
