@@ -30,7 +30,7 @@ from typing import Any
 
 import click
 
-from agent.chat.edit import check, edit, finish
+from agent.chat.edit import answer_prompt, check, edit
 from agent.chat.endpoint import Answer, ChatError, Endpoint
 from agent.coders.coder import Reply
 from agent.files import GIB
@@ -337,18 +337,9 @@ def main(train_file: Path | None, model: str | None, start_seconds: float, only_
     if train_file is None:
         print(models_for(machine_memory(), os.environ))
         return
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    if not prompt.strip():
-        raise click.UsageError("no prompt; expected it on standard input")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, raise_exit)  # so that the server is ended on the way out
-    try:
-        reply = propose(train_file, prompt, model, start_seconds, only_check, **options)
-    except ChatError as error:
-        reply = Reply(failure=error.failure, detail=str(error))
-    except Exception as error:  # a traceback says nothing to a person, and the reply belongs on the last line
-        reply = Reply(failure="agent_error", detail=redact(f"{type(error).__name__}: {error}")[:500])
-    finish(reply)
+    answer_prompt(lambda prompt: propose(train_file, prompt, model, start_seconds, only_check, **options))
 
 
 def propose(
