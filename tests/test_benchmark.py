@@ -84,6 +84,7 @@ def test_a_constant_is_replaced_with_all_that_stands_on_its_line() -> None:
     assert compare_peers.with_constants(source, {"A": 5, "B": 6, "C": 7}) == "A = 5  # tokens\nB = 6  # b\nC = 7  # c\n"
 
 
+@pytest.mark.slow
 def test_a_peer_gets_the_score_that_the_scorer_gives(tiny: Dataset, trained: Path) -> None:
     scored = prepare("score", trained, home=tiny.home)
     ours = float(re.search(r"^val_bpb: +(\S+)", scored.stdout, re.M)[1])
@@ -435,6 +436,7 @@ def dtype_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     return run
 
 
+@pytest.mark.slow
 def test_dtypes_are_measured_by_training_and_a_cpu_remembers_none(
         tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype_command: Callable[..., dict]) -> None:
     source = compare_peers.with_constants(SOURCE, {"DEPTH": 1, "WIDTH": 64, "BATCH_TOKENS": 256, "NGRAM_BUCKETS": "()"})
