@@ -261,7 +261,7 @@ class Worktree:
         run_git(self.path.parent, "init", "--quiet", "--template=", kind, f"--initial-branch={self.branch}", str(self.path))
         folder = self.path / ".git"
         objects = str(self.common / "objects")
-        if objects.startswith(('"', "#")) or "\n" in objects:  # only then: aider's own reader of git knows no quotes
+        if "\n" in objects:  # only then: gitdb, by which aider reads, knows no quotes
             objects = '"' + objects.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
         (folder / "objects" / "info").mkdir(exist_ok=True)
         (folder / "objects" / "info" / "alternates").write_text(f"{objects}\n", encoding="utf-8", errors="surrogateescape")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gitdb import GitDB
 from night_kit import Bed, checkout_digest, git
 
 from agent.errors import UsageError
@@ -40,6 +41,17 @@ def commit_of(worktree: Worktree, message: str = "x", text: bytes = b"GAIN = 1\n
     """A candidate: the train file with some lines more, committed on top of where the repository stands."""
     base = worktree.repository.head
     return worktree.commit(base, "train_mlx.py", worktree.repository.file_at(base, "train_mlx.py") + text, message)
+
+
+@pytest.mark.parametrize("name", ["bed", "a bed, möbliert", '"quoted"', "of two\nlines"])
+def test_readers_of_git_other_than_git_find_the_borrowed_objects(tmp_path: Path, name: str) -> None:
+    """aider reads objects through gitdb, which knows no quotes; they stand only where git itself needs them."""
+    worktree = opened(Bed(tmp_path / name))
+    worktree.lend(worktree.repository.head)
+    if "\n" not in name:
+        found = GitDB(str(worktree.path / ".git" / "objects")).info(bytes.fromhex(worktree.repository.head))
+        assert found.type == b"commit"
+    assert git(worktree.path, "cat-file", "-t", worktree.repository.head) == "commit"
 
 
 def test_candidates_stay_reachable_and_the_branch_moves_only_when_it_is_moved(bed: Bed) -> None:
