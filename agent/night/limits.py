@@ -33,7 +33,7 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
     done = len(night.done)
     best = night.leader.mean
     if settings.experiments is not None and done >= settings.experiments:
-        return "experiments", f"{done} experiments done, as asked"
+        return "experiments", f"{done} experiment{'s' * (done != 1)} done, as asked"
     if settings.hours is not None and session_seconds >= settings.hours * 3600:
         return "hours", f"{settings.hours:g} hours are over"
     if settings.max_cost is not None and (night.cost >= settings.max_cost or night.cost + night.dearest > settings.max_cost):
