@@ -21,6 +21,7 @@ from agent.loop import INTERRUPTED
 
 README = (ROOT / "README.md").read_text()
 PAGES = (README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))))
+# Blocks of `bash` are for another machine: docs/windows.md
 BLOCKS = [line for page in PAGES for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
 IN_SENTENCES = re.findall(r"`((?:python|make|uv|scripts/setup\.sh) [^`]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S))
 COMMANDS = list(dict.fromkeys(
@@ -114,8 +115,7 @@ class Hour:
         git(self.project, "commit", "-q", "-m", "start")
         self._set_up()
         self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.home), "COLUMNS": "80", "XDG_CACHE_HOME": CACHE,
-                    "AUTORESEARCH_HOME": str(self.home / "data"), "ANTHROPIC_API_KEY": "x", "FAKE_FACTS": str(folder / "facts"),
-                    "FAKE_REPLIES": json.dumps([REPLY])}  # fmt: skip
+                    "AUTORESEARCH_HOME": str(self.home / "data"), "ANTHROPIC_API_KEY": "x"}  # fmt: skip
         self.tag = ""
 
     def _set_up(self) -> None:
@@ -125,7 +125,10 @@ class Hour:
         site = next(venv.glob("lib/python*/site-packages"))
         (site / "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         (site / "mlx_lm").mkdir()
-        (site / "mlx_lm" / "__init__.py").write_text(f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n")
+        # In the package, because an agent's environment is not passed on
+        facts = {"FAKE_FACTS": str(self.home / "facts"), "FAKE_REPLIES": json.dumps([REPLY] * 9)}
+        (site / "mlx_lm" / "__init__.py").write_text(
+            f"import os, sys\nos.environ |= {facts!r}\nsys.path.append({str(ROOT / 'tests')!r})\n")
         (site / "mlx_lm" / "__main__.py").write_text(FAKE_SERVER)
         for library in Path(sys.prefix, "lib").glob("lib*.so*"):  # MKL
             (venv / "lib" / library.name).symlink_to(library)
@@ -155,6 +158,8 @@ def in_small(command: str, hour: Hour, url: str) -> str:
         return f"{command} OPTIONS='--experiments 1 --budget 3steps'"
     if command.startswith("python prepare_mlx.py --dataset"):
         return f"{command} --preset tiny"
+    if command.startswith("python scripts/benchmark.py dtype"):
+        return f"{command} --rounds 1 --steps 3"
     if command.startswith("python scripts/benchmark.py compare"):
         return (f"{command} --backends mlx-cpu --rounds 1 --steps 1 --equal-steps 3steps --equal-seconds 0 "
                 "--constant NGRAM_BUCKETS=(97,)".replace("(97,)", "'(97,)'"))  # fmt: skip
