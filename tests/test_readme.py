@@ -30,7 +30,9 @@ ELSEWHERE = {"make test": "this suite", "python -m agent.doctor --deep": "tests/
 HIDDEN = {".ci", ".github", ".gitignore", "AGENTS.md", "CHANGELOG.md", "LICENSE", "README.md", "Makefile", "constraints.txt",
           "pyproject.toml"}  # a map needs no entry for these
 
-OLD, NEW = "UNEMBEDDING_LR = 0.004", "UNEMBEDDING_LR = 0.02"  # an edit that every agent here makes; in a few steps it helps
+# An edit that every agent here makes; in a few steps it helps
+LINE = next(line for line in (ROOT / "train_mlx.py").read_text().splitlines() if line.startswith("UNEMBEDDING_LR = "))
+OLD, NEW = LINE.split("  #")[0], "UNEMBEDDING_LR = 0.02"
 EDIT = f"""
 import json, sys
 from pathlib import Path
@@ -140,7 +142,7 @@ class Hour:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)  # fmt: skip
 
 
-REPLY = BLOCK.format(path="train_mlx.py", old=OLD, new=NEW) + CLOSING
+REPLY = BLOCK.format(path="train_mlx.py", old=LINE, new=LINE.replace(OLD, NEW)) + CLOSING
 
 
 @pytest.fixture
