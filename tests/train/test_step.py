@@ -3,6 +3,7 @@
 These tests look into the file, so they run on the copy in tests/pinned, whatever a night has made of the file itself.
 """
 
+import gc
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -239,6 +240,7 @@ def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: 
 
 
 def small_model(buckets: tuple[int, ...]) -> tuple[GPT, dict[str, mx.array], dict]:
+    gc.collect()  # arrays of earlier tests that go meanwhile would count as this model's
     model = GPT(GPTConfig(vocab_size=512, n_layer=3, n_head=2, n_embd=128, ngram_buckets=buckets))
     model.init_weights(1)
     params = dict(tree_flatten(model.parameters()))
