@@ -200,7 +200,7 @@ def test_every_command_runs_in_the_order_of_the_readme(hour: Hour) -> None:
             done = hour.run(in_small(command, hour, server.url))
             said[command] = done.stdout
             assert (done.returncode, "Traceback" in done.stdout) == (0, False), f"{command}\n{done.stdout}"
-            if night := re.search(r"--agent claude.*\n.* night (\S+): train_mlx.py", f"{command}\n{done.stdout}"):
+            if command.endswith("--agent claude") and (night := re.search(r" night (\S+): train_mlx\.py", done.stdout)):
                 hour.tag = night[1]
     assert f"+{NEW}" in said["git diff main autoresearch/TAG"], "the night kept it"
     assert NEW in (hour.project / "train_mlx.py").read_text(), "merged"
