@@ -167,7 +167,7 @@ def in_small(command: str, hour: Hour, url: str) -> str:
                 "--constant NGRAM_BUCKETS=(97,)".replace("(97,)", "'(97,)'"))  # fmt: skip
     if command.endswith("--resume"):
         return f"{command} --experiments 2"
-    if command.startswith("python -m agent.loop --agent"):
+    if command.startswith("python -m agent.loop --agent") or command == "python -m agent.loop":
         model = " --model $HOME/model" if "local" in command else " --model m" if "chat" in command else ""
         return f"{command}{model} --experiments 1 --baseline-seeds 3 --budget 10steps"
     return command
