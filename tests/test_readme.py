@@ -32,7 +32,7 @@ HIDDEN = {".ci", ".github", ".gitignore", "AGENTS.md", "CHANGELOG.md", "LICENSE"
 
 # An edit that every agent here makes; in a few steps it helps
 LINE = next(line for line in (ROOT / "train_mlx.py").read_text().splitlines() if line.startswith("UNEMBEDDING_LR = "))
-OLD, NEW = LINE.split("  #")[0], "UNEMBEDDING_LR = 0.02"
+OLD, NEW = LINE.split("  #")[0], "UNEMBEDDING_LR = 0.01"
 EDIT = f"""
 import json, sys
 from pathlib import Path
