@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, some_text
+from conftest import PINNED, ROOT, some_text
 from model_server import BLOCK, CLOSING, ModelServer, Script
 from night_kit import CACHE, git
 from test_local import FAKE_SERVER, model_folder
@@ -31,7 +31,7 @@ HIDDEN = {".ci", ".github", ".gitignore", "AGENTS.md", "CHANGELOG.md", "LICENSE"
           "pyproject.toml"}  # a map needs no entry for these
 
 # An edit that every agent here makes; in a few steps it helps
-LINE = next(line for line in (ROOT / "train_mlx.py").read_text().splitlines() if line.startswith("UNEMBEDDING_LR = "))
+LINE = next(line for line in (PINNED / "train_mlx.py").read_text().splitlines() if line.startswith("UNEMBEDDING_LR = "))
 OLD, NEW = LINE.split("  #")[0], "UNEMBEDDING_LR = 0.01"
 EDIT = f"""
 import json, sys
@@ -112,6 +112,7 @@ class Hour:
         for name in filter(None, tracked):
             (self.project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.project / name)
+        shutil.copy(PINNED / "train_mlx.py", self.project)  # the edit below has to find its line, whatever a night has changed
         git(self.project, "init", "-q", "-b", "main")
         git(self.project, "add", "-A")
         git(self.project, "commit", "-q", "-m", "start")
