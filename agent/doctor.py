@@ -21,7 +21,6 @@ from typing import Any
 import click
 import psutil
 from rich.console import Console as Rich
-from rich.table import Table
 from rich.text import Text
 
 from agent.coders import choice
@@ -33,6 +32,7 @@ from agent.night.limits import hours_until
 from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home, wsl
 from agent.trial import sandbox
+from agent.views.terminal import wrapped
 
 _SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
 _OLDEST_GIT = (2, 31)  # rev-parse --path-format
@@ -347,15 +347,11 @@ def deeply(folder: Path) -> bool:
 def _print_row(state: str, subject: str, text: str) -> None:
     """One finding as one line; on a terminal a long text goes on below its beginning. rich heeds NO_COLOR, FORCE_COLOR and TERM."""
     console, colour = Rich(highlight=False), {"ok": "green", "note": "yellow", "bad": "red", "skip": "bright_black"}[state]
-    line = Text.assemble((f"{state:<5}", colour), f"{subject:<10} ")
-    if not sys.stdout.isatty():
-        console.print(line + Text(text), soft_wrap=True)
-        return
-    table = Table.grid()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row(line, Text(text))
-    console.print(table)
+    line = Text.assemble((f"{state:<5}", colour), f"{subject:<10}")
+    if sys.stdout.isatty():
+        console.print(wrapped(line, text))
+    else:
+        console.print(line + Text(f" {text}"), soft_wrap=True)
 
 
 @click.command()

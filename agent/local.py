@@ -62,19 +62,19 @@ KNOWN = (
 
 def default_model(memory_bytes: int) -> LocalModel:
     """The largest 4-bit model of the table that fits a machine with so much memory. Raises ChatError where none does."""
-    memory_gb = round(memory_bytes / GIB)
-    for known in KNOWN:
-        if memory_gb >= known.memory_gb:
-            return known
-    least = KNOWN[-1]
-    raise ChatError(
-        "missing", f"this machine has {memory_gb} GB of memory, {least.repo} needs {least.memory_gb}; use another agent"
-    )
+    if fits := _fitting(memory_bytes):
+        return fits
+    has, least = round(memory_bytes / GIB), KNOWN[-1]
+    raise ChatError("missing", f"this machine has {has} GB of memory, {least.repo} needs {least.memory_gb}; use another agent")
+
+
+def _fitting(memory_bytes: int) -> LocalModel | None:
+    return next((known for known in KNOWN if round(memory_bytes / GIB) >= known.memory_gb), None)
 
 
 def models_for(memory_bytes: int, environ: Mapping[str, str]) -> str:
     """The table as text: each model's size and need, the one for this machine, and which are here."""
-    default = next((known for known in KNOWN if round(memory_bytes / GIB) >= known.memory_gb), None)
+    default = _fitting(memory_bytes)
     lines = [f"This machine has {round(memory_bytes / GIB)} GB of memory. Models for --agent local, from their cards, untried:"]
     for known in reversed(KNOWN):
         try:

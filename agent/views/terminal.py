@@ -65,7 +65,7 @@ class Console:
         clock = time.strftime("%H:%M:%S")
         try:
             if self._rich.file.isatty():
-                self._rich.print(_wrapped(clock, text))
+                self._rich.print(wrapped(clock, text))
             else:
                 print(f"{clock} {text}", file=self._rich.file, flush=True)
         except OSError:  # the reader of the output is gone
@@ -167,7 +167,7 @@ def print_lines(lines: list[str]) -> None:
     for line in lines:
         if sys.stdout.isatty():
             text = line.lstrip()
-            console.print(_wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
+            console.print(wrapped(" " * (len(line) - len(text) - 1), text) if text != line else Text(line))
         else:
             print(line, flush=True)
 
@@ -178,12 +178,12 @@ def complain(text: str) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _wrapped(first: str, text: str) -> Table:
+def wrapped(first: str | Text, text: str) -> Table:
     """Two columns: `first`, and the text, whose wrapped lines stay to the right of `first`."""
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(Text(first), Text(text))
+    table.add_row(first if isinstance(first, Text) else Text(first), Text(text))
     return table
 
 
