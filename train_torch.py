@@ -710,7 +710,7 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
     while True:
         step = make_step(model, left[0])
         try:
-            seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(3))  # the first may compile
+            seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(2))  # the first may compile
             if full:
                 remember(key, {"passes": left[0], "checkpoint": CHECKPOINT})
             return left[0], step, seconds
