@@ -1,4 +1,4 @@
-# make demo   a night in small, from nothing: set up, prepare, measure, run 5 experiments, draw; more options of the loop: OPTIONS=...
+# make demo   a night in small, from nothing: set up, prepare, measure, run 4 experiments, draw; more options of the loop: OPTIONS=...
 # make test   lint, types and the test suite, as CI runs them
 # make test-torch   the PyTorch file, which needs a large download; test-slow, test-gpu, test-agents, test-browser: what CI leaves out
 # make pin    after changing a train file or program.md by hand: copy it to where the tests of its text look
@@ -12,7 +12,7 @@ ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -
 
 demo: .venv/.ready  # one thread a training: for matrices this small more threads wait for each other, above all on a busy machine
 	@tag=demo-$$(date +%m%d-%H%M%S); set -e; export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1; \
-	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 5 --tag $$tag $(OPTIONS); \
+	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 4 --tag $$tag $(OPTIONS); \
 	echo; $(ENV) $(PY) scripts/sample.py --compare --tag $$tag --tokens 60; \
 	printf '\nNext:\n    source .venv/bin/activate\n    %s\n    %s\n    %s\n' \
 	    'python -m agent.doctor                    # is a coding agent there, is this machine ready?' \

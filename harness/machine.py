@@ -31,7 +31,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(vocab_size=320, seq_len=32, eval_bytes=16_000, budget="20steps"),        # the tests
-    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=100_000, budget="20ktokens"),    # make demo: speed changes no score
+    "demo": Preset(vocab_size=1024, seq_len=64, eval_bytes=50_000, budget="20ktokens"),     # make demo: speed changes no score
     "cpu": Preset(vocab_size=1024, seq_len=128, eval_bytes=250_000, budget="300s"),         # no GPU: small softmax
     "mac": Preset(vocab_size=4096, seq_len=512, eval_bytes=2_000_000, budget="300s"),       # Apple Silicon, 8-32 GB
     "mac-max": Preset(vocab_size=8192, seq_len=1024, eval_bytes=4_000_000, budget="300s"),  # Apple Silicon, 36 GB and up
