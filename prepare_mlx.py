@@ -26,6 +26,7 @@ from harness.machine import (
     find_dtype,
     find_tier,
     peak_flops,
+    process_peak,
     recall,
     remember,
 )
@@ -33,7 +34,7 @@ from harness.run import Progress, start_run
 
 # Re-exported, so that a train file has one place to import from, whichever module of the harness a name lives in.
 __all__ = ["HarnessError", "Progress", "check_memory", "check_weights", "expected_epochs", "extrapolate", "find_dtype", "find_tier",
-           "peak_flops", "recall", "remember", "start_run"]
+           "peak_flops", "process_peak", "recall", "remember", "start_run"]
 
 
 def options() -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ from prepare_mlx import (
     find_dtype,
     find_tier,
     peak_flops,
+    process_peak,
     recall,
     remember,
     start_run,
@@ -593,13 +594,7 @@ def peak_memory():
     """Peak bytes: of tensors on a GPU, of this process on the CPU."""
     if GPU:
         return (torch.cuda if DEVICE == "cuda" else torch.accelerator).max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-        used = psutil.Process().memory_info()
-        return getattr(used, "peak_wset", used.rss)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return process_peak()
 
 
 def matmul_probe():

@@ -289,7 +289,7 @@ def check_power() -> Iterable[Finding]:
 
 def check_sandbox() -> Finding:
     cover = sandbox.available()
-    return Finding("sandbox", "ok" if cover.present else "note", sandbox.described() if cover.present else str(cover))
+    return Finding("sandbox", "ok" if cover.present else "note", str(cover))
 
 
 def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:

@@ -76,6 +76,23 @@ def load_fast_blas(threads: int | None = None) -> str | None:
     return None
 
 
+def process_peak() -> int:
+    """Peak bytes that this process held in memory. On macOS the footprint, which counts Metal's buffers, as resident memory does
+    not. On Linux not ru_maxrss, which begins with that of the process that started this one."""
+    with contextlib.suppress(OSError, TypeError):
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+    if sys.platform == "darwin":
+        usage = (ctypes.c_uint64 * 64)()  # struct rusage_info_v4: a UUID of 16 bytes, then 64-bit numbers
+        if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 4, ctypes.byref(usage)) == 0:
+            return usage[2 + 28]  # ri_lifetime_max_phys_footprint
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def recall(key: object) -> dict:
     """The facts that `remember` has stored under this key on this machine; {} if there are none, or a sandbox hides the file."""
     try:

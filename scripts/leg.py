@@ -27,8 +27,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness.clock import speed
+from harness.machine import process_peak
 from harness.run import batches
-from scripts.meters import Macmon, Untold, energy_meter, process_peak, swapped_out
+from scripts.meters import Macmon, Untold, energy_meter, swapped_out
 
 ENERGY_SECONDS = 1.0                                                            # of windows, from which on energy is told
 PROBE_SECONDS = 0.3                                                             # of matrix products, before and after a leg

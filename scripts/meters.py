@@ -25,23 +25,6 @@ MACMON_MS = 200                                                                 
 FANLESS = "MacBook Air", "MacBook Neo"                                          # they slow down after minutes of full load
 
 
-def process_peak() -> float:
-    """Peak bytes that this process held in memory. On macOS the footprint, which counts Metal's buffers, as resident memory does
-    not. Linux hands ru_maxrss of the process that started this one down to it, but not VmHWM."""
-    with contextlib.suppress(OSError, TypeError):
-        return 1024.0 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])  # type: ignore[index]
-    if MAC:
-        usage = (ctypes.c_uint64 * 64)()  # struct rusage_info_v4: a UUID of 16 bytes, then 64-bit numbers
-        if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 4, ctypes.byref(usage)) == 0:
-            return float(usage[2 + 28])  # ri_lifetime_max_phys_footprint
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-        return float(psutil.Process().memory_info().peak_wset)
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if MAC else 1024))
-
-
 def swapped_out() -> int:
     """Bytes that this machine has written to swap since it started."""
     if MAC:  # psutil counts page-outs of files there

@@ -25,12 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness.clock import Budget
-from harness.machine import load_fast_blas
+from harness.machine import load_fast_blas, process_peak
 from harness.probes import log_probs
 from harness.run import batches, row_starts
 from harness.score import EVAL_BUFFER_BYTES
 from harness.tokenizer import Tokenizer as OurTokenizer
-from scripts.meters import process_peak
 
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("PEER_SETTINGS", "{}"))
 MAX_SEQ_LEN: int = SETTINGS.get("seq_len", 0)                                   # tokens in a training row

@@ -59,26 +59,26 @@ class Cover:
         return f"{self.kind}: {'; '.join(self.covered) or 'nothing covered'}. Not covered: {'; '.join(self.not_covered)}"
 
 
-_WRITES = "writes only to the run directory and a private TMPDIR"
-_READS = "prepared data but the train shard, other trials, logins and keys in the home folder cannot be read"
+_WRITES = "no writing but to its run folder and a private TMPDIR"
+_READS = "other data, other trials, logins and keys are hidden"
 _NOT_COVERED = (
-    "other files of the user can be read", "processor, memory and GPU are shared (the driver's limits apply)",
-    "signs through the kernel (load, caches, keyrings)",
+    "your other files can be read", "CPU, memory and GPU are shared, within the driver's limits",
+    "signals through the kernel (load, caches, keyrings)",
 )  # fmt: skip
 BUBBLEWRAP = Cover(
     "bubblewrap",
-    ("no network", _WRITES, _READS, "other processes and the sockets in /tmp and /run cannot be seen"),
+    ("no network", _WRITES, _READS, "so are other processes and the sockets in /tmp and /run"),
     (*_NOT_COVERED, "holes in the kernel and in GPU drivers"),
 )
 BUBBLEWRAP_IN_CONTAINER = Cover(
     "bubblewrap",
-    ("no network", _WRITES, _READS, "the sockets in /tmp and /run cannot be seen"),
-    (*_NOT_COVERED, "other processes of the user, their environment too, can be seen and ended", "holes in the kernel"),
+    ("no network", _WRITES, _READS, "so are the sockets in /tmp and /run"),
+    (*_NOT_COVERED, "your other processes, and their environment, can be seen and ended", "holes in the kernel"),
 )
 SANDBOX_EXEC = Cover(
     "sandbox-exec",
-    ("no network", f"{_WRITES} (and Metal's cache of kernels)", _READS, "no program can be started through Launch Services"),
-    (*_NOT_COVERED, "other processes of the user can be ended", "system services that can be asked to act"),
+    ("no network", f"{_WRITES} (and Metal's cache of kernels)", _READS, "Launch Services start nothing for it"),
+    (*_NOT_COVERED, "your other processes can be ended", "system services that can be asked to act"),
 )
 SANDBOX_EXEC_PLAIN = Cover("sandbox-exec", SANDBOX_EXEC.covered[:-1], (*SANDBOX_EXEC.not_covered, "programs started by `open`"))
 
@@ -113,8 +113,8 @@ def nests() -> bool:
 
 def described() -> str:
     """What is covered, of trainings and logits servers, and of the scorer, which runs the harness's own code."""
-    scorer = "has no network and writes only to the run directory" if nests() else "runs with the user's rights and network"
-    return f"{available()}. The scorer, which is the harness's own code, {scorer}"
+    scorer = "has no network and writes only to the run folder" if nests() else "runs with your rights and network"
+    return f"{available()}. The scorer, the harness's own code, {scorer}"
 
 
 def _strict() -> bool:
@@ -141,7 +141,7 @@ def _detect() -> tuple[_Wrapper | None, Cover]:
         if not problem:
             return wrapper, cover
         reason = f"{cover.kind} does not work here: {problem}"
-    return None, Cover("none", (), (f"trainer and scorer run with the user's rights and network ({reason})",))
+    return None, Cover("none", (), (f"trainer and scorer run with your rights and network ({reason})",))
 
 
 def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True, outer: bool = False) -> list[str]:

@@ -1,6 +1,8 @@
 """The machine: peak FLOP/s, tiers, and refusals of what does not fit in memory; and the progress of a training."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,25 @@ from harness.clock import Budget
 from harness.machine import PEAK_TFLOPS, PRESETS, TIERS, check_memory, check_weights, find_dtype, find_tier, peak_flops
 from harness.run import Progress
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 MB = 1 << 20
 
 
 def work() -> None:
     sum(range(10_000))
+
+
+def test_the_peak_of_a_process_grows_with_what_it_holds() -> None:
+    code = """from harness.machine import process_peak
+before = process_peak()
+held = bytearray(300 << 20)
+held[:: 4096] = b"x" * len(held[:: 4096])
+print(before, process_peak())"""
+    larger = bytearray(600 << 20)  # Linux counts it in the child's ru_maxrss
+    larger[:: 4096] = b"x" * len(larger[:: 4096])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert 2**20 < before < 300 << 20 < after < 600 << 20
 
 
 @pytest.mark.parametrize("name", PEAK_TFLOPS)

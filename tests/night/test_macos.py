@@ -452,7 +452,7 @@ def test_a_night_under_sandbox_exec(tmp_path: Path, tools: Path) -> None:
     assert "sandbox of trainings: sandbox-exec\n" in said
     told = next(event["sandbox"] for event in read_events(bed.folder() / "journal.jsonl")[0] if event["event"] == "session")
     assert told.startswith("sandbox-exec: no network")
-    assert "The scorer, which is the harness's own code, runs with the user's rights and network" in told
+    assert "The scorer, the harness's own code, runs with your rights and network" in told
     folder, data = bed.folder().resolve(), (bed.home / "data").resolve()
     calls = [(profile, argv) for flag, profile, *argv in seen(tmp_path, "sandbox-exec") if flag == "-p"]
     trainings = [profile for profile, argv in calls if argv[-1:] == ["train_mlx.py"]]
@@ -495,7 +495,7 @@ def test_where_sandbox_exec_knows_no_launching_the_plainer_profile_is_used(
 def test_a_sandbox_that_does_not_work_is_said_by_loop_doctor_and_report(tmp_path: Path, tools: Path) -> None:
     program(tools, "sandbox-exec", SANDBOX_EXEC)
     bed = Bed(tmp_path, "worse")
-    absent = "none: nothing covered. Not covered: trainer and scorer run with the user's rights and network"
+    absent = "none: nothing covered. Not covered: trainer and scorer run with your rights and network"
     why = "(sandbox-exec does not work here: sandbox-exec: unbound variable: version)"
     driver = night(bed, "--experiments", "0", AUTORESEARCH_REFUSED="version")
     said, _ = driver.communicate(timeout=120)

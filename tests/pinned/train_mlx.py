@@ -559,7 +559,7 @@ def train(run):
     model, params, moments, step_fn = build(run, accumulation_steps)
     expected = expected_memory(model, params, moments, step_fn, batch_rows, micro_rows, seq_len)
     check_memory(expected, accumulation_steps, micro_rows, seq_len, limit, held, DEPTH)
-    seconds = min(dummy_step(params, moments, step_fn, micro_rows, seq_len)[0] for _ in range(3))  # the first may compile
+    seconds = min(dummy_step(params, moments, step_fn, micro_rows, seq_len)[0] for _ in range(2))  # the first may compile
     epochs = expected_epochs(run.budget, seconds, batch_tokens, run.train_tokens)
     config, num_params = model.config, sum(p.size for p in params.values())
     flops, expected_mb = model.flops_per_token(seq_len), expected(accumulation_steps) / 2**20

@@ -37,6 +37,7 @@ from prepare_mlx import (
     find_dtype,
     find_tier,
     peak_flops,
+    process_peak,
     recall,
     remember,
     start_run,
@@ -593,13 +594,7 @@ def peak_memory():
     """Peak bytes: of tensors on a GPU, of this process on the CPU."""
     if GPU:
         return (torch.cuda if DEVICE == "cuda" else torch.accelerator).max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-        used = psutil.Process().memory_info()
-        return getattr(used, "peak_wset", used.rss)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return process_peak()
 
 
 def matmul_probe():
@@ -710,7 +705,7 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
     while True:
         step = make_step(model, left[0])
         try:
-            seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(3))  # the first may compile
+            seconds = min(dummy_step(params, moments, step, rows // left[0], seq_len)[0] for _ in range(2))  # the first may compile
             if full:
                 remember(key, {"passes": left[0], "checkpoint": CHECKPOINT})
             return left[0], step, seconds

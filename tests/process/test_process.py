@@ -364,7 +364,8 @@ def test_a_child_that_speaks_for_its_supervisor_and_kills_it_leaves_nobody(child
         time.sleep(1000)
         """
     outcome = child(code)
-    assert (outcome.ok, outcome.signal) == (False, signal.SIGKILL)
+    assert not outcome.ok
+    assert outcome.signal in (signal.SIGKILL, signal.SIGTERM)  # the supervisor may take the words for an order before it is killed
     assert living(marker) == []
 
 

@@ -236,7 +236,7 @@ def test_without_a_sandbox_the_command_is_unchanged_and_the_cover_says_so(monkey
         argv, cover = sandbox.wrap(["python", Path("train_mlx.py")], rules([tmp_path]))
         assert argv == ["python", "train_mlx.py"]
         assert not cover.present
-        assert "run with the user's rights and network (bwrap is not installed" in str(cover)
+        assert "run with your rights and network (bwrap is not installed" in str(cover)
     finally:
         sandbox._detect.cache_clear()
 

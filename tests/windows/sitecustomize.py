@@ -77,7 +77,7 @@ def act() -> None:
     subprocess.Popen.kill = lambda self: self.poll() is None and os.kill(self.pid, 9)
     subprocess.Popen.__init__ = start
     select.select = only_sockets
-    shutil._use_fd_functions = False
+    shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False
     os.unlink = os.remove = refusing(unlink)
     os.replace, os.rename = refusing(replace), refusing(rename)
     tempfile.tempdir = os.environ.get("TEMP")
