@@ -32,6 +32,7 @@ if importlib.util.find_spec("numpy") is None:
     sys.exit(f"error: {sys.executable} has none of the project's packages; first: source .venv/bin/activate (make demo or uv sync "
              "makes .venv)")
 
+TRAIN_FILES = "train_*.py"  # names of train files: the logits server finds the one in a run directory by this pattern
 PROGRAM = Path(__file__).resolve().parent.parent / "prepare_mlx.py"  # the command line, started again to score and to serve
 
 

@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from harness import PROGRAM, HarnessError, fail, home, kind_of, write_atomically
+from harness import PROGRAM, TRAIN_FILES, HarnessError, fail, home, kind_of, write_atomically
 from harness.clock import Budget
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,8 @@ class Run:
     def __init__(self, train_file: str):
         import psutil
         self.born = time.monotonic()
+        if not fnmatch(name := Path(train_file).name, TRAIN_FILES):
+            raise HarnessError("usage", f"expected a file named {TRAIN_FILES}, which the scorer looks for, got {name}; rename it")
         place = os.environ.get("AUTORESEARCH_DATA")
         if not place:
             place = json.loads((home() / "current.json").read_text())["train_dir"]
@@ -107,7 +110,7 @@ class Run:
         self.step = 0
         self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
         self.dir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(train_file, self.dir / Path(train_file).name)
+        shutil.copyfile(train_file, self.dir / name)
 
     def __enter__(self) -> "Run":
         return self

@@ -29,7 +29,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from harness import PROGRAM, HarnessError, kind_of, open_plain
+from harness import PROGRAM, TRAIN_FILES, HarnessError, kind_of, open_plain
 
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
 LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
@@ -102,7 +102,7 @@ def serve(run_dir: Path) -> None:
     tokens = shared(first["tokens"], np.int32, [2, *first["shape"][:2]], mmap.ACCESS_READ)
     logits = shared(first["logits"], np.float32, [2, *first["shape"]])
     try:
-        spec = importlib.util.spec_from_file_location("candidate", sorted(run_dir.glob("train_*.py"))[0])
+        spec = importlib.util.spec_from_file_location("candidate", sorted(run_dir.glob(TRAIN_FILES))[0])
         module = sys.modules["candidate"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = module.load_model(run_dir)

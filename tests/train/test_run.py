@@ -70,6 +70,14 @@ def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, tiny: Dataset) -> No
     assert logits.dtype == np.float32
 
 
+def test_a_name_that_the_scorer_would_not_find_is_refused_before_the_training(tmp_path: Path, tiny: Dataset) -> None:
+    (tmp_path / "mine.py").write_text(SMALL)
+    done = program("mine.py", home=tiny.home, cwd=tmp_path, AUTORESEARCH_DATA=str(tiny.train))
+    assert done.returncode == 2
+    assert "expected a file named train_*.py, which the scorer looks for, got mine.py; rename it" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_command_line_says_what_the_variables_say_and_wins_over_them(tmp_path: Path, tiny: Dataset) -> None:
     (tmp_path / "train_mlx.py").write_text(SMALL)
     env = {"AUTORESEARCH_DATA": str(tiny.train), "AUTORESEARCH_SCORE": "0", "AUTORESEARCH_BUDGET": "90steps"}
