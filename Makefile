@@ -19,8 +19,8 @@ demo: .venv/.ready  # one thread a training: for matrices this small more thread
 	    'python -m agent.loop --agent claude       # a real night; or another agent, or --agent search' \
 	    "python -m agent.loop --forget $$tag   # remove this demo"
 
-test: lint
-	$(ENV) MPLBACKEND=Agg $(PY) -m pytest -q -n logical --dist worksteal
+test: lint  # a process for each core, so one thread in each
+	$(ENV) MPLBACKEND=Agg OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -q -n logical --dist worksteal
 
 lint: .venv/.dev
 	$(PY) -m ruff check -q .
