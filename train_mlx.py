@@ -78,10 +78,11 @@ FINAL_LR_FRAC = 0.05  # learning rate at the end, relative to the full one
 DROPOUT = (0.0, 0.1, 0.2, 0.3)  # dropout rates in epochs 1, 2, 3 and later, at the input of the first block and of lm_head
 ABORT_LOSS = 3.0  # stop when the mean loss is this many nats above ln(vocab_size), the loss of a uniform guess
 
-DTYPE = getattr(mx, find_dtype(device_name())) if GPU else mx.float32  # of activations: bf16, unless fp32 was measured to be faster
+DTYPE = getattr(mx, find_dtype(device_name())) if GPU else mx.float32  # of activations: bf16, unless another proved faster here
 EPS = 1.1920929e-07  # of every norm: fp32's machine epsilon, as in PyTorch
 GATE_CHANNELS = 32  # the gates of attention heads and value embeddings read this many channels
 NGRAMS = "ngrams.weight"  # name of the n-gram tables among the weights
+LOSS_SCALE = "loss_scale"  # name among the moments: in fp16 the loss is multiplied by it, or small gradients would be 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -276,7 +277,7 @@ POLAR_EXPRESS = (  # (a, b, c) of five Newton-Schulz steps X <- aX + (bA + cA²)
 def orthogonalize(g):
     """The nearest semi-orthogonal matrices, by Polar Express: [n, rows, cols] -> fp32 [n, rows, cols]."""
     size = mx.sqrt(mx.sum(mx.square(g), axis=(1, 2), keepdims=True))            # [n, 1, 1], Frobenius norm in fp32
-    x = g.astype(DTYPE) / (size * 1.02 + 1e-6).astype(DTYPE)                    # 2 % smaller: a margin for rounding in bf16
+    x = (g / (size * 1.02 + 1e-6)).astype(DTYPE)                                # 2 % smaller: a margin for rounding in bf16
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.transpose(0, 2, 1)
@@ -353,6 +354,8 @@ def init_optimizer(params):
     for key, names in matrix_groups(params).items():
         n, (rows, cols) = len(names), params[names[0]].shape
         moments[key] = mx.zeros((n, rows, cols)), mx.zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
+    if mx.float16 == DTYPE:
+        moments[LOSS_SCALE] = (mx.array(2.0**13),)
     return moments
 
 
@@ -373,6 +376,14 @@ def update(params, grads, moments, rates, width, rows=None):
             rate, betas = adam_group(name, width)
             params[name], *moments[name] = adamw(params[name], g, *moments[name], lr * rate, betas, rates["step"])
     return params, {key: tuple(m) for key, m in moments.items()}
+
+
+def without_overflow(grads, scale):
+    """Loss scaling for fp16. Returns the gradients and the next loss scale. If a gradient is not finite, because the loss was
+    scaled too much, all gradients are 0 and the scale is halved; otherwise it doubles in 200 steps."""
+    finite = mx.all(mx.stack([mx.all(mx.isfinite(g)) for g in grads.values()]))
+    grown = mx.minimum(scale * 2 ** (1 / 200), 2.0**24)
+    return {n: mx.where(finite, g, 0) for n, g in grads.items()}, mx.where(finite, grown, scale / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +424,8 @@ def make_gradients(model):
     """
 
     def loss_fn(dense, ngrams, rates, x, y):
-        return mx.mean(cross_entropy(with_weights(model, dense)(x, ngrams, rates["dropout"]), y))
+        loss = mx.mean(cross_entropy(with_weights(model, dense)(x, ngrams, rates["dropout"]), y))
+        return loss * rates.get(LOSS_SCALE, 1)
 
     @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)  # else each call would drop out the same elements
     def gradients(params, rates, x, y):
@@ -436,15 +448,20 @@ def make_step(model, accumulation_steps):
 
     @mx.compile
     def apply(params, moments, rates, loss, grads, ngram_grads):
-        grads = {n: g / accumulation_steps for n, g in grads.items()}
-        rows = None
+        divisor, rows = accumulation_steps * rates.get(LOSS_SCALE, 1), None
+        grads = {n: g / divisor for n, g in grads.items()}
         if ngram_grads:  # put the micro-batches side by side, as one large batch has them
             rows = mx.concatenate([rows for rows, _ in ngram_grads], axis=1)    # [n, accumulation_steps * B, T]
-            grads[NGRAMS] = mx.concatenate([g for _, g in ngram_grads]) / accumulation_steps
-        return *update(params, grads, moments, rates, model.config.n_embd, rows), loss / accumulation_steps
+            grads[NGRAMS] = mx.concatenate([g for _, g in ngram_grads]) / divisor
+        if LOSS_SCALE in rates:
+            grads, next_scale = without_overflow(grads, rates[LOSS_SCALE])
+            moments = moments | {LOSS_SCALE: (next_scale,)}
+        return *update(params, grads, moments, rates, model.config.n_embd, rows), loss / divisor
 
     def step(params, moments, rates, batches):
         total, ngram_grads = None, []
+        if LOSS_SCALE in moments:
+            rates = rates | {LOSS_SCALE: moments[LOSS_SCALE][0]}
         for _ in range(accumulation_steps):
             loss, grads, rows = gradients(params, rates, *map(mx.array, next(batches)))
             if rows is not None:

@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +193,12 @@ USUAL, *OTHERS = "bfloat16", "float16", "float32"
 GAIN = 1.05                                                                     # that another dtype than the usual one must bring
 
 
-def fastest(rates: dict[str, list[float]], allowed: Sequence[str]) -> str:
+def fastest(rates: dict[str, list[float]]) -> str:
     """The dtype to compute in, from tokens/s of several rounds each. Another one than USUAL only where it is faster by GAIN in the
     median, and its slowest round is faster than the fastest one of USUAL."""
-    able = {name: values for name, values in rates.items() if values and name in allowed}
+    able = {name: values for name, values in rates.items() if values}
     if not able:
-        raise Failed("no dtype that this train file can use was measured; the messages above say why")
+        raise Failed("no dtype was measured; the messages above say why")
     middle = {name: statistics.median(values) for name, values in able.items()}
     best = max(middle, key=lambda name: middle[name])
     clear = USUAL not in able or (middle[best] >= GAIN * middle[USUAL] and min(able[best]) > max(able[USUAL]))
@@ -224,25 +224,22 @@ def remember(device: str, dtype: str) -> Path:
 @DATA
 @JSON
 def measure_dtypes(framework: str, count: int, steps: int, data: Path | None, out: Path | None) -> None:
-    """Train in bf16, fp16 and fp32, and let trainings and nights compute in the fastest from now on.
-
-    train_mlx.py has no loss scaling, without which small gradients are 0 in fp16: fp16 is measured there, but not chosen."""
+    """Train in bf16, fp16 (with loss scaling) and fp32, and let trainings and nights compute in the fastest from now on."""
     data, console = prepared(data), wide_console()
-    file, prefix, gpus, usable = (TRAIN_FILE, "mx", {"mlx", "mlx-cuda"}, (USUAL, "float32")) if framework == "mlx" else \
-        (TORCH_FILE, "torch", {"mps", "cuda"}, (USUAL, *OTHERS))
+    file, prefix, gpus = (TRAIN_FILE, "mx", {"mlx", "mlx-cuda"}) if framework == "mlx" else (TORCH_FILE, "torch", {"mps", "cuda"})
     source = file.read_text()
     todo = {name: lambda name=name: measure_ours(with_constants(source, {"DTYPE": f"{prefix}.{name}"}), data, steps, file.name)
             for name in (USUAL, *OTHERS)}
     reports = rounds(todo, count, console)
     rates = {name: [r["tokens_per_second"] for r in own] for name, own in reports.items()}
-    chosen = fastest(rates, usable)
+    chosen = fastest(rates)
     device = reports[chosen][0]["device"]
     if not gpus & set(available()[0]):
         said = f"{chosen} is fastest; nothing is changed: {file.name} computes in float32 on every CPU"
     else:
         place = str(remember(device, chosen)).replace(str(Path.home()), "~")    # it is told in public, too: doctor --deep
         said = f"{file.name} computes in {chosen} on {device} from now on; to forget it, delete {place}" if chosen != USUAL else \
-            f"{file.name} stays with its usual dtype on {device}: no other that it can use is clearly faster"
+            f"{file.name} stays with its usual dtype on {device}: no other is clearly faster"
     show(reports, dict.fromkeys(todo, USUAL), None, console)
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     if out:

@@ -174,8 +174,8 @@ SWITCHES = (
         "on": ("(u + weight_decay * p * (u * p >= 0))",), "off": ("(u + weight_decay * p)",),
     }, scope="muon"),
     Switch("z-loss", LOW, "holding the logits' sum near one steadies the head", {
-        "off": (f"return mx.mean(cross_entropy({_LOGITS}, y))",),
-        "1e-4": (f"logits = {_LOGITS}\n        return mx.mean(cross_entropy(logits, y){_ZLOSS})",),
+        "off": (f"loss = mx.mean(cross_entropy({_LOGITS}, y))",),
+        "1e-4": (f"logits = {_LOGITS}\n        loss = mx.mean(cross_entropy(logits, y){_ZLOSS})",),
     }, scope="make_gradients"),
 )  # fmt: skip
 

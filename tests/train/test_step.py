@@ -221,6 +221,55 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean_and_the_dtype() -> None:
     assert y.astype(mx.float32).mean().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.fixture
+def fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations in fp16, by MLX's own kernels, as on a GPU where `benchmark.py dtype` found it fastest."""
+    monkeypatch.setattr(train_mlx, "DTYPE", mx.float16)
+    monkeypatch.setattr(train_mlx, "attention", mx.fast.scaled_dot_product_attention)
+    monkeypatch.setattr(train_mlx, "cross_entropy", mx.fast.cross_entropy)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fp16_trains_as_fp32_does(fp16: None, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    monkeypatch.setattr(train_mlx, "DROPOUT", (0.0,))
+    _, losses = steps(8, accumulate=accumulate)
+    monkeypatch.setattr(train_mlx, "DTYPE", mx.float32)
+    _, exact = steps(8, accumulate=accumulate)
+    assert losses == pytest.approx(exact, rel=5e-3)
+
+
+def test_loss_scaling_keeps_the_gradients_that_fp16_alone_would_round_away(fp16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = fresh()
+    for i, name in enumerate(params):  # small weights: small gradients
+        if name.endswith(("c_proj.weight", "lm_head.weight")):
+            params[name] = 0.02 * mx.random.normal(params[name].shape, key=mx.random.key(i))
+    x, y = map(mx.array, next(batches(256)))
+
+    def gradients(scale: float) -> dict[str, mx.array]:
+        rates = schedule(0, 0) | {train_mlx.LOSS_SCALE: mx.array(scale)}
+        return {n: g / scale for n, g in train_mlx.make_gradients(model)(params, rates, x, y)[1].items()}
+    plain, scaled = gradients(1.0), gradients(init_optimizer(params)[train_mlx.LOSS_SCALE][0].item())
+    monkeypatch.setattr(train_mlx, "DTYPE", mx.float32)
+    exact = gradients(1.0)
+    assert distance(scaled, exact) < 0.01
+    assert distance(scaled, exact) < distance(plain, exact) / 3
+
+
+def test_a_step_that_overflows_in_fp16_learns_nothing_and_halves_the_scale(fp16: None) -> None:
+    model, params = fresh()
+    step, moments, source, name = make_step(model, 1), init_optimizer(params), batches(4), train_mlx.LOSS_SCALE
+    moments[name] = (mx.array(2.0**40),)
+    after, new, loss = step(params, moments, schedule(0, 0), source)
+    assert new[name][0].item() == 2.0**39
+    assert 0 < loss.item() < 10
+    assert distance(after, params) < 0.01, "weight decay at most"
+    assert not any(mx.any(m).item() for key, ms in new.items() if key != name for m in ms)
+    new[name] = (mx.array(2.0**10),)
+    later, newer, _ = step(after, new, schedule(0, 0), source)
+    assert 2.0**10 < newer[name][0].item() < 2.0**11
+    assert distance(later, after) > 0.01
+
+
 def test_the_residual_stream_has_the_activations_dtype_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fp32 scalar promotes it: every block's input and output, attention and MLP too; logits, loss and gradients are fp32."""
     monkeypatch.setattr(train_mlx, "DTYPE", mx.bfloat16)
