@@ -38,7 +38,7 @@ import json, sys
 from pathlib import Path
 prompt = sys.stdin.read() if not sys.stdin.isatty() else ""
 file = Path("train_mlx.py")
-if "Answer with the one word" not in prompt + " ".join(sys.argv):
+if prompt and "Answer with the one word" not in prompt:  # not when it is asked for its version
     file.write_text(file.read_text().replace({OLD!r}, {NEW!r}))
 said = "ready. HYPOTHESIS: a larger step\\nDESCRIPTION: {NEW}"
 """
