@@ -39,7 +39,8 @@ from pathlib import Path
 prompt = sys.stdin.read() if not sys.stdin.isatty() else ""
 file = Path("train_mlx.py")
 if prompt and "Answer with the one word" not in prompt:  # not when it is asked for its version
-    file.write_text(file.read_text().replace({OLD!r}, {NEW!r}))
+    text = file.read_text()
+    file.write_text(text.replace({OLD!r}, {NEW!r}) if {OLD!r} in text else text.replace({NEW!r}, {OLD!r}))  # merged: back again
 said = "ready. HYPOTHESIS: a larger step\\nDESCRIPTION: {NEW}"
 """
 PROGRAMS = {  # what cannot be had here: coding agents, macOS's `open`, and uv, which would download
