@@ -378,7 +378,7 @@ def update(params, grads, moments, rates, width, rows=None):
     return params, {key: tuple(m) for key, m in moments.items()}
 
 
-def without_overflow(grads, scale):
+def unless_overflow(grads, scale):
     """Loss scaling for fp16. Returns the gradients and the next loss scale. If a gradient is not finite, because the loss was
     scaled too much, all gradients are 0 and the scale is halved; otherwise it doubles in 200 steps."""
     finite = mx.all(mx.stack([mx.all(mx.isfinite(g)) for g in grads.values()]))
@@ -454,7 +454,7 @@ def make_step(model, accumulation_steps):
             rows = mx.concatenate([rows for rows, _ in ngram_grads], axis=1)    # [n, accumulation_steps * B, T]
             grads[NGRAMS] = mx.concatenate([g for _, g in ngram_grads]) / divisor
         if LOSS_SCALE in rates:
-            grads, next_scale = without_overflow(grads, rates[LOSS_SCALE])
+            grads, next_scale = unless_overflow(grads, rates[LOSS_SCALE])
             moments = moments | {LOSS_SCALE: (next_scale,)}
         return *update(params, grads, moments, rates, model.config.n_embd, rows), loss / divisor
 

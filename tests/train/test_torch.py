@@ -34,8 +34,8 @@ CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # N-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2**32 at once
 SMALL = {"vocab_size": 5000, "n_layer": 3, "n_head": 2, "n_embd": 64, "ngram_buckets": (997, 1013)}
 # What PyTorch needs besides the names of train_mlx.py, which imports two of them
-OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "without_compiler", "gpu_dtype", "LOSS_SCALE", "rope",
-       "attention", "recomputed", "unless_overflow", "to_device", "synchronize", "marker", "reset_peak_memory", "peak_memory",
+OWN = {"DEVICE", "GPU", "COMPILE", "CHECKPOINT", "compiled", "without_compiler", "gpu_dtype", "rope",
+       "attention", "recomputed", "to_device", "synchronize", "marker", "reset_peak_memory", "peak_memory",
        "out_of_memory", "fitting_step"}
 
 
