@@ -7,11 +7,12 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE -u AUTORESEARCH_TIER
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
 
 demo: .venv/.ready  # one thread a training: for matrices this small more threads wait for each other, above all on a busy machine
-	@tag=demo-$$(date +%m%d-%H%M%S); set -e; export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1; \
+	@tag=demo-$$(date +%m%d-%H%M%S); set -e; export $(ONE_THREAD); \
 	$(ENV) $(PY) -m agent.loop --agent search --dataset stories --preset demo --baseline-seeds 3 --experiments 4 --tag $$tag $(OPTIONS); \
 	echo; $(ENV) $(PY) scripts/sample.py --compare --tag $$tag --tokens 60; \
 	printf '\nNext:\n    source .venv/bin/activate\n    %s\n    %s\n    %s\n' \
@@ -20,7 +21,7 @@ demo: .venv/.ready  # one thread a training: for matrices this small more thread
 	    "python -m agent.loop --forget $$tag   # remove this demo"
 
 test: lint  # a process for each core, so one thread in each
-	$(ENV) MPLBACKEND=Agg OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -q -n logical --dist worksteal
+	$(ENV) MPLBACKEND=Agg $(ONE_THREAD) $(PY) -m pytest -q -n logical --dist worksteal
 
 lint: .venv/.dev
 	$(PY) -m ruff check -q .

@@ -63,7 +63,7 @@ _WRITES = "no writing but to its run folder and a private TMPDIR"
 _READS = "other data, other trials, logins and keys are hidden"
 _NOT_COVERED = (
     "your other files can be read", "CPU, memory and GPU are shared, within the driver's limits",
-    "signals through the kernel (load, caches, keyrings)",
+    "covert channels through the kernel (load, caches, keyrings)",
 )  # fmt: skip
 BUBBLEWRAP = Cover(
     "bubblewrap",
