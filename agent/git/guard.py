@@ -7,8 +7,8 @@
 They can change nothing, because every training begins with the files of the candidate's commit and no others. An added file is a
 violation only where the candidate's source has come to name it, by an import or a path: then the change needs what it cannot have.
 
-An agent has the user's rights and can write elsewhere, too. What changed in the user's checkout and in the installed packages
-meanwhile is told (`elsewhere`), but neither undone nor a violation: a person may work there at the same time. Of the user's git
+An agent has the user's rights and can write elsewhere, too. What changed in the user's checkout (`in_checkout`) and in Python's
+packages (`in_python`) is told, but neither undone nor a violation: a person may work there at the same time. Of the user's git
 folder only what can run a program is watched. The night itself depends on none of it (see command.py).
 """
 
@@ -100,34 +100,44 @@ def remember(repository: Repository) -> dict[str, str]:
     return state
 
 
-def elsewhere(repository: Repository) -> dict[str, int]:
-    """Digests of what lies outside the worktree and an agent may write to, of size, time and mode only.
-
-    By path for each file in the user's checkout that git knows or would add; as "package NAME" for an installed package, a module
-    of Python's own, or a program beside this Python.
-    """
+def in_checkout(repository: Repository) -> dict[str, int]:
+    """What the user's checkout holds: path -> digest of size, time and mode, for each file that git knows or would add."""
     found: dict[str, int] = {}
-
-    def look(name: str, path: str) -> None:
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            seen = hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
-            found[name] = found.get(name, 0) ^ seen
-
     with contextlib.suppress(GitFailed):  # a damaged index is the user's, and costs no experiment
         listing = run_git(repository.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         for path in listing.split("\0")[:-1]:
-            look(_shown(path), f"{repository.root}/{path}")
+            with contextlib.suppress(OSError):
+                found[_shown(path)] = _glance(f"{repository.root}/{path}", os.lstat(f"{repository.root}/{path}"))
+    return found
+
+
+def in_python() -> dict[str, int]:
+    """What every training could run: "package NAME" -> digest of sizes, times and modes, for each installed package, each module of
+    Python's own, and each program beside this Python."""
     places = [path for path in sys.path if path.endswith("-packages")]
     places += [sysconfig.get_path("stdlib"), *([sysconfig.get_path("scripts")] if sys.prefix != sys.base_prefix else [])]
-    for place in {os.path.realpath(path) for path in places}:
-        for folder, inner, files in os.walk(place):
-            # Python itself writes to the first; the others are places of their own
-            inner[:] = [name for name in inner if name not in ("__pycache__", "site-packages", "dist-packages")]
-            top = folder[len(place) + 1 :].partition(os.sep)[0]
-            for file in files:
-                look(f"package {top or file}", f"{folder}{os.sep}{file}")
+    found: dict[str, int] = {}
+    folders = [("", os.path.realpath(path)) for path in set(places)]  # (package, folder)
+    while folders:
+        package, folder = folders.pop()
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                name = f"package {package or entry.name}"
+                if not entry.is_dir(follow_symlinks=False):
+                    found[name] = found.get(name, 0) ^ _glance(entry.path, entry.stat(follow_symlinks=False))
+                # Python itself writes to the first; the others are places of their own
+                elif entry.name not in ("__pycache__", "site-packages", "dist-packages"):
+                    folders.append((package or entry.name, entry.path))
     return found
+
+
+def _glance(path: str, status: os.stat_result) -> int:
+    return hash((path, status.st_size, status.st_mtime_ns, status.st_mode))
+
+
+def changed(before: Mapping[str, int], after: Mapping[str, int]) -> set[str]:
+    """The names that came, went or have another digest."""
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
 
 
 def check(

@@ -20,8 +20,9 @@ from typing import Any
 
 from agent.errors import BaselineError, NightError, Stopped
 from agent.files import read_plain
+from agent.git import guard
 from agent.git.command import DAMAGE
-from agent.git.guard import TRAIN_FILE_BYTES, elsewhere
+from agent.git.guard import TRAIN_FILE_BYTES
 from agent.git.worktree import Worktree
 from agent.journal.folder import prune, sweep
 from agent.journal.journal import Journal
@@ -67,6 +68,7 @@ class Engine:
         self.began = time.monotonic()
         self.hooks = Hooks(self.program.parent, self.lab.folder, self.record, self.console.say, self.stopper.now)
         self.console.follow(lambda: at_a_glance(self.night, True, noise(self.night).sigma, self.lab.folder))
+        self._python: dict[str, int] = {}  # Python's packages, as they were when last looked at
         self._noted = {""}  # what was said once in this session and need not be said after each experiment
 
     def record(self, event: str, **fields: Any) -> None:
@@ -211,13 +213,10 @@ class Engine:
         cost_left = self.settings.max_cost - self.night.cost if self.settings.max_cost is not None else None
         said = self.hooks.before_experiment(self.night, experiment)
         prompt = briefing.compose(self.night, briefing.program(self.program), said)
-        before = elsewhere(self.worktree.repository)
+        checkout, self._python = guard.in_checkout(self.worktree.repository), self._python or guard.in_python()
         self.worktree.lend(parent)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
-        after = elsewhere(self.worktree.repository)
-        if changed := sorted({name for name in {*before, *after} if before.get(name) != after.get(name)} - self._noted):
-            self._noted.update(changed)
-            self.note(f"changed while the agent of experiment {n} was at work: {_listed(changed)}; if it was not you, look at it")
+        self.tell_changes(experiment, checkout)
         if proposal.droppings:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
@@ -355,6 +354,18 @@ class Engine:
                 "test_score", n=n, split="test", val_bpb=trial.val_bpb, test_bpb=result.val_bpb, summary=result.summary,
                 error=result.error,
             )  # fmt: skip
+
+    def tell_changes(self, experiment: Experiment, checkout: dict[str, int]) -> None:
+        """Note, once for each name, what the agent may have changed outside its worktree, and what a training may have planted."""
+        before, self._python = self._python, guard.in_python()
+        in_checkout = guard.changed(checkout, guard.in_checkout(self.worktree.repository))
+        for what, names in (
+            (f"changed while the agent of {experiment.name} was at work", in_checkout),
+            (f"Python's packages changed before {experiment.name} was trained", guard.changed(before, self._python)),
+        ):
+            if fresh := sorted(names - self._noted):
+                self._noted.update(fresh)
+                self.note(f"{what}: {_listed(fresh)}; if it was not you, look at it")
 
     def note(self, text: str) -> None:
         """Journal and say something that the user should know."""

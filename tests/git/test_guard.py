@@ -467,18 +467,15 @@ def test_names_that_are_no_unicode(lent):
 
 def test_what_could_run_in_every_training_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python reads them at each start: a .pth file, sitecustomize, a module of its own, and the program `python` itself."""
-    git.Repo.init(tmp_path / "repo").index.commit("start")
-    repository = Repository(tmp_path / "repo")
     for name in ("stdlib", "scripts", "my-packages"):
         (tmp_path / name / "kit").mkdir(parents=True)
     monkeypatch.setattr(guard.sysconfig, "get_path", lambda name: str(tmp_path / name))
     monkeypatch.setattr(guard.sys, "path", [str(tmp_path / "my-packages")])
     monkeypatch.setattr(guard.sys, "prefix", "a virtual environment")
-    before = guard.elsewhere(repository)
+    before = guard.in_python()
     files = ("my-packages/x.pth", "my-packages/kit/__init__.py", "stdlib/sitecustomize.py", "scripts/python")
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("x")
-    after = guard.elsewhere(repository)
-    changed = {name for name in after if after[name] != before.get(name)}
+    changed = guard.changed(before, guard.in_python())
     assert changed == {"package x.pth", "package kit", "package sitecustomize.py", "package python"}

@@ -154,8 +154,10 @@ def test_what_an_agent_changes_outside_its_worktree_is_told_once_and_left(tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     night = night_of(bed)
     assert [e.status for e in night.done] == ["discard", "discard"]
-    told = "new ü.txt, package numbers_kit, prepare_mlx.py; if it was not you, look at it"
-    assert night.notes == [f"changed while the agent of experiment 1 was at work: {told}"]
+    assert night.notes == [
+        "changed while the agent of experiment 1 was at work: new ü.txt, prepare_mlx.py; if it was not you, look at it",
+        "Python's packages changed before experiment 1 was trained: package numbers_kit; if it was not you, look at it",
+    ]
     assert (bed.repo / "new ü.txt").read_text() == "# more\n" * 2
 
 

@@ -138,6 +138,7 @@ class Terminal:
     def __init__(self, argv: list[str], bed: Bed, columns: int, **env: str) -> None:
         def own() -> None:  # as in a window: the kernel tells us when it is closed
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started by; nohup ignores it
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.master, slave = pty.openpty()
