@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import termios
