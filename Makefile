@@ -20,8 +20,8 @@ demo: .venv/.ready  # one thread a training: for matrices this small more thread
 	    'python -m agent.loop --agent claude       # a real night; or another agent, or --agent search' \
 	    "python -m agent.loop --forget $$tag   # remove this demo"
 
-test: lint  # a process for each core, so one thread in each
-	$(ENV) MPLBACKEND=Agg $(ONE_THREAD) $(PY) -m pytest -q -n logical --dist worksteal
+test: lint  # one process more than cores, because tests wait a fifth of their time; so one thread in each
+	$(ENV) MPLBACKEND=Agg $(ONE_THREAD) $(PY) -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
 
 lint: .venv/.dev
 	$(PY) -m ruff check -q .
