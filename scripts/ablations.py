@@ -38,19 +38,20 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
         ("mx.fast.rope(t, D, traditional=False, base=self._rope_base, scale=-1.0, offset=0)", "rotated(t, self._rope_base)")]),
     "relu² as a power": (BASE, {}, [("mx.square(mx.maximum(self.c_fc(x), 0))", "mx.maximum(self.c_fc(x), 0) ** 2")]),
     "softcap turned round": (BASE, {"SOFTCAP": "15.0 if TIER == 'cpu' else 0.0"}, []),
-    "no dropout": (BASE, {}, [("ngrams, rates[\"dropout\"])", "ngrams, None)")]),
+    "no dropout": (BASE, {}, [("ngrams, rates.get(\"dropout\"))", "ngrams, None)")]),
     "no n-grams (another model)": (BASE, {"NGRAM_BUCKETS": "()"}, []),
     "one row for each n-gram": (BASE, {}, [
-        ("own, other = params[NGRAMS][rows].sum(axis=1)", "own, other = params[NGRAMS][rows[0]].sum(axis=0), 0"),
+        ("ngrams = params[NGRAMS][rows].sum(axis=(0, 1))", "ngrams = params[NGRAMS][rows[0]].sum(axis=0)"),
         ("self.ngrams(rows).astype(mx.float32).sum(axis=(0, 1))", "self.ngrams(rows[0]).astype(mx.float32).sum(axis=0)"),
         ("own = mixed(codes[-1]) & 1", "own = mixed(codes[-1]) & 0")]),
     "n-gram tables by AdamW": (BASE, {}, [
-        ("        if NGRAMS not in params:\n            return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None",
+        ("        dense, ngrams = {n: p for n, p in params.items() if n != NGRAMS}, None\n",
+         "        dense, ngrams = params, None\n"
          "        if NGRAMS in params:\n"
          "            def whole(params):\n"
          "                rows = ngram_rows(x, model.config.ngram_buckets)\n"
          "                return loss_fn(params, params[NGRAMS][rows].sum(axis=(0, 1)), rates, x, y)\n"
-         "            return *mx.value_and_grad(whole)(params), None"),
+         "            return *mx.value_and_grad(whole)(params), None\n"),
         ("        if name == NGRAMS:\n            params[name]", "        if False:\n            params[name]"),
         ("    if NGRAMS in params:\n        moments[NGRAMS]", "    if False:\n        moments[NGRAMS]"),
         (" and n != NGRAMS}\n    if False", "}\n    if False")]),

@@ -116,7 +116,7 @@ _GATED = """gate = 2 * mx.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))         
 _ATTENTION = "y.transpose(0, 2, 1, 3)"
 _BEFORE = "mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)])"
 _MIDDLE = "\n            middle = x if i == (len(self.blocks) - 1) // 2 else middle if i else None"
-_LOGITS = "with_weights(model, dense)(x, ngrams, rates[\"dropout\"])"
+_LOGITS = "with_weights(model, dense)(x, ngrams, rates.get(\"dropout\"))"
 _ZLOSS = " + 1e-4 * mx.square(mx.logsumexp(logits, axis=-1))"
 _UNIT_ROWS = "u * mx.rsqrt(mx.mean(mx.square(u), axis=2, keepdims=True) + 1e-20)"
 

@@ -394,8 +394,9 @@ def unless_overflow(grads, scale):
 def schedule(progress, step, epoch=0):
     """What changes from step to step, by name. progress: used share of the budget, 0 to 1. step, epoch: counted from 0.
 
-    "lr" is a factor on every learning rate, "first_epoch" is 1 in the first epoch and 0 after it. The values are 0-d fp32 arrays,
-    because mx.compile would trace again for each new Python number.
+    "lr" is a factor on every learning rate. "first_epoch" is there only in the first epoch, "dropout" only where its rate is not 0:
+    what is not there costs nothing, and mx.compile traces once more when it changes. The values are 0-d fp32 arrays, because
+    mx.compile would trace again for each new Python number.
     """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -408,7 +409,11 @@ def schedule(progress, step, epoch=0):
     first, last, steps = MUON_MOMENTUM
     ramp = min(step / steps, 1)
     rates = {"lr": lr, "momentum": (1 - ramp) * first + ramp * last, "weight_decay": WEIGHT_DECAY * (1 - progress),
-             "step": step + 1, "dropout": DROPOUT[min(epoch, len(DROPOUT) - 1)], "first_epoch": epoch == 0}
+             "step": step + 1}
+    if rate := DROPOUT[min(epoch, len(DROPOUT) - 1)]:
+        rates["dropout"] = rate
+    if epoch == 0:
+        rates["first_epoch"] = 1
     return {name: mx.array(value, mx.float32) for name, value in rates.items()}
 
 
@@ -418,26 +423,27 @@ def schedule(progress, step, epoch=0):
 
 
 def make_gradients(model):
-    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, table rows to train, for int x and y [B, T].
+    """Returns gradients(params, rates, x, y) -> loss, {name: gradient}, table rows to train or None, for int x and y [B, T].
 
     The gradient of a whole n-gram table would be as large as the table, so {NGRAMS: gradient} is that of the summed rows [B, T, C].
     """
 
     def loss_fn(dense, ngrams, rates, x, y):
-        loss = mx.mean(cross_entropy(with_weights(model, dense)(x, ngrams, rates["dropout"]), y))
+        loss = mx.mean(cross_entropy(with_weights(model, dense)(x, ngrams, rates.get("dropout")), y))
         return loss * rates.get(LOSS_SCALE, 1)
 
     @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)  # else each call would drop out the same elements
     def gradients(params, rates, x, y):
-        if NGRAMS not in params:
-            return *mx.value_and_grad(loss_fn)(params, None, rates, x, y), None
-        rows = ngram_rows(x, model.config.ngram_buckets)                        # [2, n, B, T]
-        own, other = params[NGRAMS][rows].sum(axis=1)                           # [B, T, C] each
-        # After the first epoch a position's own row has memorised the next token: read the other row only, and train neither
-        ngrams = rates["first_epoch"] * own + other
-        dense = {n: p for n, p in params.items() if n != NGRAMS}
-        loss, (grads, ngram_grad) = mx.value_and_grad(loss_fn, (0, 1))(dense, ngrams, rates, x, y)
-        return loss, grads | {NGRAMS: rates["first_epoch"] * ngram_grad}, rows[0]
+        dense, ngrams = {n: p for n, p in params.items() if n != NGRAMS}, None
+        if NGRAMS in params:
+            rows = ngram_rows(x, model.config.ngram_buckets)                    # [2, n, B, T]
+            if "first_epoch" in rates:
+                ngrams = params[NGRAMS][rows].sum(axis=(0, 1))                  # [B, T, C]
+                loss, (grads, ngram_grad) = mx.value_and_grad(loss_fn, (0, 1))(dense, ngrams, rates, x, y)
+                return loss, grads | {NGRAMS: ngram_grad}, rows[0]
+            # A position's own row has memorised the next token by now: read the other row only, and train neither
+            ngrams = params[NGRAMS][rows[1]].sum(axis=0)                        # [B, T, C]
+        return *mx.value_and_grad(loss_fn)(dense, ngrams, rates, x, y), None
 
     return gradients
 
@@ -541,7 +547,7 @@ def dummy_step(params, moments, step, rows, seq_len):
 def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
     """Returns peak(passes): the expected peak bytes of a step of `rows` rows in that many micro-batches. It is extrapolated from
     small ones that are run here, so that it holds whatever was edited."""
-    gradients, rates = make_gradients(model), schedule(0, 0)
+    gradients, rates = make_gradients(model), schedule(0, 0, len(DROPOUT)) | schedule(0, 0)  # tables and dropout: the most memory
 
     def peak_of_pass(n):
         x = mx.zeros((n, seq_len), mx.int32)
