@@ -36,6 +36,7 @@ from scripts.compare_peers import (  # noqa: E402
     TRAIN_FILE,
     Failed,
     adapt,
+    interpreter,
     launch,
     named_path,
     prepared,
@@ -167,7 +168,8 @@ def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: 
 @click.option("--steps", type=click.IntRange(3), default=12, show_default=True, help="Of each, warm-up included.")
 @click.option("--peer", "peers", multiple=True, callback=named_path, help="NAME=PATH of a checkout, in fp32; can be repeated.")
 @click.option("--peer-bf16", "shipped", multiple=True, callback=named_path, help="NAME=PATH, in the dtypes it was shipped with.")
-@click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
+@click.option("--peer-python", default=sys.executable, callback=interpreter,
+              help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
 def anchor(count: int, out: Path | None, steps: int, peers: dict[str, Path], shipped: dict[str, Path], peer_python: str) -> None:
     """Ours set to upstream's model, and peers, at one size."""
     console, ours = wide_console(), adapt(TRAIN_FILE.read_text(), OURS)

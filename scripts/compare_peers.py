@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -201,6 +202,13 @@ def named_path(context: click.Context, option: click.Parameter, values: tuple[st
     return paths
 
 
+def interpreter(context: click.Context, option: click.Parameter, value: str) -> str:
+    """A program's absolute path, because it is started in another folder. A link stays one: it may be a virtual environment's."""
+    if found := shutil.which(value):
+        return os.path.abspath(found)
+    raise click.BadParameter(f"expected a Python interpreter, got {value}, which is no program here")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--budget", default="60s", show_default=True, help="Of each training, in seconds.")
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each, with seeds 1, 2, ...")
@@ -209,7 +217,8 @@ def named_path(context: click.Context, option: click.Parameter, values: tuple[st
 @click.option("--setup", "setups", multiple=True, type=click.Choice(list(SETUPS)), default=("cpu", "cpu-64"), show_default=True,
               help="Size of the peers: " + "; ".join(f"{k}: {what}" for k, (what, _, _) in SETUPS.items()))
 @click.option("--speedrun", "race", is_flag=True, help="Train ours at parts of the budget, too: when does it pass each peer?")
-@click.option("--peer-python", default=sys.executable, help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
+@click.option("--peer-python", default=sys.executable, callback=interpreter,
+              help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="runs/peers.json", show_default=True)
 def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...], race: bool,
          peer_python: str, out: Path) -> None:

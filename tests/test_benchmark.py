@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
@@ -97,7 +98,7 @@ def test_a_comparison_runs_to_its_end(tiny: Dataset, tmp_path: Path) -> None:
         (tmp_path / name / "train.py").write_text(source)
     done = subprocess.run([sys.executable, "scripts/compare_peers.py", "--budget", "0.4s", "--seeds", "1", "--setup", "cpu",
                            "--peer", f"good={tmp_path / 'good'}", "--peer", f"bad={tmp_path / 'bad'}",
-                           "--json", tmp_path / "out.json"],
+                           "--peer-python", os.path.relpath(sys.executable, ROOT), "--json", tmp_path / "out.json"],
                           cwd=ROOT, env=environment(tiny.home, AUTORESEARCH_DATA=str(tiny.train)),
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -107,6 +108,11 @@ def test_a_comparison_runs_to_its_end(tiny: Dataset, tmp_path: Path) -> None:
     assert results["good cpu"]["summary"]["tokens"] == 3 * 1024
     assert "no_such_module" in results["bad cpu"]["failures"][0]
     assert "failed" in done.stdout
+
+
+def test_an_interpreter_that_is_none_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match="expected a Python interpreter, got no/such, which is no program here"):
+        compare_peers.interpreter(None, None, "no/such")
 
 
 def test_the_score_is_reached_at_the_shortest_budget_that_beats_it() -> None:
