@@ -117,14 +117,15 @@ def in_python() -> dict[str, int]:
     places = [path for path in sys.path if path.endswith("-packages")]
     places += [sysconfig.get_path("stdlib"), *([sysconfig.get_path("scripts")] if sys.prefix != sys.base_prefix else [])]
     found: dict[str, int] = {}
-    folders = [("", os.path.realpath(path)) for path in set(places)]  # (package, folder)
+    folders = [("", path) for path in {os.path.realpath(path) for path in places}]  # (package, folder); lib64 may be a link to lib
     while folders:
         package, folder = folders.pop()
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 name = f"package {package or entry.name}"
                 if not entry.is_dir(follow_symlinks=False):
-                    found[name] = found.get(name, 0) ^ _glance(entry.path, entry.stat(follow_symlinks=False))
+                    with contextlib.suppress(OSError):  # it has gone meanwhile
+                        found[name] = found.get(name, 0) ^ _glance(entry.path, entry.stat(follow_symlinks=False))
                 # Python itself writes to the first; the others are places of their own
                 elif entry.name not in ("__pycache__", "site-packages", "dist-packages"):
                     folders.append((package or entry.name, entry.path))
