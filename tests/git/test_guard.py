@@ -470,7 +470,8 @@ def test_what_could_run_in_every_training_is_watched(tmp_path: Path, monkeypatch
     for name in ("stdlib", "scripts", "my-packages"):
         (tmp_path / name / "kit").mkdir(parents=True)
     monkeypatch.setattr(guard.sysconfig, "get_path", lambda name: str(tmp_path / name))
-    monkeypatch.setattr(guard.sys, "path", [str(tmp_path / "my-packages")])
+    (tmp_path / "linked-packages").symlink_to("my-packages")  # as lib64 leads to lib
+    monkeypatch.setattr(guard.sys, "path", [str(tmp_path / name) for name in ("my-packages", "linked-packages")])
     monkeypatch.setattr(guard.sys, "prefix", "a virtual environment")
     before = guard.in_python()
     files = ("my-packages/x.pth", "my-packages/kit/__init__.py", "stdlib/sitecustomize.py", "scripts/python")
