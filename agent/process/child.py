@@ -198,6 +198,9 @@ class _Child:
                 source = file.fileno()
             words = (status_theirs, control_theirs, self.grace, Path(psutil.__file__).parent.parent)
             command = [sys.executable, "-I", supervise.__file__, *map(str, words)]
+            # Ctrl-C would kill the new process until it is in its own session: blocked, the signal waits for the supervisor
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.FROM_TERMINAL)
+            theirs.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             self.process = subprocess.Popen(
                 [*command, *self.argv], cwd=self.cwd, env=self.env, stdin=source, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if self.out is self.log else subprocess.PIPE,

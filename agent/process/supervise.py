@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import psutil
 
 MARKER = "AUTORESEARCH_CHILD"  # environment variable of all processes of a family; its value identifies the family
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the driver decides what they end
 KILL_SECONDS = 5.0  # how long KILL is repeated against a family that forks faster than it dies
 LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -86,8 +87,9 @@ class _Supervisor:
         self.marker = os.environ.get(MARKER, "")
         os.set_inheritable(status, False)
         os.set_inheritable(control, False)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # sent by a terminal; the driver decides what ends
+        for number in FROM_TERMINAL:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_TERMINAL)  # the driver blocked them, and the command shall get them
         self.told_to_end = False
         signal.signal(signal.SIGTERM, self._on_term)
         self.wake, wake_writer = os.pipe()
@@ -111,7 +113,7 @@ class _Supervisor:
             os.setsid()
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # if the supervisor is killed, the command is, too
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
+            for number in (*FROM_TERMINAL, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and what is ignored stays so across exec
             os.execvp(command[0], command)
         except BaseException as error:

@@ -419,6 +419,36 @@ def test_children_die_with_a_killed_driver(tmp_path):
     assert list(tmp_path.glob("*.pid*")) == []
 
 
+UNDER_CTRL_C = """
+import signal, sys
+from pathlib import Path
+from agent.process.child import Bounds, run
+from agent.process.environment import clean_env
+signal.signal(signal.SIGINT, lambda number, frame: None)
+print("ready", flush=True)
+folder = Path(sys.argv[1])
+for _ in range(20):
+    outcome = run(["/bin/sh", "-c", "true"], cwd=folder, env=clean_env(), log=folder / "log", bounds=Bounds(1000))
+    assert outcome.ok, outcome
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # or Python, as it exits, would die of the next one
+"""
+
+
+def test_ctrl_c_in_the_terminal_never_hits_a_child_even_as_it_starts(tmp_path):
+    options = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options)
+    assert driver.stdout.readline() == "ready\n"
+    while driver.poll() is None:
+        os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
+        time.sleep(0.0005)
+    assert driver.returncode == 0, driver.communicate()[1]
+
+
+def test_a_command_can_be_interrupted_though_its_supervisor_cannot(child):
+    outcome = child("import os, signal; os.kill(os.getpid(), signal.SIGHUP)")
+    assert outcome.signal == signal.SIGHUP
+
+
 def test_leftovers_of_a_killed_driver_and_supervisor_are_ended(tmp_path):
     marker = f"leftover-{os.getpid()}"
     driver = start_driver(tmp_path, marker)
