@@ -54,7 +54,7 @@ IN_FP32 = [
     ("dtypes", r"\b(torch|mx)\.bfloat16", r"\1.float32"),
     ("casts", r"\.bfloat16\(\)", ".float()"),
 ]
-SHAPE = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 32, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 1024}
+SHAPE = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 1024}
 SETUPS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name: (what it is, tokens in a row, 0: as in evaluation; constants)
     "cpu": ("our cpu tier's shape, rows as long as at evaluation", 0, SHAPE),
     "cpu-64": ("the same in rows of 64 tokens", 64, SHAPE),

@@ -50,7 +50,7 @@ def device_name():
 
 # Model. DEPTH is the one dial: width, heads and batch follow it, and each can be set by itself, too.
 DEPTH = {"cpu": 2, "mac": 3, "mac-max": 4, "cuda": 8}[TIER]  # transformer layers
-HEAD_DIM = {"cpu": 32, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; Metal fuses 64 and 128
+HEAD_DIM = {"cpu": 64, "mac": 128, "mac-max": 128, "cuda": 128}[TIER]  # channels of an attention head; Metal fuses 64 and 128
 WIDTH = (64 * DEPTH + HEAD_DIM - 1) // HEAD_DIM * HEAD_DIM  # channels of the residual stream: 64 per layer, in whole heads
 SEQ_LEN = {"cpu": 128, "mac": 512, "mac-max": 1024, "cuda": 2048}[TIER]  # tokens in a training row, at most the data's
 NGRAM_BUCKETS = {"cpu": (131072, 524288), "mac": (65536, 262144), "mac-max": (65536, 262144),
