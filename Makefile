@@ -9,7 +9,7 @@ PY := .venv/bin/python
 ENV := env -u AUTORESEARCH_DATA -u AUTORESEARCH_RUN_DIR -u AUTORESEARCH_BUDGET -u AUTORESEARCH_SEED -u AUTORESEARCH_SCORE -u AUTORESEARCH_TIER
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-slow test-gpu test-agents test-browser test-torch soak lint pin clean
+.PHONY: demo test test-slow test-gpu test-agents test-browser test-torch lint pin clean
 
 demo: .venv/.ready  # one thread a training: for matrices this small more threads wait for each other, above all on a busy machine
 	@tag=demo-$$(date +%m%d-%H%M%S); set -e; export $(ONE_THREAD); \
@@ -36,9 +36,6 @@ test-agents: .venv/.dev  # a process for each command line: they mostly wait
 test-torch: .venv/.dev
 	$(PY) -c "import torch" 2>/dev/null || scripts/setup.sh torch
 	$(PY) -m pytest -q tests/train/test_torch.py
-
-soak: .venv/.dev
-	$(PY) -m pytest -q -m slow tests/night/test_kill.py tests/night/test_soak.py
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh

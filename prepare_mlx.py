@@ -1,10 +1,10 @@
 """
-The harness's face: its command line, and the names that train files import. The harness itself is the folder harness/.
+The command line of the harness, and the names that train files import. The code is in harness/.
 
     python prepare_mlx.py --dataset stories            prepare data (also: tinystories, climbmix, fineweb-edu, text:PATH)
     python prepare_mlx.py --list                       list datasets and presets
     python prepare_mlx.py score RUN_DIR                print val_bpb of a trained model, computed from its logits
-    python prepare_mlx.py screen FILE                  search a train file for held-out text
+    python prepare_mlx.py screen FILE --held FOLDER    search a train file for held-out text
 
 A train file calls `start_run()`, `run.budget.start()`, `run.batches()` and `run.finish()`, and defines `load_model(run_dir)`.
 """
@@ -74,7 +74,8 @@ def options() -> argparse.ArgumentParser:
                                  help="probe every row for look-ahead; takes three times as long or more")
             command.add_argument("--private", action="store_true",
                                  help="read held, wrap and verify as JSON on standard input: others can see a command line")
-            command.add_argument("--rows", type=int, default=0, help="maximum rows per batch (default: 256, or what fits in 96 MB)")
+            command.add_argument("--rows", type=int, default=0,
+                                 help="maximum rows per batch (default: 256; never more than fit in 96 MB, or an eighth of all)")
     return parser
 
 

@@ -118,9 +118,9 @@ def has_ve(layer, n_layer):
 def ngram_rows(tokens, buckets):
     """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int [B, T] -> uint32 [2, n, B, T].
 
-    Each n-gram has two rows, because a table memorises a text that it reads more than once: in epoch 1 a position trains one row,
-    in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row, which comes first.
-    The tables of all n are stacked in one array.
+    A table memorises a text that is read more than once, so each n-gram has two rows. In the first epoch a position reads both and
+    trains one of them; in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row,
+    which comes first. The tables of all n are stacked in one array.
     """
     def mixed(code):
         code = code * 1_640_531_527                                             # wraps around at 2**32
@@ -394,9 +394,9 @@ def unless_overflow(grads, scale):
 def schedule(progress, step, epoch=0):
     """What changes from step to step, by name. progress: used share of the budget, 0 to 1. step, epoch: counted from 0.
 
-    "lr" is a factor on every learning rate. "first_epoch" is there only in the first epoch, "dropout" only where its rate is not 0:
-    what is not there costs nothing, and mx.compile traces once more when it changes. The values are 0-d fp32 arrays, because
-    mx.compile would trace again for each new Python number.
+    "lr" is a factor on every learning rate. "first_epoch" exists only in the first epoch, "dropout" only while its rate is not 0:
+    a missing name costs nothing, and mx.compile traces the step again when a name comes or goes. The values are 0-d fp32 arrays,
+    because mx.compile would trace again for each new Python number.
     """
     progress = min(progress, 1.0)
     if progress < WARMUP_RATIO:
@@ -598,7 +598,7 @@ def train(run):
     step, pending = 0, None
     progress = Progress(run, batch_tokens, flops, peak_rate, ABORT_LOSS)
     while (used := run.budget.progress(step, step * batch_tokens)) < 1 or step == 0:
-        rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
+        rates = schedule(used, step, epoch=step * batch_tokens // run.epoch_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         mx.async_eval(params, moments, loss)
         if pending is not None:  # read the loss of the step before: waiting for this step's would idle the device

@@ -4,8 +4,8 @@ Train a small GPT on one device for a fixed budget, with PyTorch. This is the fi
     python prepare_mlx.py && python train_torch.py
 
 It translates train_mlx.py for CUDA, MPS and CPUs: the same names in the same order. Weights have the same names and shapes, too.
-The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings. Muon trains the matrices of the blocks,
-row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says why, with figures.
+The model is the GPT of karpathy/autoresearch (nanochat) plus hashed n-gram embeddings and attention gates. Muon trains the matrices
+of the blocks, row-wise Adagrad the n-gram tables, AdamW everything else. docs/recipe.md says why, with figures.
 """
 
 import json
@@ -46,7 +46,8 @@ from prepare_mlx import (
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DEVICE = "cpu" if os.environ.get("AUTORESEARCH_DEVICE") == "cpu" else DEVICE
 GPU = DEVICE != "cpu"
-if DEVICE == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # older: wrong rows of n-grams, no peak memory
+# Older versions compute wrong rows of n-grams on MPS, and do not tell the peak memory
+if DEVICE == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     sys.exit(f"error: expected torch 2.13 or later on MPS, got {torch.__version__}: pip install --upgrade torch, or set "
              "AUTORESEARCH_DEVICE=cpu")
 # cpu, mac (8-32 GB), mac-max (36 GB and up), cuda; or $AUTORESEARCH_TIER
@@ -181,9 +182,9 @@ def attention(q, k, v):
 def ngram_rows(tokens, buckets):
     """Hash the 2-gram, 3-gram, ... that ends at each token to rows of its table: int64 [B, T] -> int64 [2, n, B, T].
 
-    Each n-gram has two rows, because a table memorises a text that it reads more than once: in epoch 1 a position trains one row,
-    in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row, which comes first.
-    The tables of all n are stacked in one array.
+    A table memorises a text that is read more than once, so each n-gram has two rows. In the first epoch a position reads both and
+    trains one of them; in later epochs it reads only the other. A hash of the last NGRAM_CONTEXT tokens chooses the trained row,
+    which comes first. The tables of all n are stacked in one array.
     """
     def mixed(code):
         code = (code & 0xFFFFFFFF) * 1_640_531_527 & 0xFFFFFFFF                 # uint32 in int64: wraps around at 2**32
@@ -488,7 +489,9 @@ def schedule(progress, step, epoch=0):
     first, last, steps = MUON_MOMENTUM
     ramp = min(step / steps, 1)
     rates = {"lr": lr, "momentum": (1 - ramp) * first + ramp * last, "weight_decay": WEIGHT_DECAY * (1 - progress),
-             "step": step + 1, "dropout": DROPOUT[min(epoch, len(DROPOUT) - 1)], "first_epoch": epoch == 0}
+             "step": step + 1, "first_epoch": epoch == 0}
+    if any(DROPOUT):
+        rates["dropout"] = DROPOUT[min(epoch, len(DROPOUT) - 1)]
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in rates.items()}
 
 
@@ -510,7 +513,7 @@ def make_gradients(model):
 
     @compiled
     def loss_fn(dense, ngrams, rates, x, y):
-        logits = with_weights(model, dense)(x, ngrams, rates["dropout"])
+        logits = with_weights(model, dense)(x, ngrams, rates.get("dropout"))
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     def gradients(params, rates, x, y):
@@ -700,7 +703,7 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
     fitting = [n for n in allowed if not expected or CHECKPOINT or expected(n) <= limit] or allowed[-1:]
     left = [n for n in fitting if n >= known.get("passes", 0)] or fitting
     if known:
-        twice = ", activations computed twice" if CHECKPOINT else ""
+        twice = ", with gradient checkpointing" if CHECKPOINT else ""
         print(f"note: {rows // left[0] * seq_len:,} tokens in a pass{twice}, as found before for this device and model", flush=True)
     while True:
         step = make_step(model, left[0])
@@ -719,7 +722,7 @@ def fitting_step(model, params, moments, expected, passes, rows, seq_len, limit)
             if len(left) > 1:
                 left, note = left[1:], f"{rows // left[0] * seq_len:,} tokens in a pass do not fit: {rows // left[1] * seq_len:,}"
             elif not CHECKPOINT:
-                CHECKPOINT, left, note = True, allowed, "not even a row fits: activations are computed twice, a third more time"
+                CHECKPOINT, left, note = True, allowed, "not even one row fits: gradient checkpointing, a third more time"
             else:
                 raise HarnessError("oom", f"{error}; even passes of one row with recomputed activations do not fit: lower DEPTH, "
                                    "WIDTH or NGRAM_BUCKETS, or free the device's memory") from error
@@ -767,7 +770,7 @@ def train(run):
         progress.tell(rates["lr"].item, peak_memory)
 
     while (used := run.budget.progress(step, step * batch_tokens)) < 1 or step == 0:
-        rates = schedule(used, step, epoch=step * batch_tokens // run.train_tokens)
+        rates = schedule(used, step, epoch=step * batch_tokens // run.epoch_tokens)
         params, moments, loss = step_fn(params, moments, rates, batches)
         losses.append(loss)
         done, step = marker(), step + 1

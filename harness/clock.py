@@ -10,7 +10,7 @@ import numpy as np
 from harness import HarnessError
 
 STARTUP_LIMIT = 180             # seconds from process start to Budget.start(): compiling takes time, but training must wait
-OVERRUN = 1.25, 10              # limit of a training as a multiple of its budget, or seconds on top: for its last step and saving
+OVERRUN = 1.25, 10              # a training may take 1.25 times its budget, or 10 s more if that is longer: its last step, saving
 
 
 class Budget:

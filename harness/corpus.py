@@ -108,9 +108,8 @@ def trouble(error: BaseException, ident: str) -> HarnessError:
 
 @dataclass(frozen=True)
 class Part:
-    """The documents that one worker read: the file `text` has them one after another, the file `digests` all other fields."""
+    """The documents that one worker read, one after another in the file `text`."""
     text: Path
-    digests: Path
     sizes: np.ndarray           # int64 [n]: bytes of each document
     hashes: np.ndarray          # uint64 [n, 2]: of each document's letters, and of its bytes
     losses: list[Loss]
@@ -162,7 +161,7 @@ def read_part(blocks: list[Block], place: Path) -> Part:
         write_atomically(digests, facts + b"\n" + np.array([len(d) for d in raw], np.int64).tobytes() + hashes)
     facts, _, numbers = digests.read_bytes().partition(b"\n")
     found, n = json.loads(facts), len(numbers) // 24
-    return Part(text, digests, np.frombuffer(numbers, np.int64, n), np.frombuffer(numbers, np.uint64, offset=8 * n).reshape(n, 2),
+    return Part(text, np.frombuffer(numbers, np.int64, n), np.frombuffer(numbers, np.uint64, offset=8 * n).reshape(n, 2),
                 [Loss(**loss) for loss in found["losses"]], found["empty"])
 
 

@@ -216,7 +216,7 @@ def as_utf8(path: Path, name: str, target: Path) -> tuple[Path, int]:
                 return path, 0
             raise HarnessError("data", f"{name}: expected UTF-8, got {bad:,} bytes that are not, first {place_of(path)}; convert "
                                "the file: iconv -f ITS-ENCODING -t UTF-8")
-        print_note(f"{name}: read as {encoding}, guessed from its letters")
+        print(f"note: {name}: read as {encoding}, guessed from its letters", file=sys.stderr, flush=True)
     try:
         with open(path, encoding=encoding, newline="") as source, open(target, "w", encoding="utf-8", newline="") as out:
             shutil.copyfileobj(source, out, 1 << 20)
@@ -224,11 +224,6 @@ def as_utf8(path: Path, name: str, target: Path) -> tuple[Path, int]:
         raise HarnessError("data", f"{name}: expected {encoding}, got bytes that are not ({error}); convert the file: "
                            "iconv -f ITS-ENCODING -t UTF-8") from error
     return target, 0
-
-
-def print_note(text: str) -> None:
-    """Print a note on standard error, from a worker process."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def bad_bytes(path: Path) -> tuple[int, int, bytes]:
@@ -504,8 +499,10 @@ def parquet_texts(block: Block, losses: list[Loss]) -> list[str]:
     """The texts of a parquet file's row groups; null is an empty text."""
     import pyarrow.parquet as parquet
     try:
-        table = parquet.ParquetFile(block.path).read_row_groups(range(block.start, block.end), columns=[block.field])
-        return [decode(data or b"", block.name, losses, row) for row, data in enumerate(as_bytes(table.column(0)), 1)]
+        file = parquet.ParquetFile(block.path)
+        table = file.read_row_groups(range(block.start, block.end), columns=[block.field])
+        first = 1 + sum(file.metadata.row_group(i).num_rows for i in range(block.start))
+        return [decode(data or b"", block.name, losses, row) for row, data in enumerate(as_bytes(table.column(0)), first)]
     except (OSError, ValueError) as error:
         losses.append(damaged(block.name, block.size, error, f" in row group {block.start}"))
         return []

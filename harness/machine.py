@@ -77,8 +77,8 @@ def load_fast_blas(threads: int | None = None) -> str | None:
 
 
 def process_peak() -> int:
-    """Peak bytes that this process held in memory. On macOS the footprint, which counts Metal's buffers, as resident memory does
-    not. On Linux not ru_maxrss, which begins with that of the process that started this one."""
+    """Peak bytes that this process held in memory. On macOS this is the footprint, because resident memory leaves out Metal's
+    buffers. On Linux it is VmHWM, because ru_maxrss starts at the parent's peak."""
     with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
     if sys.platform == "darwin":
@@ -126,16 +126,23 @@ def find_tier(own: str | None) -> str:
     return tier
 
 
+def measured_dtypes() -> str:
+    """Return dtypes.json of the data home as text: the fastest dtype of each measured device. $AUTORESEARCH_DTYPES holds the file
+    as it was when a night began, because all trainings of a night compute in the same dtype, and scores do, too."""
+    text = os.environ.get("AUTORESEARCH_DTYPES")
+    with contextlib.suppress(OSError, ValueError):
+        return (home() / "dtypes.json").read_text() if text is None else text
+    return "{}"
+
+
 def find_dtype(device: str, default: str = "bfloat16") -> str:
     """Return the name of the dtype in which a train file computes on this device: what `scripts/benchmark.py dtype` found fastest
     there and wrote to dtypes.json in the data home, or `default` while nobody has measured.
 
-    device: the train file's own name for it. $AUTORESEARCH_DTYPES holds the file as it was when a night began, because all
-    trainings of a night compute in the same dtype.
+    device: the train file's own name for it.
     """
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        text = os.environ.get("AUTORESEARCH_DTYPES")
-        known = json.loads((home() / "dtypes.json").read_text() if text is None else text).get(device)
+    with contextlib.suppress(ValueError, AttributeError):
+        known = json.loads(measured_dtypes()).get(device)
         return known if known in DTYPES else default
     return default
 

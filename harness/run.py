@@ -43,13 +43,13 @@ def row_starts(tokens: np.ndarray, bos_id: int, seq_len: int) -> np.ndarray:
     return np.array([*starts, last] if last >= 0 else [], dtype=np.int64)
 
 
-def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (inputs, targets) without end, int32 [batch_size, seq_len] each. Every row comes once an epoch, in an order that
-    `seed` decides. A thread prepares a few batches ahead.
+def batches(tokens: np.ndarray, starts: np.ndarray, batch_size: int, seq_len: int,
+            seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (inputs, targets) without end, int32 [batch_size, seq_len] each. Every row of `starts` comes once an epoch, in an
+    order that `seed` decides. A thread prepares a few batches ahead.
 
     Errors: HarnessError("data") if the shard has fewer rows than a batch.
     """
-    starts = row_starts(tokens, bos_id, seq_len)
     if len(starts) < batch_size:
         raise HarnessError("data", f"a batch of {batch_size} rows of {seq_len} tokens was asked for, the training text has only "
                            f"{len(starts)} such rows; use a smaller batch or more text")
@@ -57,18 +57,24 @@ def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed
     offsets = np.arange(seq_len + 1)
 
     def produce() -> None:
-        rng = np.random.default_rng(seed)
-        order = np.empty(0, dtype=np.int64)
-        while True:
-            while len(order) < batch_size:
-                order = np.concatenate([order, rng.permutation(starts)])
-            rows, order = order[:batch_size], order[batch_size:]
-            block = tokens[rows[:, None] + offsets].astype(np.int32)           # [B, T + 1]
-            ready.put((block[:, :-1], block[:, 1:]))
+        try:
+            rng = np.random.default_rng(seed)
+            order = np.empty(0, dtype=np.int64)
+            while True:
+                while len(order) < batch_size:
+                    order = np.concatenate([order, rng.permutation(starts)])
+                rows, order = order[:batch_size], order[batch_size:]
+                block = tokens[rows[:, None] + offsets].astype(np.int32)       # [B, T + 1]
+                ready.put((block[:, :-1], block[:, 1:]))
+        except Exception as error:
+            ready.put(error)  # else the training would wait for ever
 
     threading.Thread(target=produce, daemon=True).start()
     while True:
-        yield ready.get()
+        batch = ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +83,7 @@ def batches(tokens: np.ndarray, bos_id: int, batch_size: int, seq_len: int, seed
 
 OPTIONS = {  # of a train file's command line
     "budget": "300s, 200steps or 5Mtokens (default: the prepared data's)",
-    "seed": "an integer (default: 1)",
+    "seed": "an integer, 0 or more (default: 1)",
     "data": "a train/<id> folder (default: the data prepared last)",
     "run-dir": "folder to write to (default: runs/manual/<time>)",
 }
@@ -105,8 +111,11 @@ class Run:
         text, age = os.environ.get("AUTORESEARCH_BUDGET") or self.meta["budget"], time.time() - psutil.Process().create_time()
         self.budget = Budget(text, age)
         self.seed = int(os.environ.get("AUTORESEARCH_SEED") or 1)
+        if self.seed < 0:
+            raise HarnessError("usage", f"expected a seed of 0 or more, got {self.seed}")
         self.vocab_size, self.seq_len = self.meta["vocab_size"], self.meta["seq_len"]
         self.train_tokens = (self.data / "train.bin").stat().st_size // np.dtype(self.meta["dtype"]).itemsize
+        self.epoch_tokens = self.train_tokens  # from the first batch on the tokens in the rows of an epoch, which may overlap
         self.step = 0
         self.dir = Path(os.environ.get("AUTORESEARCH_RUN_DIR") or Path("runs", "manual", time.strftime("%Y%m%d-%H%M%S"))).resolve()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -134,7 +143,10 @@ class Run:
     def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (inputs, targets) without end, int32 [batch_size, seq_len] each. Take the first batch after run.budget.start().
         Errors: those of `tokens` and of `harness.run.batches`."""
-        yield from batches(self.tokens(), self.meta["bos_id"], batch_size, seq_len, self.seed)
+        tokens = self.tokens()
+        starts = row_starts(tokens, self.meta["bos_id"], seq_len)
+        self.epoch_tokens = len(starts) * seq_len
+        yield from batches(tokens, starts, batch_size, seq_len, self.seed)
 
     def log(self, **window) -> None:
         """Append a line to metrics.jsonl: step, tokens, seconds, progress (used share of the budget), loss (nats), lr,

@@ -38,10 +38,8 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
     facts = read_facts(run_dir)
     meta, tokenizer, tokens, _ = read_held_out(held or home() / "held" / str(facts["data"]), split)
     seq_len, vocab = meta["seq_len"], tokenizer.vocab_size
-    rows = math.ceil((len(tokens) - 1) / seq_len)
-    padded = np.full(rows * seq_len + 1, tokenizer.bos_id, dtype=np.int32)
-    padded[: len(tokens)] = tokens
-    inputs, targets = padded[:-1].reshape(rows, seq_len), padded[1:].reshape(rows, seq_len)
+    inputs, targets = as_rows(tokens, seq_len, tokenizer.bos_id)
+    rows = len(inputs)
     scored = tokenizer.token_bytes[targets] > 0                                 # document marks and padding have no bytes
     batch_rows = max(1, min(batch_rows or 256, rows // 8, EVAL_BUFFER_BYTES // (4 * seq_len * vocab)))  # at least 8 batches
     threads, log = concurrent.futures.ThreadPoolExecutor(os.cpu_count()), bytearray()  # NumPy releases the interpreter lock
@@ -102,6 +100,15 @@ def read_held_out(held: Path, split: str) -> tuple[dict, Tokenizer, np.ndarray, 
     if sha256(text := tokenizer.decode_bytes(tokens)) != meta[f"{split}_sha256"] or len(text) != meta[f"{split}_bytes"]:
         raise HarnessError("data", f"{split}.bin of {held.name} is not the text that was prepared; run prepare_mlx.py again")
     return meta, tokenizer, tokens, text
+
+
+def as_rows(tokens: np.ndarray, seq_len: int, bos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut tokens [n] into the rows that are scored: inputs and targets, int32 [rows, seq_len] each. The last row is padded with
+    bos_id."""
+    rows = math.ceil((len(tokens) - 1) / seq_len)
+    padded = np.full(rows * seq_len + 1, bos_id, dtype=np.int32)
+    padded[: len(tokens)] = tokens
+    return padded[:-1].reshape(rows, seq_len), padded[1:].reshape(rows, seq_len)
 
 
 def read_facts(run_dir: Path) -> dict:

@@ -30,6 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from harness import PROGRAM, TRAIN_FILES, HarnessError, kind_of, open_plain
+from harness.machine import measured_dtypes
 
 ANSWER_LIMIT = 300              # seconds the server may take for one batch
 LOAD_LIMIT = 120.0              # seconds from the server's start until its model is loaded, unless the caller sets a tighter limit
@@ -205,7 +206,7 @@ class LogitsServer:
                 [*wrap, sys.executable, "-B", str(PROGRAM), "serve", str(self._scratch / "run")], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=self._log, bufsize=0, start_new_session=True,
                 pass_fds=() if WINDOWS else (token_file, logit_file),
-                env={**env, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))})
+                env={**env, "AUTORESEARCH_DTYPES": measured_dtypes(), **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))})
         self._started, self._closed = time.monotonic(), False
         self._replies: queue.Queue[bytes] = queue.Queue(maxsize=2)
         self._reader = threading.Thread(target=self._read, daemon=True)

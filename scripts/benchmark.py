@@ -1,4 +1,4 @@
-"""How fast does a train file train on this machine: beside the other framework, technique by technique, and beside peers?
+"""Measure the speed of a train file: MLX against PyTorch, with one technique removed at a time, and against other projects.
 
     python scripts/benchmark.py compare --backends mlx,mps   # train_mlx.py and train_torch.py from the same weights and batches
     python scripts/benchmark.py dtype                        # which dtype is fastest on this GPU? trainings take it from then on
@@ -49,7 +49,7 @@ LIMIT = 1800                                                                    
 ROW, VOCAB = 256, 8192                                                          # the anchor: everybody at one size
 COMMON = {"DEPTH": 4, "HEAD_DIM": 128}
 PEERS = {**COMMON, "WINDOW_PATTERN": '"L"', "ASPECT_RATIO": 64, "TOTAL_BATCH_SIZE": 4096, "DEVICE_BATCH_SIZE": 4096 // ROW}
-OURS = {**COMMON, "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096}
+OURS = {**COMMON, "DTYPE": "mx.float32", "WIDTH": 256, "SEQ_LEN": ROW, "NGRAM_BUCKETS": "()", "SOFTCAP": 15.0, "BATCH_TOKENS": 4096}
 
 
 def edited(source: str, edits: Edits) -> str:
@@ -133,10 +133,12 @@ def show(reports: dict[str, list[dict[str, Any]]], against: dict[str, str], out:
 
 
 ROUNDS = click.option("--rounds", "count", type=click.IntRange(1), default=5, show_default=True, help="Measurements of each.")
-STEPS = click.option("--steps", type=click.IntRange(3), default=60, show_default=True, help="Of each, warm-up included.")
+STEPS = click.option("--steps", type=click.IntRange(3), default=60, show_default=True,
+                     help="Steps of each measurement, warm-up included.")
 DATA = click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
                     help="train/<id>. Default: prepared last.")
-JSON = click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured here.")
+JSON = click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
+                    help="Write the measurements to this JSON file.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -165,7 +167,8 @@ def ablation(count: int, out: Path | None, steps: int, data: Path | None, only: 
 @main.command()
 @ROUNDS
 @JSON
-@click.option("--steps", type=click.IntRange(3), default=12, show_default=True, help="Of each, warm-up included.")
+@click.option("--steps", type=click.IntRange(3), default=12, show_default=True,
+                     help="Steps of each measurement, warm-up included.")
 @click.option("--peer", "peers", multiple=True, callback=named_path, help="NAME=PATH of a checkout, in fp32; can be repeated.")
 @click.option("--peer-bf16", "shipped", multiple=True, callback=named_path, help="NAME=PATH, in the dtypes it was shipped with.")
 @click.option("--peer-python", default=sys.executable, callback=interpreter,

@@ -551,16 +551,19 @@ def writable(context: click.Context, option: click.Parameter, folder: Path) -> P
 
 @click.command()
 @click.option("--backends", callback=chosen_backends, help=f"Some of {','.join(BACKENDS)}. Default: all this machine has.")
-@click.option("--tier", "tiers", multiple=True, type=click.Choice(TIERS), help="Whose constants; can be repeated. Default: this "
+@click.option("--tier", "tiers", multiple=True, type=click.Choice(TIERS),
+              help="Tier whose constants are used; can be repeated. Default: this "
               "machine's, and on a GPU also cuda, upstream's shape.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Of activations; can be repeated. Default: "
               "fp32 on a CPU, else bf16.")
 @click.option("--constant", "constants", multiple=True, callback=assignments, help="NAME=VALUE in both files; can be repeated.")
 @click.option("--rounds", "count", type=click.IntRange(1), default=6, show_default=True, help="Six give a 95 % interval.")
-@click.option("--steps", type=click.IntRange(1), help=f"Of each window. Default: {GPU_PACE['steps']} with a GPU, else "
+@click.option("--steps", type=click.IntRange(1), help=f"Steps in each window. Default: {GPU_PACE['steps']} with a GPU, else "
               f"{CPU_PACE['steps']}.")
-@click.option("--equal-steps", default="200steps", show_default=True, callback=budget, help="Budget of a training each; 0: none.")
-@click.option("--equal-seconds", default="60s", show_default=True, callback=budget, help="Budget of a training each; 0: none.")
+@click.option("--equal-steps", default="200steps", show_default=True, callback=budget,
+              help="Budget of one more training per backend, which is scored; 0 skips it.")
+@click.option("--equal-seconds", default="60s", show_default=True, callback=budget,
+              help="Budget of one more training per backend, which is scored; 0 skips it.")
 @click.option("--sweep", is_flag=True, help="Double depth, batch and row length twice each, and report growth exponents.")
 @click.option("--compile-cpu", is_flag=True, help="Time compiled legs on a CPU, too: a C++ compiler runs for minutes in each.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="train/<id>. Default: prepared last.")

@@ -1,14 +1,15 @@
 """Train other projects' train.py and ours: same wall-clock budget, same text, same tokenizer, same evaluation, interleaved.
 
     python prepare_mlx.py --dataset text:PATH --preset cpu
-    python scripts/compare_peers.py --budget 60s --seeds 3 --peer upstream=CHECKOUT --peer fork=CHECKOUT --speedrun
+    python scripts/compare_peers.py --budget 60s --seeds 3 --peer upstream=CHECKOUT --peer fork=CHECKOUT
 
 A peer's train.py runs as its authors wrote it, but for what SUBSTITUTIONS says, and for the size: as shipped (depth 4 to 8, 2^16
 tokens a step and more) a CPU makes a handful of steps, so SETUPS gives every peer the shape that our file has there, and keeps
 its learning rates, schedule and optimizer. Its harness is peer_shim.py over our data. Upstream's file needs CUDA and a Hopper
 kernel: on another machine it runs with PyTorch's own attention, `cpu` for `cuda` and, like every peer, in fp32, which is faster
-than bf16 on CPUs without it (--peer-bf16 keeps what was shipped). A peer's clock is its own and its first step free, as it
-compiles; upstream's free ten more would be most of a short training with large steps, and are counted. Ours counts all.
+than bf16 on CPUs without it (--peer-bf16 keeps the dtypes of a peer and of our file as shipped). Each peer keeps its own clock,
+which does not count the first step, because that step compiles. Upstream leaves out ten more steps; here they count, because they
+would be most of a short training. Our clock counts every step.
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from harness import home  # noqa: E402
-from harness.machine import detect_preset  # noqa: E402
+from harness.machine import detect_preset, measured_dtypes  # noqa: E402
 
 SHIM = Path(__file__).resolve().parent / "peer_shim.py"
 TRAIN_FILE = ROOT / "train_mlx.py"
-SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2)                                           # of the peers' budget, for --speedrun
 LIMIT = 3, 300                                                                  # of the budget, and seconds: what a peer may take
 
 # (what, pattern, replacement), applied wherever a file has them
@@ -55,13 +55,7 @@ IN_FP32 = [
     ("casts", r"\.bfloat16\(\)", ".float()"),
 ]
 SHAPE = {"DEPTH": 2, "ASPECT_RATIO": 64, "HEAD_DIM": 64, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 1024}
-SETUPS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name: (what it is, tokens in a row, 0: as in evaluation; constants)
-    "cpu": ("our cpu tier's shape, rows as long as at evaluation", 0, SHAPE),
-    "cpu-64": ("the same in rows of 64 tokens", 64, SHAPE),
-    "readme": ("upstream's advice for small machines: depth 4, full windows, 2^14 tokens a step", 0,
-               {"DEPTH": 4, "WINDOW_PATTERN": '"L"', "TOTAL_BATCH_SIZE": 2**14, "DEVICE_BATCH_SIZE": 16}),
-    "shipped": ("every constant as shipped", 0, {}),
-}
+SETUPS: dict[str, tuple[str, dict[str, Any]]] = {"cpu": ("our cpu tier's shape", SHAPE), "shipped": ("constants as shipped", {})}
 
 
 class Failed(click.ClickException):
@@ -110,9 +104,8 @@ def launch(name: str, source: str, folder: Path, settings: dict[str, Any], limit
 def train_peer(path: Path, setup: str, data: Path, held: Path, seconds: float, seed: int, fp32: bool = True,
                python: str = sys.executable) -> dict[str, Any]:
     """One training of a peer: report with val_bpb."""
-    _, row, constants = SETUPS[setup]
-    row = row or json.loads((held / "meta.json").read_text())["seq_len"]
-    if "TOTAL_BATCH_SIZE" in constants and "DEVICE_BATCH_SIZE" not in constants:
+    row, (_, constants) = json.loads((held / "meta.json").read_text())["seq_len"], SETUPS[setup]
+    if constants:
         constants = constants | {"DEVICE_BATCH_SIZE": constants["TOTAL_BATCH_SIZE"] // row}
     with tempfile.TemporaryDirectory() as folder:
         source = adapt((path / "train.py").read_text(), constants, seed, fp32)
@@ -143,7 +136,8 @@ def scored(run_dir: Path, held: Path, **environment: str) -> float:
 
 def run_environment(data: Path, run_dir: Path, budget: str, seed: int) -> dict[str, str]:
     """The environment of a training of ours that is not scored at its end."""
-    variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": budget, "SEED": str(seed), "SCORE": "0"}
+    variables = {"DATA": str(data), "RUN_DIR": str(run_dir), "BUDGET": budget, "SEED": str(seed), "SCORE": "0",
+                 "DTYPES": measured_dtypes()}
     return {f"AUTORESEARCH_{k}": v for k, v in variables.items()}
 
 
@@ -179,16 +173,6 @@ def render(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def speedrun(results: dict[str, dict[str, Any]], ours: dict[float, float], seconds: float) -> list[str]:
-    """For each peer the shortest of our budgets whose mean score is below the peer's."""
-    lines = []
-    for name, mean in ((n, r["summary"]["mean"]) for n, r in results.items() if "summary" in r and not n.startswith("ours")):
-        reached = min((budget for budget, score in ours.items() if score < mean), default=None)
-        said = f"ours is below after {reached:.0f} s, 1/{seconds / reached:.1f} of the time" if reached else "ours is not below"
-        lines.append(f"{name}: {mean:.4f} after {seconds:.0f} s; {said}")
-    return lines
-
-
 def wide_console() -> Console:
     """Standard output; tables keep their width in a file."""
     return Console(width=None if sys.stdout.isatty() else 132)
@@ -214,15 +198,16 @@ def interpreter(context: click.Context, option: click.Parameter, value: str) -> 
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each, with seeds 1, 2, ...")
 @click.option("--peer", "peers", multiple=True, callback=named_path, help="NAME=PATH of a checkout, in fp32; can be repeated.")
 @click.option("--peer-bf16", "shipped", multiple=True, callback=named_path, help="NAME=PATH, in the dtypes it was shipped with.")
-@click.option("--setup", "setups", multiple=True, type=click.Choice(list(SETUPS)), default=("cpu", "cpu-64"), show_default=True,
-              help="Size of the peers: " + "; ".join(f"{k}: {what}" for k, (what, _, _) in SETUPS.items()))
-@click.option("--speedrun", "race", is_flag=True, help="Train ours at parts of the budget, too: when does it pass each peer?")
+@click.option("--setup", "setups", multiple=True, type=click.Choice(list(SETUPS)), default=("cpu",), show_default=True,
+              help="Size of the peers: " + "; ".join(f"{k}: {what}" for k, (what, _) in SETUPS.items()))
 @click.option("--peer-python", default=sys.executable, callback=interpreter,
               help="The peers' interpreter: with NumPy, sentencepiece, their framework.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), default="runs/peers.json", show_default=True)
-def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...], race: bool,
+def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Path], setups: tuple[str, ...],
          peer_python: str, out: Path) -> None:
-    """Train PEERS and ours at the same budget and compare their val_bpb."""
+    """Train peers and our file with the same budget, and compare their val_bpb."""
+    if not (peers or shipped):
+        raise click.UsageError("expected at least one --peer or --peer-bf16")
     if not re.fullmatch(r"\d+(\.\d+)?s", budget) or seeds < 1:
         raise click.UsageError(f"expected a budget in seconds like 60s and at least one seed, got {budget} and {seeds}")
     seconds = float(budget[:-1])
@@ -230,10 +215,10 @@ def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Pat
     data = prepared()
     held = home() / "held" / data.name
     source, todo = TRAIN_FILE.read_text(), {}  # read once: it may be edited meanwhile
-    for part in (1.0, *(SHARES if race else ())):
-        todo["ours" if part == 1 else f"ours in {part * seconds:.0f} s"] = \
-            lambda seed, part=part: train_ours(source, data, held, part * seconds, seed)
-    for dtype, group in ((" bf16", shipped), ("", peers)):
+    for dtype, group in (("", peers), (" as shipped", shipped)):
+        if group:
+            ours = source if dtype else with_constants(source, {"DTYPE": "mx.float32"})
+            todo[f"ours{dtype}"] = lambda seed, ours=ours: train_ours(ours, data, held, seconds, seed)
         for name, path in group.items():
             for setup in setups:
                 todo[f"{name} {setup}{dtype}"] = lambda seed, path=path, setup=setup, fp32=not dtype: train_peer(
@@ -253,11 +238,6 @@ def main(budget: str, seeds: int, peers: dict[str, Path], shipped: dict[str, Pat
                 results[name]["summary"] = summary(results[name]["trials"])
             out.write_text(json.dumps(facts | {"results": results}, indent=1))
     console.print(render(results))
-    if race:
-        ours = {part * seconds: results[f"ours in {part * seconds:.0f} s"].get("summary", {}).get("mean", float("inf"))
-                for part in SHARES} | {seconds: results["ours"].get("summary", {}).get("mean", float("inf"))}
-        for line in speedrun(results, ours, seconds):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -61,15 +61,15 @@ def export(run_dir: Path, out: Path, night: Night | None, n: int) -> None:
     source = next(iter(sorted(run_dir.glob("train_*.py"))), None)
     if source is None or not data.is_dir():
         raise click.ClickException(f"expected {run_dir} to hold its train file, and {data} to exist; prepare the data again")
-    if source.name != "train_mlx.py":
-        raise click.ClickException(f"{source.name} does not run on MLX, so that mlx-lm cannot load it")
+    if "import mlx" not in source.read_text():
+        raise click.ClickException(f"{source.name} does not run on MLX, so mlx-lm cannot load the model")
     if not (data / "tokenizer.model").stat().st_size:
         raise click.ClickException("a vocabulary of plain bytes has no SentencePiece model, which mlx-lm needs")
     import mlx.core as mx
 
     (out / "run").mkdir(parents=True)
     for file in (*run_dir.glob("weights.*"), *run_dir.glob("*.json"), source):
-        if file.name not in ("error.json",):
+        if file.name != "error.json":
             shutil.copy(file, out / "run")
     shutil.copytree(ROOT / "harness", out / "code" / "harness", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prepare_mlx.py", out / "code")

@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness.clock import speed
 from harness.machine import process_peak
-from harness.run import batches
+from harness.run import batches, row_starts
 from scripts.meters import Macmon, Untold, energy_meter, swapped_out
 
 ENERGY_SECONDS = 1.0                                                            # of windows, from which on energy is told
@@ -203,7 +203,8 @@ class Leg:
 
     def loader(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         text = np.memmap(self.data / "train.bin", dtype=self.meta["dtype"], mode="r")
-        return batches(text, self.meta["bos_id"], self.rows, self.seq_len, seed=1)
+        starts = row_starts(text, self.meta["bos_id"], self.seq_len)
+        return batches(text, starts, self.rows, self.seq_len, seed=1)
 
     def build(self) -> tuple[Any, dict[str, Any], dict[str, Any], Callable]:
         """As the train file builds them, from our weights."""

@@ -128,7 +128,6 @@ class Ours:
     def __init__(self, world: World, rule: Rule = DEFAULT_RULE) -> None:
         self.world, self.rule, self.best = world, rule, world.add(0.0, ordinary=True)
         self.contenders = [Contender([world.train(self.best) for _ in range(rule.baseline_trials)], lines=100, kept=True)]
-        self.pairs, self.reason = 0, ""
 
     def keeps(self, number: int, lines: int = 0) -> bool:
         candidate = Contender([self.world.train(number)], self.contenders[self.best].lines + lines)
@@ -136,7 +135,7 @@ class Ours:
         while (step := decide(self.contenders, self.rule)).action not in ("keep", "discard"):
             which = number if step.action == "train candidate" else self.best
             self.contenders[which].trials.append(self.world.train(which))
-        self.pairs, self.reason, candidate.kept = step.pairs, step.reason, step.action == "keep"
+        candidate.kept = step.action == "keep"
         self.best = number if candidate.kept else self.best
         return candidate.kept
 

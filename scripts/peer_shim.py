@@ -28,7 +28,7 @@ from harness.clock import Budget
 from harness.machine import load_fast_blas, process_peak
 from harness.probes import log_probs
 from harness.run import batches, row_starts
-from harness.score import EVAL_BUFFER_BYTES
+from harness.score import EVAL_BUFFER_BYTES, as_rows, read_held_out
 from harness.tokenizer import Tokenizer as OurTokenizer
 
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("PEER_SETTINGS", "{}"))
@@ -103,8 +103,8 @@ def as_array(tokens: np.ndarray) -> Any:
     """int [B, T] for the framework that the file has imported."""
     if mlx := sys.modules.get("mlx.core"):
         return mlx.array(tokens)
-    torch = sys.modules["torch"]
-    return torch.from_numpy(tokens.astype(np.int64)).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = getattr(sys.modules["__main__"], "device", "cpu")                  # the family's files call it so
+    return sys.modules["torch"].from_numpy(tokens.astype(np.int64)).to(device)
 
 
 def make_dataloader(tokenizer: object, rows: int, seq_len: int, split: str, *_: object, **__: object) -> Iterator[tuple]:
@@ -113,34 +113,28 @@ def make_dataloader(tokenizer: object, rows: int, seq_len: int, split: str, *_: 
         raise ValueError(f"split {split!r}: expected train; held-out text is for evaluate_bpb alone")
     facts = meta()
     text = np.memmap(Path(SETTINGS["data"], "train.bin"), dtype=facts["dtype"], mode="r")
-    epoch_rows = len(row_starts(text, facts["bos_id"], seq_len))
-    for i, (x, y) in enumerate(batches(text, facts["bos_id"], rows, seq_len, SETTINGS["seed"])):
+    starts = row_starts(text, facts["bos_id"], seq_len)
+    for i, (x, y) in enumerate(batches(text, starts, rows, seq_len, SETTINGS["seed"])):
         mark(i * rows * seq_len)
         if i == SETTINGS.get("steps"):
             raise SystemExit(0)
-        yield as_array(x), as_array(y), 1 + i * rows // epoch_rows
+        yield as_array(x), as_array(y), 1 + i * rows // len(starts)
 
 
 def bits_per_byte(logits: Callable[[np.ndarray], np.ndarray], held: Path) -> float:
     """val_bpb of int32 [B, T] -> [B, T, vocab]: the scorer's rows and its sum, without its probes."""
-    facts, tokenizer = json.loads((held / "meta.json").read_text()), OurTokenizer((held / "tokenizer.model").read_bytes())
-    tokens, seq_len = np.fromfile(held / "val.bin", dtype=facts["dtype"]), facts["seq_len"]
-    rows = math.ceil((len(tokens) - 1) / seq_len)
-    padded = np.full(rows * seq_len + 1, tokenizer.bos_id, dtype=np.int32)
-    padded[: len(tokens)] = tokens
-    inputs, targets = padded[:-1].reshape(rows, seq_len), padded[1:].reshape(rows, seq_len)
+    facts, tokenizer, tokens, text = read_held_out(held, "val")
+    inputs, targets = as_rows(tokens, facts["seq_len"], tokenizer.bos_id)
+    rows, seq_len = inputs.shape
     batch = max(1, EVAL_BUFFER_BYTES // (4 * seq_len * tokenizer.vocab_size))
-    nats, text_bytes = 0.0, 0
+    nats = 0.0
     for a in range(0, rows, batch):
         asked = np.resize(inputs[a : a + batch], (batch, seq_len))              # one shape: a compiler may take seconds for each
         ids = targets[a : a + batch].reshape(-1, 1)
         sizes = tokenizer.token_bytes[ids[:, 0]]                                # marks and padding have no bytes
         answer = logits(asked).reshape(batch * seq_len, -1)[: len(ids)]
         nats -= math.fsum(log_probs(answer, ids)[sizes > 0, 0])
-        text_bytes += int(sizes.sum())
-    if text_bytes != facts["val_bytes"]:
-        raise ValueError(f"{held}: expected {facts['val_bytes']:,} bytes of validation text, scored {text_bytes:,}")
-    return nats / math.log(2) / text_bytes
+    return nats / math.log(2) / len(text)
 
 
 def evaluate_bpb(model: Callable, tokenizer: object, batch_size: int) -> float:

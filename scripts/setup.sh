@@ -35,7 +35,9 @@ if [ "$(uname -s)" = Darwin ] && [ -n "${python:-}" ] && [ "$("$python" -c 'impo
 fi
 
 echo "setting up .venv${1:+ for $1} (a minute or two, once) ..."
-if [ -z "${1:-}" ] || [ ! -x .venv/bin/python ]; then
+# An environment that works is kept: it may hold other extras, and a night may run in it. `make clean` removes it
+suits='import sys, platform; sys.exit(sys.version_info < (3, 10) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))'
+if ! .venv/bin/python -c "$suits" 2>/dev/null || ! { command -v uv || .venv/bin/python -m pip --version; } >/dev/null 2>&1; then
     rm -rf .venv
     if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then :
     elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then :

@@ -88,6 +88,19 @@ def test_a_python_for_intel_is_left_to_uv_or_told(tmp_path: Path, machine: str) 
         assert ("set to Open using Rosetta" in done.stderr) == (machine == "x86_64")
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_an_environment_that_works_is_kept_with_its_extras(tmp_path: Path, works: bool) -> None:
+    start_repository(tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable if works else tmp_path / "removed")
+    (tmp_path / ".venv" / "extra").touch()
+    done = setup(tmp_path, uv='echo "uv $*"')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".venv" / "extra").exists() == works
+    assert ("uv venv" in done.stdout) != works
+    assert "uv pip install" in done.stdout
+
+
 def test_pip_and_uv_are_told_the_same_versions() -> None:
     """Two lists, because neither program reads the other's."""
     wanted = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]

@@ -172,6 +172,21 @@ def test_a_run_with_a_budget_that_is_none_is_a_usage_error_in_one_line(tmp_path,
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_negative_seed_is_a_usage_error_in_one_line(tmp_path, tiny):
+    done, _ = trainer(tmp_path, tiny, "print('trained')", AUTORESEARCH_SEED="-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected a seed of 0 or more, got -1")
+
+
+def test_an_epoch_is_as_long_as_its_rows_which_overlap(tmp_path, tiny):
+    body = "run.budget.start()\nb = run.batches(2, 16)\nfirst = next(b)\nprint(run.train_tokens, run.epoch_tokens)"
+    done, _ = trainer(tmp_path, tiny, body)
+    text, epoch = map(int, done.stdout.split())
+    meta = json.loads((tiny.train / "meta.json").read_text())
+    starts = row_starts(np.fromfile(tiny.train / "train.bin", meta["dtype"]), meta["bos_id"], 16)
+    assert epoch == 16 * len(starts) > text
+
+
 def test_iterators_may_be_made_before_the_clock_runs(tmp_path, tiny):
     done, _ = trainer(tmp_path, tiny, "b = run.batches(2, 16)\nrun.budget.start()\nnext(b)")
     assert done.returncode == 0, done.stderr
@@ -214,17 +229,24 @@ def test_rows_leave_no_token_out():
 
 def test_batches_are_slices_of_the_text_in_an_order_of_the_seed():
     tokens = np.arange(1000, dtype=np.uint16)
-    one, same, other = (batches(tokens, 0, 4, 16, seed) for seed in (1, 1, 2))
+    starts = row_starts(tokens, 0, 16)
+    one, same, other = (batches(tokens, starts, 4, 16, seed) for seed in (1, 1, 2))
     x, y = next(one)
     assert x.dtype == np.int32
     assert x.shape == (4, 16)
     assert np.array_equal(y, x + 1)
     assert np.array_equal(x, next(same)[0])
     assert not np.array_equal(x, next(other)[0])
-    epoch = [x[:, 0], *(next(one)[0][:, 0] for _ in range(len(row_starts(tokens, 0, 16)) // 4 - 1))]
+    epoch = [x[:, 0], *(next(one)[0][:, 0] for _ in range(len(starts) // 4 - 1))]
     assert len(set(np.concatenate(epoch).tolist())) == 4 * len(epoch), "every row once an epoch"
     with pytest.raises(HarnessError, match=r"a batch of 99 rows of 16 tokens was asked for, .* has only 63 such rows"):
-        next(batches(tokens, 0, 99, 16, 1))
+        next(batches(tokens, starts, 99, 16, 1))
+
+
+def test_a_loader_that_fails_ends_the_training_instead_of_keeping_it_waiting():
+    tokens = np.arange(100, dtype=np.uint16)
+    with pytest.raises(IndexError):
+        next(batches(tokens, np.array([0, 90]), 2, 16, 1))
 
 
 def test_warm_up_leaves_weights_and_moments_bit_identical():

@@ -160,10 +160,11 @@ def test_a_damaged_file_is_named_as_the_user_knows_it(tmp_path, work, name):
 def test_damage_inside_parquet_is_named_by_row_and_row_group(tmp_path, work):
     buffers = [None, pa.py_buffer(b"\0\0\0\0\5\0\0\0\x0a\0\0\0"), pa.py_buffer(b"hello\xff\xfeabc")]
     bad = pa.Array.from_buffers(pa.string(), 2, buffers)
-    table(tmp_path / "utf8.parquet", pa.chunked_array([pa.array(DOCUMENTS), bad]))
-    documents, [loss] = read(tmp_path / "utf8.parquet", work)
-    assert documents == [*DOCUMENTS, "hello", "abc"]
-    assert (loss.why, loss.where, loss.bytes) == ("bytes that are not UTF-8", 102, 2)
+    for size in (1000, 30):
+        table(tmp_path / "utf8.parquet", pa.chunked_array([pa.array(DOCUMENTS), bad]), row_group_size=size)
+        documents, [loss] = read(tmp_path / "utf8.parquet", work)
+        assert documents == [*DOCUMENTS, "hello", "abc"]
+        assert (loss.why, loss.where, loss.bytes) == ("bytes that are not UTF-8", 102, 2)
     table(tmp_path / "page.parquet", DOCUMENTS, row_group_size=50, compression="zstd")
     data = bytearray((tmp_path / "page.parquet").read_bytes())
     data[200:2200] = bytes(2000)

@@ -395,6 +395,7 @@ def test_the_server_is_told_nothing_of_the_data(tiny, candidate, tmp_path):
     assert done.returncode == 0, done.stderr
     seen = (tmp_path / "seen").read_text()
     assert "serve" in seen
+    assert "'AUTORESEARCH_DTYPES': '{}'" in seen, "else a dtype that was measured for another data home would count"
     assert "AUTORESEARCH_HOME" not in seen
     assert str(tiny.held) not in seen
     assert str(tiny.train) not in seen

@@ -116,7 +116,7 @@ def test_dropout_and_n_grams_follow_the_epoch(tmp_path: Path, tiny: Dataset) -> 
     """Three steps an epoch, as the text is told to be three batches long."""
     source = changed("        params, moments, loss = step_fn(", "        print('RATES', float(rates.get('dropout', 0)), "
                      "'first_epoch' in rates)\n        params, moments, loss = step_fn(", SMALL)
-    source = changed("// run.train_tokens", "// (3 * batch_tokens)", source)
+    source = changed("// run.epoch_tokens", "// (3 * batch_tokens)", source)
     process, _ = run(tmp_path, tiny, source, AUTORESEARCH_BUDGET="8steps")
     assert process.returncode == 0, process.stderr
     said = [line.split("RATES ")[1].split() for line in process.stdout.splitlines() if "RATES" in line]

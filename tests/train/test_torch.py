@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from pinned import train_mlx, train_torch  # noqa: E402
 from pinned.train_torch import GPT, NGRAMS, GPTConfig, init_optimizer, make_gradients, make_step, schedule  # noqa: E402
 
-from scripts import compare_backends  # noqa: E402
+from scripts import compare_backends, peer_shim  # noqa: E402
 
 CONFIG, TOLERANCE = parity.CONFIG, parity.TOLERANCE
 # N-grams, and table sizes that are no powers of two; enough tokens for the hash to pass 2**32 at once
@@ -129,10 +129,27 @@ def test_schedules_are_equal() -> None:
         for step in (0, 1, 100, 199, 200, 5000):
             for epoch in (0, 1, 2, 9):
                 ours, theirs = schedule(progress, step, epoch), train_mlx.schedule(progress, step, epoch)
-                assert list(ours) == list(theirs)
-                for name, value in theirs.items():
-                    assert (ours[name].shape, ours[name].dtype) == ((), torch.float32)
-                    assert ours[name].item() == pytest.approx(value.item(), rel=1e-6)
+                assert set(ours) >= set(theirs)
+                for name, value in ours.items():
+                    assert (value.shape, value.dtype) == ((), torch.float32)
+                    expected = theirs[name].item() if name in theirs else 0  # MLX leaves out what is off
+                    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_file_without_dropout_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `benchmark.py compare`, which turns it off in both files, would time random numbers in one of them."""
+    monkeypatch.setattr(train_torch, "DROPOUT", (0.0,))
+    assert "dropout" not in schedule(0.5, 9, 2)
+    model, x = build_model(GPTConfig(**SMALL)), torch.zeros(1, 8, dtype=torch.int64)
+    before = torch.get_rng_state()
+    make_gradients(model)({n: p.detach() for n, p in model.named_parameters()}, schedule(0.5, 9, 2), x, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_peer_gets_its_tokens_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "device", torch.device("meta"), raising=False)
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    assert peer_shim.as_array(np.zeros((2, 3), np.int32)).device.type == "meta"
 
 
 @pytest.mark.usefixtures("fp32")
@@ -560,7 +577,7 @@ def test_activations_are_recomputed_only_where_not_even_a_row_fits(
     assert device.fit() == (4, 4, 1.5)
     assert [(rows, recomputed) for rows, _, recomputed in device.tried] == [
         (8, False), (4, False), (2, False), (1, False), (8, True), (4, True)]
-    assert "activations are computed twice" in capsys.readouterr().out
+    assert "gradient checkpointing" in capsys.readouterr().out
 
 
 def test_what_fits_is_remembered_by_device_and_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -573,7 +590,7 @@ def test_what_fits_is_remembered_by_device_and_model(monkeypatch: pytest.MonkeyP
     again = Device(monkeypatch, fits=0, more=4)
     assert again.fit() == (4, 4, 1.5)
     assert again.tried == [(4, False, True)]
-    assert "activations computed twice, as found before" in capsys.readouterr().out
+    assert "with gradient checkpointing, as found before" in capsys.readouterr().out
     assert Device(monkeypatch, fits=8).fit(limit=5 << 30)[0] == 2
     monkeypatch.setattr(train_torch, "device_name", lambda: "another card")
     assert Device(monkeypatch, fits=8).fit()[0] == 2
