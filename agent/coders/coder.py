@@ -221,7 +221,21 @@ def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> f
 
 def usage_of(coder: Coder, reply: Reply, price_in: float | None, price_out: float | None) -> dict[str, Any]:
     """What a call has used, as the journal keeps it. `cost` in US dollars; None: it has cost something that isn't known."""
+    cost = cost_usd(reply, price_in, price_out)
     return {
-        "cost": 0.0 if coder.free else cost_usd(reply, price_in, price_out),
+        "cost": 0.0 if coder.free or (cost is None and _refused(reply)) else cost,
         "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
     }  # fmt: skip
+
+
+def _refused(reply: Reply) -> bool:
+    """Whether no model was at work: no tokens are told, and what was said, if anything, is the refusal itself."""
+    if reply.failure not in ("rate_limit", "login", "missing") or reply.tokens_in or reply.tokens_out:
+        return False
+    return not reply.message or name_failure(reply.message).failure != "agent_error"
+
+
+def believed(reply: Reply, exit_code: int | None) -> Reply:
+    """The reply without a refusal that only words of a log tell of, such as "Authenticated as", against exit code 0."""
+    logged = exit_code == 0 and reply.failure in ("rate_limit", "login") and not reply.structured
+    return replace(reply, failure=None) if logged else reply

@@ -482,6 +482,25 @@ def test_cost_is_reported_or_reckoned_or_unknown() -> None:
     assert cost_usd(Reply(), 3.0, 15.0) is None
 
 
+@pytest.mark.parametrize("name", ["codex", "gemini", "opencode", "aider", "qwen", "copilot"])
+def test_a_refused_call_costs_nothing_unless_a_model_was_at_work(name: str, job: Job) -> None:
+    coder = choice.get(name)
+    for said in (refused(name, 429, LIMIT), refused(name, 401, AUTH)):
+        assert usage_of(coder, coder.reply(*said, job), 3.0, 15.0)["cost"] == 0.0
+    assert usage_of(coder, coder.reply(*refused(name, 500, "The server had an error."), job), 3.0, 15.0)["cost"] is None
+
+
+def test_what_a_refused_call_has_used_before_is_not_free(job: Job) -> None:
+    codex, opencode = choice.get("codex"), choice.get("opencode")
+    command = {"type": "item.completed", "item": {"type": "command_execution", "command": "cat train_mlx.py"}}
+    out, log = refused("codex", 429, LIMIT)
+    assert usage_of(codex, codex.reply(lines(command) + out, log, job), 3.0, 15.0)["cost"] is None
+    out, log = refused("opencode", 429, LIMIT)
+    assert usage_of(opencode, opencode.reply(lines(OPENCODE[0]) + out, log, job), None, None)["cost"] == 0.01
+    own = choice.template("mine")
+    assert usage_of(own, own.reply("I read the file.\n", LIMIT, job), None, None)["cost"] is None
+
+
 # --- evidence ----------------------------------------------------------------------------------------------------------
 
 

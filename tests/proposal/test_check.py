@@ -101,6 +101,14 @@ def test_of_an_own_command_no_more_is_wanted_than_that_it_runs(tmp_path: Path, b
     assert answer.kind == kind, answer
 
 
+@pytest.mark.parametrize(("body", "cost"), [
+    ("sys.exit('Error: 429 Too Many Requests')", 0.0),
+    ("print('quota: rate limit, 83 % left', file=sys.stderr)", None),
+])  # fmt: skip
+def test_only_a_call_that_was_refused_is_known_to_cost_nothing(tmp_path: Path, body: str, cost: float | None) -> None:
+    assert asked(tmp_path, choice.template(str(program(tmp_path, "mine", body)))).usage["cost"] == cost
+
+
 def test_every_built_in_agent_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE"):
         monkeypatch.delenv(name, raising=False)
