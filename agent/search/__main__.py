@@ -26,8 +26,7 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
     path = Path(options.train_file)
     state = read_night(environ.get("AUTORESEARCH_JOURNAL"))
     try:
-        source = path.read_bytes()
-        file = TrainFile(source, night_tier(source, state, environ))
+        file = TrainFile(path.read_bytes(), night_tier(state, environ))
     except (OSError, SyntaxError, ValueError) as error:
         print(f"error: {path} can't be read as Python: {error}", file=sys.stderr)
         return 2
