@@ -111,15 +111,12 @@ class Coder:
     tells_its_end: bool = True  # its output has a final message or a usage record once its work is done
     free: bool = False  # it costs nothing, so that no price is missing
     check_seconds: float = 180.0  # for the one word it is asked for before a night
-    edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
     def command(self, job: Job, environ: Mapping[str, str]) -> Command:
         """The command for `job`, from the user's environment. Writes `job.prompt_file`.
 
         Raises CoderError where the program isn't on the PATH of `environ`."""
-        path = self.find(environ)
-        if path is None:
-            raise CoderError(f"agent {self.name}: no program {self.binary!r} on PATH; install it: {self.install_hint}")
+        path = self.found(environ)
         job.prompt_file.write_text(job.prompt, encoding="utf-8")
         names = (*BASE_ENV, *self.env_names, *job.pass_env)
         env = {name: environ[name] for name in names if name in environ}
@@ -146,6 +143,12 @@ class Coder:
     def find(self, environ: Mapping[str, str]) -> str | None:
         """The program's path, or None where it isn't installed."""
         return shutil.which(self.binary, path=environ.get("PATH", ""))
+
+    def found(self, environ: Mapping[str, str]) -> str:
+        """The program's path. CoderError where it isn't installed."""
+        if path := self.find(environ):
+            return path
+        raise CoderError(f"agent {self.name}: no program {self.binary!r} on PATH; install it: {self.install_hint}")
 
     def logged_in(self, environ: Mapping[str, str]) -> bool:
         """Whether there is a sign of a login. A sign only: an expired one is found out by the first experiment."""

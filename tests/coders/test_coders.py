@@ -22,7 +22,7 @@ from agent.coders.error_text import name_failure, wait_seconds
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 
-ALL = [choice.get(name) for name in choice.names()]
+ALL = list(choice.TABLE.values())
 PROGRAMS = [coder for coder in ALL if coder.binary != sys.executable]
 SAID = "Raised it.\n\nHYPOTHESIS: larger steps\nDESCRIPTION: double LR"
 
@@ -53,10 +53,9 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_table_is_complete() -> None:
-    assert choice.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
-                              "search", "chat", "local", "acp"]  # fmt: skip
+    assert list(choice.TABLE) == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
+                                  "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
-    assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
 
 
 @pytest.mark.parametrize("coder", ALL, ids=lambda coder: coder.name)
@@ -176,24 +175,24 @@ def test_a_template_is_split_but_no_shell_reads_it(job: Job, environ: dict[str, 
 def test_detection_takes_the_first_that_is_installed_and_logged_in(tmp_path: Path) -> None:
     path = install(tmp_path / "bin", "claude", "codex", "qwen")
     environ = {"PATH": path, "HOME": str(tmp_path)}
-    found = choice.detect(environ)
-    assert found.coder.name == "search"
-    assert "claude is installed but not logged in: run `claude`" in found.reason
+    coder, reason = choice.detect(environ)
+    assert coder.name == "search"
+    assert "claude is installed but not logged in: run `claude`" in reason
     (tmp_path / ".codex").mkdir()
     (tmp_path / ".codex" / "auth.json").write_text("{}")
-    found = choice.detect(environ)
-    assert found.coder.name == "codex"
-    assert found.reason.startswith("agent: codex, the first one installed and logged in (claude is installed but not")
-    assert choice.detect(environ | {"ANTHROPIC_API_KEY": "k"}).coder.name == "claude"
-    assert choice.detect(environ | {"ANTHROPIC_API_KEY": ""}).coder.name == "codex"
+    coder, reason = choice.detect(environ)
+    assert coder.name == "codex"
+    assert reason.startswith("agent: codex, the first one installed and logged in (claude is installed but not")
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": "k"})[0].name == "claude"
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": ""})[0].name == "codex"
 
 
 def test_a_login_file_without_a_login_does_not_count(tmp_path: Path) -> None:
     environ = {"PATH": install(tmp_path / "bin", "claude"), "HOME": str(tmp_path)}
     (tmp_path / ".claude.json").write_text('{"numStartups": 1}')
-    assert choice.detect(environ).coder.name == "search"
+    assert choice.detect(environ)[0].name == "search"
     (tmp_path / ".claude.json").write_text('{"oauthAccount": {}}')
-    assert choice.detect(environ).coder.name == "claude"
+    assert choice.detect(environ)[0].name == "claude"
 
 
 def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(tmp_path: Path) -> None:
@@ -229,7 +228,7 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
 
 
 def test_nothing_installed_is_said(tmp_path: Path) -> None:
-    assert "no coding agent is installed" in choice.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)}).reason
+    assert "no coding agent is installed" in choice.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)})[1]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
