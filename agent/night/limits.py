@@ -7,7 +7,6 @@ after this experiment; twice: now.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from agent.errors import Stopped, UsageError
-from agent.files import read_plain
+from agent.files import read_plain, write_anew
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
@@ -166,7 +165,5 @@ def request_stop(folder: Path) -> str:
     """Leave a request for the driver of this night; a second one asks it to stop at once. Says what was asked."""
     file = folder / "stop"
     word = _NOW if file.exists() else _ONCE
-    draft = folder / f".stop-{os.getpid()}"
-    draft.write_text(word)
-    os.replace(draft, file)
+    write_anew(file, word.encode())
     return word.strip()
