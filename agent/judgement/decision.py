@@ -277,8 +277,6 @@ def lost_by_brevity(contenders: Sequence[Contender], sigma: float) -> float:
     gained = most = 0.0
     for best, candidate in pairwise(contender for contender in contenders if contender.kept):
         theirs, mine = side_by_side(best, candidate)
-        if not theirs or not mine:  # kept by an earlier version
-            theirs, mine = ([score for _, score in contender.trials] for contender in (best, candidate))
         error = sigma * math.sqrt(1 / len(theirs) + 1 / len(mine))
         gained += _mean(set_aside(theirs, sigma)) - _mean(set_aside(mine, sigma)) - error
         most = max(most, gained)
