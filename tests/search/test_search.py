@@ -516,7 +516,7 @@ def test_a_damaged_journal_costs_no_experiment(worktree: Path, tmp_path: Path) -
 
 
 def test_errors_say_what_is_wrong_and_change_nothing(worktree: Path) -> None:
-    done = started(worktree, AUTORESEARCH_TRAIN_FILE="train_other.py")
+    done = started(worktree, "--train-file", "train_other.py")
     assert done.returncode == 2
     assert "train_other.py can't be read" in done.stderr
     (worktree / "train_mlx.py").write_text("def broken(:\n")
