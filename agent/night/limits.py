@@ -40,7 +40,10 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
         one = f", and one call has cost up to ${night.dearest:.2f}" if night.cost < settings.max_cost else ""
         return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}{guess}{one}"
     if settings.max_cost is not None and night.unpriced >= UNKNOWN_PRICES:
-        return "max_cost", "the agent tells no cost, so --max-cost cannot be held; give --price-in and --price-out, or drop it"
+        return "max_cost", (
+            "the agent does not report its cost, so --max-cost cannot be enforced; give --price-in and --price-out, or leave out "
+            "--max-cost"
+        )
     if settings.target is not None and best is not None and best <= settings.target:
         return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"
     if settings.patience is not None and night.since_keep() >= settings.patience:

@@ -37,7 +37,8 @@ SKIP = "--no-check-agent starts the night without asking"
 
 @dataclass(frozen=True)
 class Answer:
-    """`kind` is ok, odd (an own command that is asked again in the night), rate_limit, login, missing or agent_error."""
+    """`kind` is ok, odd (the user's own command failed or did not finish; the night starts anyway), rate_limit, login, missing or
+    agent_error."""
 
     kind: str
     words: str  # one line for the human
@@ -70,9 +71,8 @@ def before_the_night(
         mend = f"mend it, then: python -m agent.loop --resume --tag {night.tag}; {SKIP}"
         raise AgentError(f"{answer.words}\nnothing was trained in this session; {mend}")
     if settings.max_cost is not None and answer.kind != "rate_limit" and answer.usage.get("cost") is None:
-        raise AgentError(
-            f"--max-cost {settings.max_cost:g} can't be held: {coder.name} tells no cost; {_price_mend(coder, answer)}"
-        )
+        what = f"{coder.name} does not report its cost, so --max-cost {settings.max_cost:g} cannot be enforced"
+        raise AgentError(f"{what}; {_price_mend(coder, answer)}")
 
 
 def _price_mend(coder: Coder, answer: Answer) -> str:
@@ -135,7 +135,7 @@ def _judge(coder: Coder, outcome: child.Outcome, reply: Reply, edited: bool) -> 
         return "missing", f"{coder.name} can't be started: {last or detail}; {coder.install_hint}"
     if reply.failure == "rate_limit":
         wait = f", for {reply.wait_seconds:.0f} s" if reply.wait_seconds else ""
-        return "rate_limit", f"{coder.name} is limited just now{wait}: {detail}; the night begins all the same"
+        return "rate_limit", f"{coder.name} is rate-limited{wait}: {detail}; the night starts anyway"
     if reply.failure == "login":
         return "login", f"{coder.name} is not logged in: {detail}; {coder.login_hint}"
     if reply.failure == "missing":
@@ -144,7 +144,7 @@ def _judge(coder: Coder, outcome: child.Outcome, reply: Reply, edited: bool) -> 
         if outcome.reason == "exited" and outcome.exit_code == 0:
             return "ok", f"{coder.binary} ran in {outcome.seconds:.0f} s"
         end = f"was still busy after {outcome.seconds:.0f} s" if outcome.reason != "exited" else f"failed{code}: {last or detail}"
-        return "odd", f"note: {coder.binary}, asked for one word, {end}; the night begins all the same"
+        return "odd", f"note: {coder.binary}, asked for one word, {end}; the night starts anyway"
     answered = bool(reply.tokens_out) or (reply.failure is None and bool(reply.message)) or edited
     if answered and (coder.tells_its_end or outcome.exit_code == 0):
         said = one_line(reply.message or "", 250)
