@@ -206,7 +206,6 @@ def ask(train_file: Path, command: list[str], prompt: str, model: str | None) ->
     from acp import RequestError
 
     client = Client(Path.cwd(), train_file)
-    known = Reply()
     try:
         return asyncio.run(converse(client, command, prompt, model))
     except RequestError as error:
@@ -218,7 +217,7 @@ def ask(train_file: Path, command: list[str], prompt: str, model: str | None) ->
         return _failed(words, known, failure=named.failure, wait_seconds=named.wait_seconds)
     except ValueError as error:
         return _failed(str(error), failure="missing")
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         return _failed(str(error) or type(error).__name__, structured=False)
 
 

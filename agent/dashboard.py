@@ -106,9 +106,6 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("NONCE", nonce), headers={"Content-Security-Policy": policy})
 
-    async def night(request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(reader.glance))
-
     async def experiment(request: Request) -> Response:
         found = await asyncio.to_thread(reader.detail, request.path_params["n"])
         return JSONResponse(found) if found else PlainTextResponse("there is no such experiment", 404)
@@ -162,7 +159,7 @@ def application(reader: Reader, hosts: tuple[str, ...], token: str, over: Callab
 
         return await inner(scope, receive, careful)
 
-    routes = [Route("/", page), Route("/night", night), Route("/experiment/{n:int}", experiment), Route("/events", events)]
+    routes = [Route("/", page), Route("/experiment/{n:int}", experiment), Route("/events", events)]
     inner = Starlette(routes=routes, exception_handlers={NightError: damaged})
     return guarded
 

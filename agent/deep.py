@@ -157,7 +157,7 @@ except Exception as error:
         hidden.write_text("held-out text")
         (own := Path(name) / "own.txt").write_text("the user's")
         argv = [sys.executable, "-c", code, str(hidden), str(folder), str(own)]
-        wrapped, _ = sandbox.wrap(argv, rights.rules([folder], [], [hidden.parent]))
+        wrapped = sandbox.wrap(argv, rights.rules([folder], [], [hidden.parent]))
         said = _ask(wrapped, Path(name))
         written = own.read_text() != "the user's"
     if "held-out text" in said or "refused" not in said:

@@ -198,7 +198,7 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
         locked = "over SSH the keychain is locked, and claude, copilot and cursor keep their login there"
         yield Finding("agent", "note", f"{locked}; in this session: security unlock-keychain, or set the agent's key as a variable")
     others = f"; not installed: {', '.join(absent)}" if absent else ""
-    yield Finding("agent", "ok", f"without --agent a night takes {choice.detect(environ).coder.name}{others}")
+    yield Finding("agent", "ok", f"without --agent a night takes {choice.detect(environ)[0].name}{others}")
 
 
 def ask_agents(environ: Mapping[str, str], folder: Path, train_file: str) -> Iterable[Finding]:

@@ -322,7 +322,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--timeout", type=POSITIVE, default=600, show_default=True,
               help="Timeout per reply, in seconds, with the time to load the model.")
 @click.option("--silence", type=POSITIVE, default=SILENT_SECONDS, show_default=True,
-              help="Longest silence of the server, in seconds; it is started again after that, once. A check ends then.")
+              help="Seconds without an answer after which the server is restarted, once. With --check, the check fails instead.")
 @click.option("--start-seconds", type=POSITIVE, default=120, show_default=True,
               help="Timeout for the start of the server, in seconds, without the loading of the model.")
 @click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Maximum tokens per reply.")

@@ -90,7 +90,7 @@ class Redactor:
 
 
 def clean(value: Any) -> Any:
-    """A journal keeps no secret, in whatever field an agent or a training managed to put it."""
+    """The value with every secret in it redacted, in nested fields too."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):

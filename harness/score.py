@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import HarnessError, home, open_plain, sha256, write_atomically
+from harness.machine import TIERS
 from harness.probes import Question, bits_per_byte, log_probs
 from harness.server import LOAD_LIMIT, LogitsServer
 from harness.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ def score(run_dir: Path, held: Path | None, split: str, wrap: list[str], batch_r
                "budget": facts["budget"], "device": facts["device"], "seed": facts["seed"],
                "suspended_seconds": f"{facts['suspended_seconds']:.1f}", "speed_index": f"{facts['speed_index']:.3f}",
                "products_per_second": f"{facts['products_per_second']:.2f}", "load_seconds": f"{max(load_seconds):.2f}"}
+    if (tier := facts.get("tier")) in TIERS:
+        summary["tier"] = tier
     if abs(change := facts["speed_index"] - 1) > DRIFT:
         summary["speed_warning"] = (f"slowed down by {-change:.0%} during this training (heat or another program?)"
                                     if change < 0 else

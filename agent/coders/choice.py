@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from agent.coders import shapes
@@ -26,16 +26,6 @@ from agent.text import redact
 
 TABLE: dict[str, Coder] = {coder.name: coder for coder in (*CLIS, *OWN)}
 FALLBACK = "search"  # needs neither a login nor a network
-
-
-@dataclass(frozen=True)
-class Detected:
-    coder: Coder
-    reason: str  # one line for the human: what was taken and why the ones before it were not
-
-
-def names() -> list[str]:
-    return list(TABLE)
 
 
 def get(name: str) -> Coder:
@@ -107,8 +97,9 @@ def acp(command: str | None, environ: Mapping[str, str]) -> Coder:
     return replace(row, env_names=known.env_names, env_set={**known.env_set, **row.env_set}, settings=known.settings)
 
 
-def detect(environ: Mapping[str, str]) -> Detected:
-    """The first agent of the table that is installed and logged in; `search` where there is none."""
+def detect(environ: Mapping[str, str]) -> tuple[Coder, str]:
+    """The first agent of the table that is installed and logged in; `search` where there is none. And a line for the human: what
+    was taken, and why the ones before it were not."""
     passed: list[str] = []
     for coder in TABLE.values():
         if not coder.login_env and not coder.login_files:
@@ -117,10 +108,10 @@ def detect(environ: Mapping[str, str]) -> Detected:
             continue
         if coder.logged_in(environ):
             also = f" ({'; '.join(passed)})" if passed else ""
-            return Detected(coder, f"agent: {coder.name}, the first one installed and logged in{also}")
+            return coder, f"agent: {coder.name}, the first one installed and logged in{also}"
         passed.append(f"{coder.name} is installed but not logged in: {coder.login_hint}")
     why = "; ".join(passed) or "no coding agent is installed"
-    return Detected(TABLE[FALLBACK], f"agent: {FALLBACK}, the built-in proposer without a language model ({why})")
+    return TABLE[FALLBACK], f"agent: {FALLBACK}, the built-in proposer without a language model ({why})"
 
 
 def choose(options: Mapping[str, Any]) -> tuple[Coder, str]:
@@ -135,8 +126,6 @@ def choose(options: Mapping[str, Any]) -> tuple[Coder, str]:
     elif options.get("agent"):
         coder, about = get(options["agent"]), f"agent: {options['agent']}"
     else:
-        found = detect(os.environ)
-        coder, about = found.coder, found.reason
-    if coder.find(os.environ) is None:
-        raise CoderError(f"agent {coder.name}: no program {coder.binary!r} on PATH; install it: {coder.install_hint}")
+        coder, about = detect(os.environ)
+    coder.found(os.environ)
     return coder, redact(about)

@@ -69,6 +69,7 @@ def codex(job: Job) -> list[str]:
 
 
 def gemini(job: Job) -> list[str]:
+    # auto_edit: a shell command would have to be asked, and nobody answers
     return ["--skip-trust", "--approval-mode", "auto_edit", "--output-format", "json", *model(job, "-m")]
 
 
@@ -78,6 +79,7 @@ def opencode(job: Job) -> list[str]:
 
 
 def aider(job: Job) -> list[str]:
+    # it refuses a path outside the repository by itself
     histories = [word for name in ("input", "chat", "llm")
                  for word in (f"--{name}-history-file", job.scratch_file(f"aider.{name}.history"))]  # fmt: skip
     return ["--message-file", str(job.prompt_file), "--yes-always", "--no-auto-commits", "--no-dirty-commits",
@@ -100,11 +102,13 @@ def copilot(job: Job) -> list[str]:
 
 
 def cursor(job: Job) -> list[str]:
+    # nothing holds it to editing
     return ["-p", "--force", "--trust", "--output-format", "json", "--workspace", str(job.worktree),
             *model(job, "--model"), job.prompt]  # fmt: skip
 
 
 def goose(job: Job) -> list[str]:
+    # nothing holds it to editing
     return ["run", "--no-session", "--with-builtin", "developer", "-q", "--output-format", "json",
             *model(job, "--model"), "-i", "-"]  # fmt: skip
 
@@ -127,7 +131,6 @@ CLIS = (
                    "CLAUDE_CODE_USE_VERTEX"),
         login_files=(Login(".claude/.credentials.json"), Login(".credentials.json", below="CLAUDE_CONFIG_DIR"),
                      Login(".claude.json", '"oauthAccount"')),  # macOS keeps the token itself in its keychain
-        edit_only="tools are Read, Edit, Write, Grep, Glob; edits are accepted in the working directory only",
     ),
     Coder(
         name="codex",
@@ -140,7 +143,6 @@ CLIS = (
         env_names=("CODEX_HOME", "CODEX_API_KEY", *OPENAI),
         login_env=("CODEX_API_KEY",),
         login_files=(Login(".codex/auth.json"), Login("auth.json", below="CODEX_HOME")),
-        edit_only="its own sandbox: writes to the worktree only, no network; the shell stays",
         extra_args_last=False,
     ),
     Coder(
@@ -154,7 +156,6 @@ CLIS = (
         settings=partial(settings_file, "GEMINI_CLI_SYSTEM_SETTINGS_PATH", GEMINI_SETTINGS),
         login_env=("GEMINI_API_KEY", "GOOGLE_GENAI_USE_VERTEXAI"),
         login_files=(Login(".gemini/oauth_creds.json"), Login(".gemini/gemini-credentials.json")),
-        edit_only="auto_edit: edits in the workspace; a shell command would have to be asked, and nobody answers",
     ),
     Coder(
         name="opencode",
@@ -169,7 +170,6 @@ CLIS = (
         login_env=("OPENCODE_API_KEY", *PROVIDER_KEYS),
         login_files=(Login(".local/share/opencode/auth.json", '"type"'),
                      Login("opencode/auth.json", '"type"', below="XDG_DATA_HOME")),
-        edit_only="permissions: edit allowed; bash, web and directories outside the worktree denied",
     ),
     Coder(
         name="aider",
@@ -187,7 +187,6 @@ CLIS = (
                  "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "autoresearch",
                  "GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "autoresearch@localhost"},
         prompt_on_stdin=False,
-        edit_only="the train file is what it is given; a path outside the repository is refused; no shell commands",
     ),
     Coder(
         name="qwen",
@@ -201,7 +200,6 @@ CLIS = (
         settings=partial(settings_file, "QWEN_CODE_SYSTEM_SETTINGS_PATH", QWEN_SETTINGS),
         login_env=("BAILIAN_CODING_PLAN_API_KEY", "DASHSCOPE_API_KEY"),
         login_files=(Login(".qwen/oauth_creds.json"), Login(".qwen/settings.json", "selectedType")),
-        edit_only="permission rules: edit below the worktree; anything else would be asked, and nobody answers",
     ),
     Coder(
         name="copilot",
@@ -216,7 +214,6 @@ CLIS = (
                    "COPILOT_PROVIDER_BEARER_TOKEN"),
         login_env=("COPILOT_GITHUB_TOKEN", "COPILOT_PROVIDER_BASE_URL"),
         login_files=(Login(".copilot/config.json", '"login"'), Login("config.json", '"login"', below="COPILOT_HOME")),
-        edit_only="tools are view, create, edit, grep, glob; paths outside the worktree are denied",
     ),
     Coder(
         name="cursor",

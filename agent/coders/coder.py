@@ -111,15 +111,12 @@ class Coder:
     tells_its_end: bool = True  # its output has a final message or a usage record once its work is done
     free: bool = False  # it costs nothing, so that no price is missing
     check_seconds: float = 180.0  # for the one word it is asked for before a night
-    edit_only: str = ""  # how it is held to editing inside the worktree; "" where it can't be
 
     def command(self, job: Job, environ: Mapping[str, str]) -> Command:
         """The command for `job`, from the user's environment. Writes `job.prompt_file`.
 
         Raises CoderError where the program isn't on the PATH of `environ`."""
-        path = self.find(environ)
-        if path is None:
-            raise CoderError(f"agent {self.name}: no program {self.binary!r} on PATH; install it: {self.install_hint}")
+        path = self.found(environ)
         job.prompt_file.write_text(job.prompt, encoding="utf-8")
         names = (*BASE_ENV, *self.env_names, *job.pass_env)
         env = {name: environ[name] for name in names if name in environ}
@@ -146,6 +143,12 @@ class Coder:
     def find(self, environ: Mapping[str, str]) -> str | None:
         """The program's path, or None where it isn't installed."""
         return shutil.which(self.binary, path=environ.get("PATH", ""))
+
+    def found(self, environ: Mapping[str, str]) -> str:
+        """The program's path. CoderError where it isn't installed."""
+        if path := self.find(environ):
+            return path
+        raise CoderError(f"agent {self.name}: no program {self.binary!r} on PATH; install it: {self.install_hint}")
 
     def logged_in(self, environ: Mapping[str, str]) -> bool:
         """Whether there is a sign of a login. A sign only: an expired one is found out by the first experiment."""
@@ -221,7 +224,21 @@ def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> f
 
 def usage_of(coder: Coder, reply: Reply, price_in: float | None, price_out: float | None) -> dict[str, Any]:
     """What a call has used, as the journal keeps it. `cost` in US dollars; None: it has cost something that isn't known."""
+    cost = cost_usd(reply, price_in, price_out)
     return {
-        "cost": 0.0 if coder.free else cost_usd(reply, price_in, price_out),
+        "cost": 0.0 if coder.free or (cost is None and _refused(reply)) else cost,
         "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
     }  # fmt: skip
+
+
+def _refused(reply: Reply) -> bool:
+    """Whether no model was at work: no tokens are told, and what was said, if anything, is the refusal itself."""
+    if reply.failure not in ("rate_limit", "login", "missing") or reply.tokens_in or reply.tokens_out:
+        return False
+    return not reply.message or name_failure(reply.message).failure != "agent_error"
+
+
+def believed(reply: Reply, exit_code: int | None) -> Reply:
+    """The reply without a refusal that only words of a log tell of, such as "Authenticated as", against exit code 0."""
+    logged = exit_code == 0 and reply.failure in ("rate_limit", "login") and not reply.structured
+    return replace(reply, failure=None) if logged else reply

@@ -12,7 +12,6 @@ from agent.coders.coder import Coder, Job
 ROOT = str(Path(__file__).resolve().parent.parent.parent)
 # The worktree is the working directory; its copy of our modules must not be the one that runs.
 OURS = {"PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-EDITS = "it writes the train file and nothing else"
 
 
 def chat(job: Job) -> list[str]:
@@ -40,7 +39,6 @@ OWN = (
         install_hint="it comes with this project",
         login_hint="it needs no login",
         env_set=OURS,
-        edit_only=EDITS,
     ),
     Coder(
         name="chat",
@@ -52,7 +50,6 @@ OWN = (
         login_hint="set OPENAI_API_KEY to a key for the endpoint given with --base-url",
         env_names=("AUTORESEARCH_API_KEY", *OPENAI),
         env_set=OURS,
-        edit_only=EDITS,
     ),
     Coder(
         name="local",
@@ -65,9 +62,10 @@ OWN = (
         login_hint="it needs no login",
         env_names=("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "MLX_METAL_FAST_SYNCH"),
         env_set=OURS,
-        edit_only=EDITS,
     ),
-    Coder(  # the agent's own command is put behind it by `choice.acp`
+    # The agent's own command is put behind it by `choice.acp`. It permits edits of the train file only; an agent that does not ask
+    # is held by nothing but the guard.
+    Coder(
         name="acp",
         binary=sys.executable,
         arguments=lambda job: ["-m", "agent.acp", job.train_file, *model(job, "--model"), "--"],
@@ -75,6 +73,5 @@ OWN = (
         install_hint="it comes with this project",
         login_hint="log in with the command of the agent itself; variables that it needs are passed by --agent-env NAME",
         env_set=OURS,
-        edit_only="edits of the train file are all it permits; an agent that does not ask is held by nothing but the guard",
     ),
 )

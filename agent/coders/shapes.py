@@ -57,10 +57,12 @@ def codex(stdout: str, log: str, job: Job) -> Reply:
     """JSON lines: `agent_message` items, `turn.completed` with usage, `turn.failed` and `error` with a message.
 
     Items of type `error` are warnings: a turn that has completed has not failed."""
-    known, errors, completed = Reply(), [], False
+    known, errors, completed, at_work = Reply(), [], False, ""
     for event in _lines(stdout):
         kind = event.get("type")
         item = event.get("item") or {}
+        if kind == "item.completed" and item.get("type") != "error":
+            at_work = _text(item.get("type")) or at_work
         if kind == "item.completed" and item.get("type") == "agent_message":
             known = replace(known, message=_text(item.get("text")))
         elif kind == "turn.completed":
@@ -70,7 +72,10 @@ def codex(stdout: str, log: str, job: Job) -> Reply:
             errors.append(str(event.get("message") or (event.get("error") or {}).get("message")))
     if completed and not known.tokens_out and not known.message:
         return _failed("an empty turn: the model said nothing", known)
-    return known if completed else _failed("\n".join(errors), known, log or stdout)
+    if completed:
+        return known
+    known = replace(known, message=known.message or at_work or None)  # a turn that fails tells no tokens, but has used some
+    return _failed("\n".join(errors), known, log or stdout)
 
 
 def gemini(stdout: str, log: str, job: Job) -> Reply:

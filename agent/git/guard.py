@@ -5,7 +5,7 @@
 
 `found.violations` void the candidate. `found.droppings` do not: files that the agent added, such as caches, backups and notes.
 They can change nothing, because every training begins with the files of the candidate's commit and no others. An added file is a
-violation only where the candidate's source has come to name it, by an import or a path: then the change needs what it cannot have.
+violation only if the edited source now names it, by an import or a path: the training would not have that file.
 
 An agent has the user's rights and can write elsewhere, too. What changed in the user's checkout (`in_checkout`) and in Python's
 packages (`in_python`) is told, but neither undone nor a violation: a person may work there at the same time. Of the user's git

@@ -227,10 +227,7 @@ class Worktree:
 
     def open(self, commit: str) -> None:
         """Have the branch at `commit`, and the worktree made anew with its files."""
-        taken = self.repository.checked_out(self._ref)
-        if taken == self.path:  # a night of an earlier version had its worktree registered in the user's repository
-            self.repository.git("worktree", "remove", "--force", "--force", str(self.path))
-        elif taken:
+        if taken := self.repository.checked_out(self._ref):
             raise UsageError(
                 f"{taken} has branch {self.branch} checked out, and the night would move it under your feet; "
                 "switch away: git switch -"

@@ -34,7 +34,7 @@ def sweep(folder: Path) -> list[int]:
     """End processes and remove scratch folders that a killed driver has left. Returns the pids of the processes."""
     ended = end_leftovers(folder)
     scratch = (*folder.glob("agent-*"), *folder.glob("logs/tmp*"), folder / "trials" / "screen", folder / "tmp" / "screen")
-    _remove_all((*scratch, *folder.glob(".*.new"), *folder.glob(".stop-*")))
+    _remove_all((*scratch, *folder.glob(".*.new")))
     return ended
 
 

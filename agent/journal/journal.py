@@ -93,7 +93,6 @@ class Journal:
         _make_durable_folder(folder)
         self._lock = _take_lock(folder / "lock")
         self.torn: Path | None = None
-        self.restored = 0  # how often the journal was written anew because its file was gone
         self.events, rest = read_events(self.path)
         if rest:
             self.torn = self._set_aside(rest)
@@ -142,7 +141,6 @@ class Journal:
                 os.rename(self.path, self.folder / f"journal.replaced-{int(time.time())}")
             write_anew(self.path, whole, durable=True)
             _sync_folder(self.folder)
-            self.restored += 1
         os.close(self._file)
         self._file = self._opened()
         self._keep_reserve()

@@ -8,6 +8,7 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     session      settings, pid, agent, sandbox                         a driver started or resumed the night
     experiment   n, parent, step                                       number `n` is being worked on; 0 is the baseline
     agent_check  kind, message, usage, seconds                         the agent was asked for one word before the night
+    asked        n                                                     the agent is asked for a candidate
     agent_failed n, kind, wait, message, usage, seconds                no candidate came; `n` is tried again
     candidate    n, commit, ast, lines, description, hypothesis, family, usage, seconds
                                                                        what the agent left, kept under a ref
@@ -121,6 +122,7 @@ class Night:
     dearest: float = 0.0  # US dollars, price of the most expensive call
     tokens: int = 0  # tokens that the agent used
     agent_seconds: float = 0.0
+    asked: bool = False  # the agent was asked for a candidate, and what that cost is not journalled yet
     agent_failures: list[dict[str, Any]] = field(default_factory=list)  # since the last candidate
     notes: list[str] = field(default_factory=list)
     trials: int = 0  # number of trials that count
@@ -211,9 +213,9 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
-    asked = night.open  # a driver was killed or stopped before the agent answered: the call still costs money
-    if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
-        _spend(night, {"usage": {"cost": None}, "n": asked.n})
+    if night.asked and night.dearest:  # a driver was killed or stopped before the agent answered: the call still costs money
+        _spend(night, {"usage": {"cost": None}, "n": night.experiments[-1].n})
+    night.asked = False
     if night.ended is None:  # the driver before this one was killed
         for experiment in night.experiments:
             if experiment.trials and experiment.trials[-1].status == "running":
@@ -247,6 +249,7 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
     """Count what a call of the agent cost. An event without `cost` in its usage has no call."""
+    night.asked = False
     usage, known = event.get("usage") or {}, night.dearest > 0
     cost = usage.get("cost")
     if "cost" in usage and cost is None:
@@ -261,6 +264,11 @@ def _spend(night: Night, event: Mapping[str, Any]) -> None:
         account.cost += cost or 0.0
         account.tokens += int(usage.get("tokens") or 0)
     night.agent_seconds += event.get("seconds") or 0.0
+
+
+def _asked(night: Night, event: Mapping[str, Any]) -> None:
+    _current(night, event)
+    night.asked = True
 
 
 def _agent_failed(night: Night, event: Mapping[str, Any]) -> None:
@@ -344,6 +352,7 @@ _HANDLERS = {
     "session": _session,
     "experiment": _experiment,
     "agent_check": _spend,
+    "asked": _asked,
     "agent_failed": _agent_failed,
     "candidate": _candidate,
     "trial_start": _trial_start,

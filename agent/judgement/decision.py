@@ -229,7 +229,8 @@ def side_by_side(best: Contender, candidate: Contender) -> tuple[list[float], li
 
 
 def looks_lead(own: Sequence[float], level: float, sigma: float) -> float:
-    """Mean lead (bpb) of the first looks. One that is far too good counts as `LUCKIEST`; one later one may be far too bad."""
+    """Mean lead (bpb) of the first looks. A lead above `LUCKIEST` sigmas counts as `LUCKIEST`. One later look far below the best is
+    left out. If the first is behind the best, or two are far below it, every lead counts as it is."""
     leads = [level - score for score in own]
     counted = [min(LUCKIEST * sigma, lead) for lead in leads if lead > SPOILT * sigma]
     return _mean(leads) if leads[0] < 0 or len(counted) < len(leads) - 1 else _mean(counted)
@@ -277,8 +278,6 @@ def lost_by_brevity(contenders: Sequence[Contender], sigma: float) -> float:
     gained = most = 0.0
     for best, candidate in pairwise(contender for contender in contenders if contender.kept):
         theirs, mine = side_by_side(best, candidate)
-        if not theirs or not mine:  # kept by an earlier version
-            theirs, mine = ([score for _, score in contender.trials] for contender in (best, candidate))
         error = sigma * math.sqrt(1 / len(theirs) + 1 / len(mine))
         gained += _mean(set_aside(theirs, sigma)) - _mean(set_aside(mine, sigma)) - error
         most = max(most, gained)

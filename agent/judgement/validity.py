@@ -12,7 +12,7 @@ from agent.trial.order import TrialResult
 
 MOST_INTERRUPTIONS = 5  # of one trial, in a row
 MOST_REPEATS = 2  # of one trial, in a row, because the machine was not alike at its beginning and its end
-REPEATS_OF_A_NIGHT = 4, 10  # so many and one in so many trials: a machine that is never quiet is the night's noise, no event
+REPEATS_OF_A_NIGHT = 4, 10  # a night repeats at most 4 trials plus one in 10; a machine that is never quiet is part of the noise
 SHORTEST_PROBED = 30.0  # seconds of training; in a shorter one the harness measures the machine's speed too briefly
 SLOWER = 0.10  # below the median of the night's trainings: as the harness's own bound for a change within one
 TRIALS_BEFORE = 3  # that the median needs

@@ -215,6 +215,7 @@ class Engine:
         prompt = briefing.compose(self.night, briefing.program(self.program), said)
         checkout, self._python = guard.in_checkout(self.worktree.repository), self._python or guard.in_python()
         self.worktree.lend(parent)
+        self.record("asked", n=n)
         proposal = ask(self.desk, prompt, parent, n, self.night.seed + n, cost_left)
         self.tell_changes(experiment, checkout)
         if proposal.droppings:

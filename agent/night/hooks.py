@@ -72,7 +72,8 @@ class Hooks:
         if not path.is_file():
             return ""
         if _digest(path) != self._known[name]:
-            return self._trouble(name, "is not what it was when the driver began, and was not run; --resume takes it as it is then")
+            words = "was added or changed after the driver started, so it was not run; the next --resume will use it"
+            return self._trouble(name, words)
         if not os.access(path, os.X_OK):
             return self._trouble(name, f"is not executable and was not run; run: chmod +x {FOLDER}/{name}")
         outcome, out = self._call([path], name, about, stop)

@@ -7,7 +7,6 @@ after this experiment; twice: now.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from agent.errors import Stopped, UsageError
-from agent.files import read_plain
+from agent.files import read_plain, write_anew
 from agent.journal.settings import Settings
 from agent.journal.state import FAILURES, Night
 
@@ -41,7 +40,10 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
         one = f", and one call has cost up to ${night.dearest:.2f}" if night.cost < settings.max_cost else ""
         return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}{guess}{one}"
     if settings.max_cost is not None and night.unpriced >= UNKNOWN_PRICES:
-        return "max_cost", "the agent tells no cost, so --max-cost cannot be held; give --price-in and --price-out, or drop it"
+        return "max_cost", (
+            "the agent does not report its cost, so --max-cost cannot be enforced; give --price-in and --price-out, or leave out "
+            "--max-cost"
+        )
     if settings.target is not None and best is not None and best <= settings.target:
         return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"
     if settings.patience is not None and night.since_keep() >= settings.patience:
@@ -166,7 +168,5 @@ def request_stop(folder: Path) -> str:
     """Leave a request for the driver of this night; a second one asks it to stop at once. Says what was asked."""
     file = folder / "stop"
     word = _NOW if file.exists() else _ONCE
-    draft = folder / f".stop-{os.getpid()}"
-    draft.write_text(word)
-    os.replace(draft, file)
+    write_anew(file, word.encode())
     return word.strip()

@@ -44,7 +44,7 @@ def run_session(
     journal: Journal, repository: Repository, worktree: Worktree, stopper: Stopper, console: Console, options: dict[str, Any],
     beside: contextlib.ExitStack,
 ) -> int:  # fmt: skip
-    """One session of a driver; the exit code. beside: takes what runs while the session does."""
+    """Run one driver session and return its exit code. beside: holds programs that run until the session ends."""
     folder, root = journal.folder, repository.root
     night = fold(journal.events)
     if journal.torn:

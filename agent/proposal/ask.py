@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.coders.choice import arguments
-from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
+from agent.coders.coder import Coder, CoderError, Job, Reply, believed, usage_of
 from agent.errors import Stopped
 from agent.files import DEEPEST, GIB, MOST_ENTRIES, directory_bytes, read_plain, remove
 from agent.git import guard
@@ -91,15 +91,13 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
-        reply = desk.coder.reply(output_of(out), output_of(log), job)
+        reply = believed(desk.coder.reply(output_of(out), output_of(log), job), outcome.exit_code)
     except CoderError as error:
         return Proposal("missing", message=str(error))
     finally:
         with contextlib.suppress(OSError):
             remove(scratch)
-    usage = usage_of(desk.coder, reply, settings.price_in, settings.price_out)
-    if outcome.exit_code == 0 and reply.failure in WAITING and not reply.structured:
-        reply = replace(reply, failure=None)  # words of a log, such as "Authenticated as", are no evidence against exit code 0
+    usage = {} if outcome.reason == "missing" else usage_of(desk.coder, reply, settings.price_in, settings.price_out)
     try:
         found = guard.check(repository, root, desk.worktree.tree(base), desk.train_file, before, seen)
         violations = [str(violation) for violation in found.violations]

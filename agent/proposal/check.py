@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.coders.choice import arguments
-from agent.coders.coder import Coder, CoderError, Job, Reply, usage_of
+from agent.coders.coder import Coder, CoderError, Job, Reply, believed, usage_of
 from agent.errors import AgentError, Stopped
 from agent.files import GIB, read_plain, remove
 from agent.git.command import run_git
@@ -37,7 +37,8 @@ SKIP = "--no-check-agent starts the night without asking"
 
 @dataclass(frozen=True)
 class Answer:
-    """`kind` is ok, odd (an own command that is asked again in the night), rate_limit, login, missing or agent_error."""
+    """`kind` is ok, odd (the user's own command failed or did not finish; the night starts anyway), rate_limit, login, missing or
+    agent_error."""
 
     kind: str
     words: str  # one line for the human
@@ -70,9 +71,8 @@ def before_the_night(
         mend = f"mend it, then: python -m agent.loop --resume --tag {night.tag}; {SKIP}"
         raise AgentError(f"{answer.words}\nnothing was trained in this session; {mend}")
     if settings.max_cost is not None and answer.kind != "rate_limit" and answer.usage.get("cost") is None:
-        raise AgentError(
-            f"--max-cost {settings.max_cost:g} can't be held: {coder.name} tells no cost; {_price_mend(coder, answer)}"
-        )
+        what = f"{coder.name} does not report its cost, so --max-cost {settings.max_cost:g} cannot be enforced"
+        raise AgentError(f"{what}; {_price_mend(coder, answer)}")
 
 
 def _price_mend(coder: Coder, answer: Answer) -> str:
@@ -114,7 +114,7 @@ def ask_for_a_word(
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
-        reply = coder.reply(output_of(out), output_of(log), job)
+        reply = believed(coder.reply(output_of(out), output_of(log), job), outcome.exit_code)
         edited = _read(work / name) not in (content, b"")
     except CoderError as error:
         return Answer("missing", str(error))
@@ -131,21 +131,20 @@ def _judge(coder: Coder, outcome: child.Outcome, reply: Reply, edited: bool) -> 
     last = one_line(outcome.tail(300), 300)
     detail = reply.detail or one_line(reply.message or "", 300) or last or "it said nothing"
     code = "" if outcome.exit_code in (0, None) else f" (exit code {outcome.exit_code})"
-    told = reply.structured or outcome.exit_code != 0  # words of a log are no evidence against exit code 0
     if outcome.reason == "missing" or (coder.name == "cmd" and outcome.exit_code in NOT_STARTED):
         return "missing", f"{coder.name} can't be started: {last or detail}; {coder.install_hint}"
-    if told and reply.failure == "rate_limit":
+    if reply.failure == "rate_limit":
         wait = f", for {reply.wait_seconds:.0f} s" if reply.wait_seconds else ""
-        return "rate_limit", f"{coder.name} is limited just now{wait}: {detail}; the night begins all the same"
-    if told and reply.failure == "login":
+        return "rate_limit", f"{coder.name} is rate-limited{wait}: {detail}; the night starts anyway"
+    if reply.failure == "login":
         return "login", f"{coder.name} is not logged in: {detail}; {coder.login_hint}"
-    if told and reply.failure == "missing":
+    if reply.failure == "missing":
         return "missing", f"{coder.name} can't work: {detail}"
     if coder.name == "cmd":
         if outcome.reason == "exited" and outcome.exit_code == 0:
             return "ok", f"{coder.binary} ran in {outcome.seconds:.0f} s"
         end = f"was still busy after {outcome.seconds:.0f} s" if outcome.reason != "exited" else f"failed{code}: {last or detail}"
-        return "odd", f"note: {coder.binary}, asked for one word, {end}; the night begins all the same"
+        return "odd", f"note: {coder.binary}, asked for one word, {end}; the night starts anyway"
     answered = bool(reply.tokens_out) or (reply.failure is None and bool(reply.message)) or edited
     if answered and (coder.tells_its_end or outcome.exit_code == 0):
         said = one_line(reply.message or "", 250)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agent.search.changes import changes
 from agent.search.proposer import night_tier, propose, read_night
 from agent.search.trainfile import TrainFile
 
@@ -20,22 +19,17 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
     parser = argparse.ArgumentParser(prog="agent.search", description=about)
     parser.add_argument("--model", choices=("bandit", "random"), default="bandit",
                         help="bandit: learn from this night's results; random: draw uniformly from the catalogue")
-    parser.add_argument("--train-file", default=environ.get("AUTORESEARCH_TRAIN_FILE") or "train_mlx.py")
-    parser.add_argument("--list", action="store_true", help="print every change that could be tried; edit nothing")
+    parser.add_argument("--train-file", default="train_mlx.py")
     options = parser.parse_args(arguments)
     path = Path(options.train_file)
     state = read_night(environ.get("AUTORESEARCH_JOURNAL"))
     try:
-        source = path.read_bytes()
-        file = TrainFile(source, night_tier(source, state, environ))
+        file = TrainFile(path.read_bytes(), night_tier(state, environ))
     except (OSError, SyntaxError, ValueError) as error:
         print(f"error: {path} can't be read as Python: {error}", file=sys.stderr)
         return 2
     if file.lacking:
         print(f"no entry for this machine's tier {file.tier!r} in {', '.join(file.lacking)}: left alone")
-    if options.list:
-        print("\n".join(map(str, changes(file, state.dataset.get("seq_len") if state else None))))
-        return 0
     turn = environ.get("AUTORESEARCH_EXPERIMENT") or (len(state.experiments) if state else 0)
     draw = random.Random(f"{environ.get('AUTORESEARCH_SEED', '0')} {turn}")
     found = propose(file, state, draw, learn=options.model != "random")

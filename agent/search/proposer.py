@@ -75,18 +75,10 @@ def identity(data: bytes) -> str:
         return ""
 
 
-def night_tier(source: bytes, state: Night | None, environ: Mapping[str, str]) -> str:
-    """The tier whose constants the trainer uses: from $AUTORESEARCH_TIER, else from the journal, else guessed from this machine."""
-    if told := environ.get("AUTORESEARCH_TIER"):
-        return told
-    tier = str(state.dataset.get("device") or "") if state else ""
-    tier = tier or _this_machine()
-    depth = state.leader.summary().get("depth") if state and state.best is not None else None
-    depths = TrainFile(source, tier).tables.get("DEPTH", {})
-    if depth is None or depths.get(tier) == depth:
-        return tier
-    fitting = [name for name, value in depths.items() if value == depth]
-    return fitting[0] if len(fitting) == 1 else tier  # for example on a CUDA machine whose framework uses only the CPU
+def night_tier(state: Night | None, environ: Mapping[str, str]) -> str:
+    """The tier whose constants the trainer uses: as the trainer told of the best, else $AUTORESEARCH_TIER, else this machine's."""
+    trained = state.leader.summary().get("tier") if state and state.best is not None else None
+    return str(trained or environ.get("AUTORESEARCH_TIER") or _this_machine())
 
 
 def _this_machine() -> str:

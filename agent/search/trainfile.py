@@ -83,7 +83,6 @@ class TrainFile:
         self.constants: dict[str, Constant] = {}
         self.lacking: list[str] = []
         self.leaders: set[str] = set()
-        self.tables: dict[str, dict[str, Any]] = {}
         for node in self.tree.body:
             target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
             if isinstance(node, ast.Assign) and isinstance(target, ast.Name) and _NAME.fullmatch(target.id):
@@ -93,7 +92,6 @@ class TrainFile:
         for old in [old for old in self.constants if old.partition("[")[0] == name]:
             del self.constants[old]  # the name is assigned a second time
         if table := _table(node):
-            self.tables[name] = {tier: self._value(value) for tier, value in table.items()}
             node = table.get(self.tier, node)  # a change edits only this tier's entry
         value = self._value(node)
         if value is None:

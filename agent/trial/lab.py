@@ -115,7 +115,7 @@ class Lab:
             return argv
         hidden = (self.folder, self.train_dir, self.held_dir, *self.hidden)
         opened = (self.worktree, self.harness.parent, *readable)
-        return sandbox.wrap(argv, rights.rules(writable, opened, hidden))[0]
+        return sandbox.wrap(argv, rights.rules(writable, opened, hidden))
 
     def scratch(self, run_dir: Path) -> Path:
         """TMPDIR of one trial, `tmp/NNNN-S`. It is new for each trial, so that no trial finds what another one left. A framework

@@ -1,6 +1,6 @@
 """What trainer and scorer may touch: their own folders, no network, not the held-out data; as far as the system offers it.
 
-    argv, cover = wrap([...], {run_dir: WRITE, worktree: READ, held_dir: HIDDEN}, network=False)
+    argv = wrap([...], {run_dir: WRITE, worktree: READ, held_dir: HIDDEN})
 
 Rules map real paths to what is allowed below them: HIDDEN, READ or WRITE; of nested paths the innermost decides. All else is
 readable. `agent/trial/rights.py` makes the rules of a candidate; here they become a command of bubblewrap or sandbox-exec.
@@ -30,7 +30,6 @@ Rules = Mapping[str, str]
 
 _SOCKETS = ("/tmp", "/var/tmp", "/run")  # Docker's, tmux's, D-Bus's, the key agents': ways out that need no network
 _SYSTEM = ("/run/current-system", "/run/opengl-driver")  # NixOS keeps its programs there
-_RESOLVER = ("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager")
 _GPUS = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 _DEVICES = '(literal "/dev/null") (literal "/dev/zero") (literal "/dev/tty") (literal "/dev/dtracehelper") (regex #"^/dev/fd/")'
 _CACHE = "^/private/var/folders/[^/]+/[^/]+/C"
@@ -40,7 +39,7 @@ _LAUNCHING = ("lsopen", "job-creation", "appleevent-send")  # asking a system se
 
 _PROBE_SECONDS = 20.0
 
-_Wrapper = Callable[[list[str], Rules, bool], list[str]]
+_Wrapper = Callable[[list[str], Rules], list[str]]
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,18 @@ SANDBOX_EXEC = Cover(
 SANDBOX_EXEC_PLAIN = Cover("sandbox-exec", SANDBOX_EXEC.covered[:-1], (*SANDBOX_EXEC.not_covered, "programs started by `open`"))
 
 
-def wrap(argv: Sequence[str | Path], rules: Rules, network: bool = False) -> tuple[list[str], Cover]:
-    """The command as it runs in this machine's sandbox, and what that covers; the command as it is where there is none."""
+def wrap(argv: Sequence[str | Path], rules: Rules) -> list[str]:
+    """The command as it runs in this machine's sandbox, which `available` describes; the command as it is where there is none."""
     command = [str(word) for word in argv]
-    wrapper, cover = _detect()
-    if wrapper is None:
-        return command, cover
-    return wrapper(command, rules, network), cover
+    wrapper = _detect()[0]
+    return wrapper(command, rules) if wrapper else command
 
 
 def wrap_scorer(argv: Sequence[str | Path], rules: Rules) -> list[str]:
-    """The command of a program of ours that itself starts one under `wrap`: without network, writing where it may. As it is
-    where this machine's sandbox does not work inside itself."""
+    """Wrap the scorer, which itself starts a process under `wrap`: no network, writes only where the rules allow. Unchanged where
+    sandboxes cannot be nested."""
     command = [str(word) for word in argv]
-    return bubblewrap(command, rules, False, _strict(), outer=True) if nests() else command
+    return bubblewrap(command, rules, _strict(), outer=True) if nests() else command
 
 
 @lru_cache(maxsize=1)
@@ -105,8 +102,8 @@ def nests() -> bool:
     if available().kind != "bubblewrap":
         return False
 
-    def both(argv: list[str], rules: Rules, network: bool) -> list[str]:
-        return bubblewrap(bubblewrap(argv, rules, network, _strict()), rules, network, _strict(), outer=True)
+    def both(argv: list[str], rules: Rules) -> list[str]:
+        return bubblewrap(bubblewrap(argv, rules, _strict()), rules, _strict(), outer=True)
 
     return not _problem(both)
 
@@ -144,13 +141,11 @@ def _detect() -> tuple[_Wrapper | None, Cover]:
     return None, Cover("none", (), (f"trainer and scorer run with your rights and network ({reason})",))
 
 
-def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True, outer: bool = False) -> list[str]:
+def bubblewrap(argv: list[str], rules: Rules, strict: bool = True, outer: bool = False) -> list[str]:
     """bwrap on Linux; `strict` has a PID namespace, which some containers forbid. Inside an `outer` one another can be started."""
-    command = ["bwrap", "--die-with-parent", "--unshare-ipc"]
+    command = ["bwrap", "--die-with-parent", "--unshare-ipc", "--unshare-net"]
     if not outer:
         command += ["--cap-drop", "ALL"]
-    if not network:
-        command.append("--unshare-net")
     if strict:
         command.append("--unshare-pid")
     command += ["--ro-bind", "/", "/", "--dev", "/dev"]
@@ -158,9 +153,8 @@ def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True
         command += ["--proc", "/proc"]
     for device in sorted(path for pattern in _GPUS for path in glob.glob(pattern)):
         command += ["--dev-bind-try", device, device]
-    shared = [*_SYSTEM, *(_RESOLVER if network else ())]
     whole: dict[str, str] = {os.path.realpath(path): HIDDEN for path in _SOCKETS if os.path.isdir(path)}
-    whole |= {os.path.realpath(path): READ for path in shared if os.path.isdir(path)}
+    whole |= {os.path.realpath(path): READ for path in _SYSTEM if os.path.isdir(path)}
     whole |= rules
     frozen = []
     for path, right in sorted(whole.items(), key=_depth):
@@ -174,17 +168,15 @@ def bubblewrap(argv: list[str], rules: Rules, network: bool, strict: bool = True
     return [*command, *frozen, "--", *argv]
 
 
-def seatbelt(argv: list[str], rules: Rules, network: bool, strict: bool = True) -> list[str]:
+def seatbelt(argv: list[str], rules: Rules, strict: bool = True) -> list[str]:
     """sandbox-exec on macOS; `strict` also denies asking system services to start programs, and second names of others' files."""
     program = shutil.which("sandbox-exec") or "/usr/bin/sandbox-exec"
-    return [program, "-p", seatbelt_profile(rules, network, strict), *argv]
+    return [program, "-p", seatbelt_profile(rules, strict), *argv]
 
 
-def seatbelt_profile(rules: Rules, network: bool, strict: bool = True) -> str:
+def seatbelt_profile(rules: Rules, strict: bool = True) -> str:
     """The profile's text. The last rule that matches decides."""
-    lines = ["(version 1)", "(allow default)"]
-    if not network:
-        lines.append("(deny network*)")
+    lines = ["(version 1)", "(allow default)", "(deny network*)"]
     if strict:
         lines += [f"(deny {operation})" for operation in _LAUNCHING]
         lines.append("(deny file-link)")  # a hard link in a writable folder would make any file of the user's writable
@@ -212,7 +204,7 @@ def _problem(wrapper: _Wrapper) -> str:
         folder = Path(name)
         program = shutil.which("true") or "/usr/bin/true"
         rules = {os.path.realpath(sys.prefix): READ, os.path.realpath(folder): WRITE}
-        argv = wrapper([program], rules, False)
+        argv = wrapper([program], rules)
         outcome = run(argv, cwd=folder, env=clean_env(), log=folder / "log", bounds=Bounds(_PROBE_SECONDS))
         return "" if outcome.ok else outcome.tail(300).strip() or outcome.reason
 

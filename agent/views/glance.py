@@ -40,6 +40,7 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
     training is looked up."""
     best = night.leader if night.best is not None else None
     now = night.open
+    doing = phase(night) if now and running else "not finished" if now else "between two experiments" if running else ""
     return {
         "tag": night.tag, "running": running, "ended": night.ended, "why_ended": ENDS.get(night.ended or "", night.ended),
         "started": night.started, "last": night.last, "sigma": sigma,
@@ -50,8 +51,8 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
         "best": best.n if best else None, "baseline": night.baseline.mean if night.baseline else None, "kept": night.kept,
         "cost": night.cost, "unpriced": night.unpriced, "tokens": night.tokens, "agent_seconds": night.agent_seconds,
         "experiments": [_row(e, sigma) for e in night.experiments if e.status is not None],
-        "open": {**_row(now, sigma), "phase": phase(night), "training": training(night, folder)} if now else None,
-        "doing": phase(night) if now else "between two experiments" if running else "",
+        "open": {**_row(now, sigma), "phase": doing, "training": training(night, folder) if running else None} if now else None,
+        "doing": doing,
         "left": left(night, time.time()) if running else None, "notes": [one_line(note, 300) for note in night.notes[-5:]],
     }  # fmt: skip
 

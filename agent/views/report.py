@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import UsageError
+from agent.files import write_anew
 from agent.journal.journal import read_events
 from agent.journal.state import FAILURES, STATUSES, Experiment, Night, fold
 from agent.text import one_line
@@ -132,13 +134,12 @@ def _figure(columns: int = 1, height: float = 5.6) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write the picture atomically, so that a reader never sees half of it."""
     from matplotlib import pyplot
 
-    fresh = path.with_name(f".{path.name}.new")
-    figure.savefig(fresh, format="png", metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
     pyplot.close(figure)
-    fresh.replace(path)
+    write_anew(path, content.getvalue())
 
 
 def limits(baseline: float, best: float, seeds: list[float], discards: list[float]) -> tuple[float, float]:

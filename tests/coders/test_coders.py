@@ -22,7 +22,7 @@ from agent.coders.error_text import name_failure, wait_seconds
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 
-ALL = [choice.get(name) for name in choice.names()]
+ALL = list(choice.TABLE.values())
 PROGRAMS = [coder for coder in ALL if coder.binary != sys.executable]
 SAID = "Raised it.\n\nHYPOTHESIS: larger steps\nDESCRIPTION: double LR"
 
@@ -53,10 +53,9 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_table_is_complete() -> None:
-    assert choice.names() == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
-                              "search", "chat", "local", "acp"]  # fmt: skip
+    assert list(choice.TABLE) == ["claude", "codex", "gemini", "opencode", "aider", "qwen", "copilot", "cursor", "goose",
+                                  "search", "chat", "local", "acp"]  # fmt: skip
     assert all(coder.install_hint and coder.login_hint for coder in ALL)
-    assert [coder.name for coder in ALL if not coder.edit_only] == ["cursor", "goose"]
 
 
 @pytest.mark.parametrize("coder", ALL, ids=lambda coder: coder.name)
@@ -176,24 +175,24 @@ def test_a_template_is_split_but_no_shell_reads_it(job: Job, environ: dict[str, 
 def test_detection_takes_the_first_that_is_installed_and_logged_in(tmp_path: Path) -> None:
     path = install(tmp_path / "bin", "claude", "codex", "qwen")
     environ = {"PATH": path, "HOME": str(tmp_path)}
-    found = choice.detect(environ)
-    assert found.coder.name == "search"
-    assert "claude is installed but not logged in: run `claude`" in found.reason
+    coder, reason = choice.detect(environ)
+    assert coder.name == "search"
+    assert "claude is installed but not logged in: run `claude`" in reason
     (tmp_path / ".codex").mkdir()
     (tmp_path / ".codex" / "auth.json").write_text("{}")
-    found = choice.detect(environ)
-    assert found.coder.name == "codex"
-    assert found.reason.startswith("agent: codex, the first one installed and logged in (claude is installed but not")
-    assert choice.detect(environ | {"ANTHROPIC_API_KEY": "k"}).coder.name == "claude"
-    assert choice.detect(environ | {"ANTHROPIC_API_KEY": ""}).coder.name == "codex"
+    coder, reason = choice.detect(environ)
+    assert coder.name == "codex"
+    assert reason.startswith("agent: codex, the first one installed and logged in (claude is installed but not")
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": "k"})[0].name == "claude"
+    assert choice.detect(environ | {"ANTHROPIC_API_KEY": ""})[0].name == "codex"
 
 
 def test_a_login_file_without_a_login_does_not_count(tmp_path: Path) -> None:
     environ = {"PATH": install(tmp_path / "bin", "claude"), "HOME": str(tmp_path)}
     (tmp_path / ".claude.json").write_text('{"numStartups": 1}')
-    assert choice.detect(environ).coder.name == "search"
+    assert choice.detect(environ)[0].name == "search"
     (tmp_path / ".claude.json").write_text('{"oauthAccount": {}}')
-    assert choice.detect(environ).coder.name == "claude"
+    assert choice.detect(environ)[0].name == "claude"
 
 
 def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(tmp_path: Path) -> None:
@@ -229,7 +228,7 @@ def test_a_night_without_a_choice_takes_the_first_that_is_logged_in_and_says_so(
 
 
 def test_nothing_installed_is_said(tmp_path: Path) -> None:
-    assert "no coding agent is installed" in choice.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)}).reason
+    assert "no coding agent is installed" in choice.detect({"PATH": str(tmp_path), "HOME": str(tmp_path)})[1]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -480,6 +479,25 @@ def test_cost_is_reported_or_reckoned_or_unknown() -> None:
     assert cost_usd(replace(tokens, cost_usd=1.0), 3.0, 15.0) == 1.0
     assert cost_usd(tokens, 3.0, None) is None
     assert cost_usd(Reply(), 3.0, 15.0) is None
+
+
+@pytest.mark.parametrize("name", ["codex", "gemini", "opencode", "aider", "qwen", "copilot"])
+def test_a_refused_call_costs_nothing_unless_a_model_was_at_work(name: str, job: Job) -> None:
+    coder = choice.get(name)
+    for said in (refused(name, 429, LIMIT), refused(name, 401, AUTH)):
+        assert usage_of(coder, coder.reply(*said, job), 3.0, 15.0)["cost"] == 0.0
+    assert usage_of(coder, coder.reply(*refused(name, 500, "The server had an error."), job), 3.0, 15.0)["cost"] is None
+
+
+def test_what_a_refused_call_has_used_before_is_not_free(job: Job) -> None:
+    codex, opencode = choice.get("codex"), choice.get("opencode")
+    command = {"type": "item.completed", "item": {"type": "command_execution", "command": "cat train_mlx.py"}}
+    out, log = refused("codex", 429, LIMIT)
+    assert usage_of(codex, codex.reply(lines(command) + out, log, job), 3.0, 15.0)["cost"] is None
+    out, log = refused("opencode", 429, LIMIT)
+    assert usage_of(opencode, opencode.reply(lines(OPENCODE[0]) + out, log, job), None, None)["cost"] == 0.01
+    own = choice.template("mine")
+    assert usage_of(own, own.reply("I read the file.\n", LIMIT, job), None, None)["cost"] is None
 
 
 # --- evidence ----------------------------------------------------------------------------------------------------------

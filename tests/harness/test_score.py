@@ -104,6 +104,11 @@ def test_training_then_score_end_to_end(tiny, trained):
                                  "num_steps", "num_params_M", "depth"]
 
 
+def test_the_summary_has_the_tier_that_was_trained_if_it_is_one(tiny, candidate):
+    assert summary_of(score(candidate(tier="mac"), tiny).stdout)["tier"] == "mac"
+    assert "tier" not in summary_of(score(candidate(tier="cpu\nval_bpb: 0.1"), tiny).stdout)
+
+
 def test_other_processes_and_other_batch_sizes_print_the_same(tiny, trained):
     printed = {summary_of(score(trained, tiny, "--rows", rows).stdout)["val_bpb"] for rows in (7, 7, 36)}
     assert len(printed) == 1

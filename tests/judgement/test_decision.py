@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from story_kit import Story, told
+from story_kit import Story
 
 from agent.journal.state import fold
 from agent.judgement import decision
@@ -350,7 +350,7 @@ def test_scores_must_be_finite(bad: list[float]) -> None:
 def test_any_order_of_trainings_has_a_next_step(
     best: list[float], candidate: list[float], order: random.Random, lines: int
 ) -> None:  # fmt: skip
-    """Also those that this rule would not have asked for: a journal may come from an earlier version."""
+    """Also those that this rule would not have asked for."""
     places = list(range(1, len(best) + len(candidate)))
     order.shuffle(places)
     theirs = [0, *sorted(places[: len(best) - 1])]
@@ -365,18 +365,6 @@ def test_any_order_of_trainings_has_a_next_step(
         assert step.pairs > 1
     if step.reason == "simpler":
         assert lines < 100
-
-
-def test_a_night_of_an_earlier_version_goes_on() -> None:
-    """Its repeats were not side by side: the comparison begins now."""
-    story = told()
-    story.experiment(3, "discard", (1.34, 1.36))
-    story.add("experiment", n=4, parent="c2")
-    story.add("candidate", n=4, commit="c4", ast="a4", lines=10, description="", usage={}, seconds=0.0)
-    for k, score in enumerate((1.1, 1.12)):
-        story.trial(4, k, score)
-    night = story.night
-    assert judge(night, night.experiments[4]).action.startswith("train")
 
 
 def test_a_lead_that_is_far_too_good_is_told_in_full() -> None:

@@ -137,7 +137,7 @@ def test_a_hook_that_somebody_wrote_during_the_night_is_not_run(yard: Yard, befo
     assert yard.ask() == yard.ask() == ""
     assert not (yard.root / "ran").exists()
     assert len(yard.notes) == 1
-    assert "is not what it was when the driver began, and was not run; --resume takes it" in yard.notes[0]
+    assert "was added or changed after the driver started, so it was not run" in yard.notes[0]
     yard.begin()
     assert yard.ask() == "not mine"
 

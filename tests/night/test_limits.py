@@ -80,11 +80,26 @@ def test_a_call_that_was_cut_off_with_its_driver_is_paid_for() -> None:
     story = told()  # whose dearest call cost 0.5
     before = story.night.cost
     story.add("experiment", n=3, parent="c2")
+    story.add("asked", n=3)
     story.add("session", settings={}, pid=2)
     assert (story.night.cost, story.night.estimated) == (before + story.night.dearest, 1)
+    story.add("asked", n=3)
     story.add("agent_failed", n=3, kind="rate_limit", wait=1.0, message="", usage={"cost": 0.0}, seconds=0.0)
     story.add("session", settings={}, pid=3)
     assert story.night.estimated == 1, "it was waiting, nothing was asked"
+
+
+def test_a_session_that_asked_nothing_costs_nothing() -> None:
+    story = told()
+    before = story.night.cost
+    story.add("experiment", n=3, parent="c2")
+    story.add("asked", n=3)
+    story.add("agent_failed", n=3, kind="login", wait=None, message="", usage={"cost": 0.0}, seconds=0.0)
+    for pid in (2, 3, 4):
+        story.add("night_end", reason="login", text="")
+        story.add("session", settings={}, pid=pid)
+        story.add("agent_check", kind="login", message="", usage={"cost": 0.0}, seconds=1.0)
+    assert (story.night.cost, story.night.estimated) == (before, 0)
 
 
 def test_the_word_that_is_asked_before_a_night_is_paid_for() -> None:

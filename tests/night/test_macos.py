@@ -232,7 +232,7 @@ def test_what_is_hidden_is_named_as_the_disk_spells_it(tmp_path: Path, on_macos:
     given = rules([tmp_path], [], [typed])
     assert given[stored] == HIDDEN
     assert str(typed) not in given
-    assert not allowed(seatbelt_profile(given, False), "file-read-data", f"{stored}/val.bin")
+    assert not allowed(seatbelt_profile(given), "file-read-data", f"{stored}/val.bin")
 
 
 @pytest.mark.parametrize(("where", "words"), [
@@ -385,7 +385,7 @@ ODD = '/Users/u/my "best" runs (2)\\new; ünï'
 
 
 def test_the_profile_of_odd_paths_says_what_is_meant() -> None:
-    profile = seatbelt_profile({"/Users/u": READ, "/Users/u/held": HIDDEN, ODD: WRITE, "/Users/u/held/open": READ}, network=False)
+    profile = seatbelt_profile({"/Users/u": READ, "/Users/u/held": HIDDEN, ODD: WRITE, "/Users/u/held/open": READ})
     assert allowed(profile, "file-write-data", f"{ODD}/trial/weights")
     assert not allowed(profile, "file-write-data", "/Users/u/my")
     assert not allowed(profile, "file-write-data", ODD + "2/file")
@@ -402,7 +402,6 @@ def test_the_profile_of_odd_paths_says_what_is_meant() -> None:
     assert allowed(profile, "process-exec", "/usr/bin/python3")
     for operation in ("network-outbound", "network-bind", "network-inbound", "lsopen", "job-creation", "appleevent-send"):
         assert not allowed(profile, operation), operation
-    assert allowed(seatbelt_profile({}, network=True), "network-outbound")
 
 
 HELD, RUN = "/Users/u/.cache/autoresearch-mlx/held", "/Users/u/ar/runs/x/trials/1"
@@ -412,7 +411,7 @@ HELD, RUN = "/Users/u/.cache/autoresearch-mlx/held", "/Users/u/ar/runs/x/trials/
 def test_no_second_name_leads_to_a_file(strict: bool) -> None:
     """A link or a clone in the run directory would make held-out text readable; a link, the user's own files writable."""
     given = {HELD: HIDDEN, "/Users/u/ar/runs": HIDDEN, "/Users/u/ar/runs/x/worktree": READ, RUN: WRITE}
-    profile = seatbelt_profile(given, False, strict)
+    profile = seatbelt_profile(given, strict)
     for operation in ("file-link", "file-clone", "file-read-data", "file-test-existence", "file-map-executable"):
         assert not allowed(profile, operation, f"{HELD}/id/val.bin"), operation
     for place in ("/Users/u/.zshrc", "/Users/u/ar/train_mlx.py", "/Users/u/ar/runs/x/worktree/train_mlx.py"):
@@ -424,7 +423,7 @@ def test_no_second_name_leads_to_a_file(strict: bool) -> None:
 
 def test_metal_may_keep_its_kernels_and_nothing_else_in_the_cache() -> None:
     """A program's first kernels go to C/PROGRAM/com.apple.metal, whose folder does not exist before."""
-    profile, cache = seatbelt_profile({}, False), "/private/var/folders/a1/b2/C"
+    profile, cache = seatbelt_profile({}), "/private/var/folders/a1/b2/C"
     for folder in ("org.python.python/", "python3.12/", "com.apple.metal/", "org.python.python/com.apple.metal/32024/"):
         assert allowed(profile, "file-write-create", f"{cache}/{folder}"), folder
     for file in ("com.apple.metalfe/x", "com.apple.gpuarchiver/x.gpuarchive", "org.python.python/com.apple.metal/functions.data"):
@@ -485,7 +484,7 @@ def test_where_sandbox_exec_knows_no_launching_the_plainer_profile_is_used(
     program(tools, "sandbox-exec", SANDBOX_EXEC)
     monkeypatch.setenv("AUTORESEARCH_REFUSED", "lsopen")
     assert sandbox.available() == sandbox.SANDBOX_EXEC_PLAIN
-    argv, _ = sandbox.wrap(["true"], rules([tmp_path]))
+    argv = sandbox.wrap(["true"], rules([tmp_path]))
     assert (argv[0], argv[1], argv[3:]) == (str(tools / "sandbox-exec"), "-p", ["true"])
     assert allowed(argv[2], "lsopen")
     assert not allowed(argv[2], "network-outbound")

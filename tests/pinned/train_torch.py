@@ -792,7 +792,7 @@ def train(run):
     return {"training_seconds": training_seconds, "num_steps": step, "total_tokens": tokens, "num_params": num_params,
             "depth": config.n_layer, "peak_vram_mb": peak_memory() / 2**20, "expected_vram_mb": expected_mb,
             "mfu_percent": 100 * tokens * flops / training_seconds / peak_rate, "gemm_tflops": matmul_rate / 1e12,
-            "device": device_name()}
+            "device": device_name(), "tier": TIER}
 
 
 def load_model(run_dir):

@@ -47,7 +47,7 @@ def claude(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Coder:
 @pytest.mark.parametrize(("body", "kind", "words"), [
     (f"print({json.dumps(RESULT)!r})", "ok", "claude answered in 0 s"),
     (f"print({json.dumps(OUT_OF_DATE)!r}); sys.exit(1)", "login", "not logged in: 401 OAuth token has expired; run `claude`"),
-    (f"print({json.dumps(LIMITED)!r}); sys.exit(1)", "rate_limit", "claude is limited just now, for 120 s"),
+    (f"print({json.dumps(LIMITED)!r}); sys.exit(1)", "rate_limit", "claude is rate-limited, for 120 s"),
     ("sys.exit('Segmentation fault')", "agent_error", "claude did not answer (exit code 1): Segmentation fault"),
     ("print('{}')", "agent_error", "claude did not answer"),
 ])  # fmt: skip
@@ -99,6 +99,14 @@ def test_silence_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_of_an_own_command_no_more_is_wanted_than_that_it_runs(tmp_path: Path, body: str, kind: str) -> None:
     answer = asked(tmp_path, choice.template(str(program(tmp_path, "mine", body))))
     assert answer.kind == kind, answer
+
+
+@pytest.mark.parametrize(("body", "cost"), [
+    ("sys.exit('Error: 429 Too Many Requests')", 0.0),
+    ("print('quota: rate limit, 83 % left', file=sys.stderr)", None),
+])  # fmt: skip
+def test_only_a_call_that_was_refused_is_known_to_cost_nothing(tmp_path: Path, body: str, cost: float | None) -> None:
+    assert asked(tmp_path, choice.template(str(program(tmp_path, "mine", body)))).usage["cost"] == cost
 
 
 def test_every_built_in_agent_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +189,7 @@ def test_a_limit_of_cost_needs_an_agent_that_tells_a_cost(tmp_path: Path) -> Non
     limited = ("--agent-cmd", str(mine), *FAST, "--experiments", "1", "--max-cost", "5")
     done = bed.loop(*limited)
     assert done.returncode == 12
-    assert "--max-cost 5 can't be held: cmd tells no cost; have it print a last line such as" in done.stderr
+    assert "cmd does not report its cost, so --max-cost 5 cannot be enforced; have it print a last line such as" in done.stderr
     program(tmp_path / "bin", "mine", f"{BETTER}\nprint('DESCRIPTION: gain')\nprint(json.dumps({{'cost_usd': 0.2}}))")
     done = bed.loop(*limited, "--resume")
     (experiment,) = fold(events_of(bed)).done

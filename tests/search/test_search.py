@@ -110,12 +110,11 @@ class Story:
 def test_of_a_table_by_tier_only_this_machines_entry_changes() -> None:
     before = TrainFile(SOURCE, "mac")
     change = named("DEPTH", everything("mac"))[0]
-    after = TrainFile(before.apply(change.edits), "mac")
-    expected = {**before.tables["DEPTH"], "mac": before.constants["DEPTH"].value + 1}
-    assert after.tables["DEPTH"] == expected
-    assert {name: table for name, table in after.tables.items() if name != "DEPTH"} == {
-        name: table for name, table in before.tables.items() if name != "DEPTH"
-    }
+    data = before.apply(change.edits)
+    assert TrainFile(data, "mac").constants["DEPTH"].value == before.constants["DEPTH"].value + 1
+    for tier in ("cpu", "mac-max", "cuda"):
+        values = [{name: c.value for name, c in TrainFile(source, tier).constants.items()} for source in (SOURCE, data)]
+        assert values[0] == values[1]
 
 
 def test_a_constants_comment_and_every_other_byte_stay() -> None:
@@ -517,7 +516,7 @@ def test_a_damaged_journal_costs_no_experiment(worktree: Path, tmp_path: Path) -
 
 
 def test_errors_say_what_is_wrong_and_change_nothing(worktree: Path) -> None:
-    done = started(worktree, AUTORESEARCH_TRAIN_FILE="train_other.py")
+    done = started(worktree, "--train-file", "train_other.py")
     assert done.returncode == 2
     assert "train_other.py can't be read" in done.stderr
     (worktree / "train_mlx.py").write_text("def broken(:\n")
@@ -537,13 +536,20 @@ def test_a_table_without_this_machine_is_said_and_another_constant_chosen(worktr
     assert "DESCRIPTION: MATRIX_LR 0.02 -> " in done.stdout
 
 
-def test_the_tier_is_told_by_the_night_and_corrected_by_what_was_trained() -> None:
-    assert proposer.night_tier(SOURCE, None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
-    assert proposer.night_tier(SOURCE, Story(device="mac").night(), {}) == "mac"
-    story = Story(device="cuda")
-    depth = TrainFile(SOURCE, "cpu").constants["DEPTH"].value
-    next(e for e in reversed(story.events) if e["event"] == "trial_end")["summary"] = {"depth": float(depth)}
-    assert proposer.night_tier(SOURCE, story.night(), {}) == "cpu"  # the machine has a GPU, the framework does not use it
+@pytest.mark.parametrize("tier", ["cpu", "mac", "mac-max", "cuda"])
+def test_the_entry_that_was_trained_is_edited_whatever_this_machine_is(worktree: Path, tmp_path: Path, tier: str) -> None:
+    """Even where two tiers have the same depth, as after a keep."""
+    (worktree / "train_mlx.py").write_text('DEPTH = {"cpu": 3, "mac": 3, "mac-max": 3, "cuda": 3}[TIER]\n')
+    story = Story()
+    next(e for e in reversed(story.events) if e["event"] == "trial_end")["summary"] = {"depth": 3.0, "tier": tier}
+    done = started(worktree, AUTORESEARCH_JOURNAL=str(story.write(tmp_path / "night")))
+    assert done.returncode == 0, done.stderr
+    changed = TrainFile((worktree / "train_mlx.py").read_bytes(), tier)
+    assert changed.constants["DEPTH"].value != 3
+
+
+def test_without_a_training_the_tier_is_the_one_that_is_told() -> None:
+    assert proposer.night_tier(None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
 
 
 # Trained for real

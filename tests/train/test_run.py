@@ -54,6 +54,7 @@ def test_a_run_leaves_what_the_scorer_needs(tmp_path: Path, tiny: Dataset) -> No
     facts = json.loads((out / "train.json").read_text())
     assert facts["num_steps"] == 30
     assert facts["total_tokens"] == 30 * train_mlx.BATCH_TOKENS
+    assert facts["tier"] == train_mlx.TIER
     assert facts["expected_vram_mb"] == pytest.approx(facts["peak_vram_mb"], rel=0.15)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(set(line) == {"step", "tokens", "seconds", "progress", "loss", "lr", "tokens_per_second", "mfu_percent",

@@ -38,11 +38,10 @@ def rooms(tmp_path):
 def inside(rooms, tmp_path):
     """Run a Python program as the trainer is run."""
 
-    def start(code: str, stop=lambda: False, network: bool = False, **env: str) -> Outcome:
-        argv, _ = sandbox.wrap(
+    def start(code: str, stop=lambda: False, **env: str) -> Outcome:
+        argv = sandbox.wrap(
             [sys.executable, "-c", textwrap.dedent(code)],
             rules([rooms["run"], rooms["tmp"]], [rooms["worktree"], rooms["train"]], [rooms["held"], tmp_path / "absent"]),
-            network,
         )
         where = {name.upper(): str(folder) for name, folder in rooms.items()}
         environment = clean_env({"TMPDIR": str(rooms["tmp"]), **where, **env})
@@ -94,7 +93,7 @@ def test_held_out_data_and_logins_are_hidden_and_training_data_is_not(rooms, tmp
     monkeypatch.setenv("HOME", str(home))
     files = [rooms["held"] / "file", home / ".ssh" / "id_rsa", home / ".netrc", home / "open", rooms["train"] / "file"]
     code = TRY + "import sys\nfor file in sys.argv[1:]: print(attempt(lambda: open(file).read()))"
-    argv, _ = sandbox.wrap(
+    argv = sandbox.wrap(
         [sys.executable, "-c", code, *files], rules([rooms["run"]], [rooms["train"], home], [rooms["held"]])
     )
     outcome = run(argv, cwd=rooms["run"], env=clean_env(), log=tmp_path / "log", bounds=Bounds(60))
@@ -109,20 +108,20 @@ def test_held_out_data_and_logins_are_hidden_and_training_data_is_not(rooms, tmp
 def test_the_innermost_rule_decides(rooms, tmp_path):
     (rooms["held"] / "inner").mkdir()
     code = TRY + "print(attempt(lambda: open('../file').read())); open('written', 'w')"
-    argv, _ = sandbox.wrap([sys.executable, "-c", code], rules([rooms["held"] / "inner"], hidden=[rooms["held"]]))
+    argv = sandbox.wrap([sys.executable, "-c", code], rules([rooms["held"] / "inner"], hidden=[rooms["held"]]))
     outcome = run(argv, cwd=rooms["held"] / "inner", env=clean_env(), log=tmp_path / "log", bounds=Bounds(60))
     assert outcome.tail().strip() in ("FileNotFoundError", "PermissionError")
     assert (rooms["held"] / "inner" / "written").exists()
 
 
 @needs_sandbox
-def test_there_is_no_network_unless_asked_for(inside):
+def test_there_is_no_network(inside):
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = TRY + f"import socket; print(attempt(lambda: socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)))"
+        socket.create_connection(server.getsockname(), 5).close()
         refused = inside(code)
         assert refused.ok
         assert refused.tail().strip() in ("ConnectionRefusedError", "PermissionError", "OSError")
-        assert "socket.socket" in inside(code, network=True).tail()
 
 
 @needs_sandbox
@@ -233,8 +232,8 @@ def test_without_a_sandbox_the_command_is_unchanged_and_the_cover_says_so(monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox._detect.cache_clear()
     try:
-        argv, cover = sandbox.wrap(["python", Path("train_mlx.py")], rules([tmp_path]))
-        assert argv == ["python", "train_mlx.py"]
+        assert sandbox.wrap(["python", Path("train_mlx.py")], rules([tmp_path])) == ["python", "train_mlx.py"]
+        cover = sandbox.available()
         assert not cover.present
         assert "run with your rights and network (bwrap is not installed" in str(cover)
     finally:
@@ -258,7 +257,7 @@ def test_a_sandbox_that_fails_its_probe_is_not_used(monkeypatch, tmp_path):
 
 def test_the_macos_profile_lets_a_command_pass_through_hidden_folders_to_what_is_open_inside():
     given = {"/h/runs": HIDDEN, "/h/runs/night/trials/0001-1": WRITE, "/h/runs/night/worktree": READ}
-    profile = seatbelt_profile(given, network=False)
+    profile = seatbelt_profile(given)
     lines = profile.splitlines()
     hidden = lines.index('(deny file* (subpath "/h/runs"))')
     for folder in ("/h/runs", "/h/runs/night", "/h/runs/night/trials"):
@@ -271,7 +270,7 @@ RULES = {"/home/u": READ, "/home/u/held": HIDDEN, '/home/u/runs/a "b"\\c': WRITE
 
 
 def test_the_macos_profile_denies_and_opens_in_the_right_order():
-    profile = seatbelt_profile(RULES, network=False)
+    profile = seatbelt_profile(RULES)
     lines = profile.splitlines()
     assert lines[:3] == ["(version 1)", "(allow default)", "(deny network*)"]
     order = [
@@ -282,27 +281,25 @@ def test_the_macos_profile_denies_and_opens_in_the_right_order():
     ]
     assert [lines.index(line) for line in order] == sorted(lines.index(line) for line in order)
     assert '(allow file* (subpath "/home/u/runs/a \\"b\\"\\\\c"))' in lines
-    assert "network" not in seatbelt_profile(RULES, network=True)
     assert "lsopen" in profile
-    assert "lsopen" not in seatbelt_profile(RULES, network=False, strict=False)
-    assert seatbelt(["python", "x.py"], RULES, False) == ["/usr/bin/sandbox-exec", "-p", profile, "python", "x.py"]
+    assert "lsopen" not in seatbelt_profile(RULES, strict=False)
+    assert seatbelt(["python", "x.py"], RULES) == ["/usr/bin/sandbox-exec", "-p", profile, "python", "x.py"]
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="sandbox-exec is macOS's")
 def test_macos_accepts_the_profile(tmp_path):
     rules = {os.path.realpath(tmp_path): WRITE}
-    argv = seatbelt(["/usr/bin/true"], rules, False, strict=False)
+    argv = seatbelt(["/usr/bin/true"], rules, strict=False)
     assert subprocess.run(argv, check=False).returncode == 0
 
 
-def test_the_bubblewrap_command_without_network_and_without_pid_namespace():
-    strict, weak = bubblewrap(["true"], RULES, network=False), bubblewrap(["true"], RULES, network=True, strict=False)
-    assert "--unshare-net" in strict
+def test_the_bubblewrap_command_with_and_without_pid_namespace():
+    strict, weak = bubblewrap(["true"], RULES), bubblewrap(["true"], RULES, strict=False)
     assert "--unshare-pid" in strict
-    assert "--unshare-net" not in weak
     assert "--unshare-pid" not in weak
     assert strict[-2:] == ["--", "true"]
     for one in (strict, weak):
+        assert "--unshare-net" in one
         assert "--die-with-parent" in one
         assert one[one.index("--cap-drop") + 1] == "ALL"
         assert one.index("/home/u/held") < one.index("/home/u/held/open")

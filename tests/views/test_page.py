@@ -104,7 +104,7 @@ def test_the_page_the_night_and_an_experiment(tmp_path: Path) -> None:
         assert "default-src 'none'" in policy
         assert re.search(r"script-src 'nonce-[\w-]{20,}'", policy)
         assert not re.search(r"(?:src|href)=(?!\"data:,\")", page), "nothing is loaded from elsewhere"
-        shown = json.loads(get(address + "night")[1])
+        shown = heard(address, "night")
         assert [(e["n"], e["status"], e["trials"]) for e in shown["experiments"]] == [
             (0, "keep", 2), (1, "discard", 2), (2, "crash", 2), (3, "keep", 2)]
         assert shown["experiments"][1]["score"] == pytest.approx(1.491)
@@ -130,7 +130,7 @@ def test_in_the_local_network_nobody_is_answered_without_the_token(tmp_path: Pat
         port, token = re.findall(r":(\d+)/\?token=(\S+)", printed)[0]
         address = f"http://127.0.0.1:{port}/"
         assert get(address, Cookie="autoresearch=x")[0] == 403
-        for path in ("", "night", "events", "experiment/1", "?token=wrong", "?token=%C3%BC"):
+        for path in ("", "events", "experiment/1", "?token=wrong", "?token=%C3%BC"):
             assert get(address + path)[0] == 403
         assert get(address, Cookie=f"autoresearch-{port}=w\xfcrong")[0] == 403
 
@@ -144,7 +144,7 @@ def test_in_the_local_network_nobody_is_answered_without_the_token(tmp_path: Pat
         moved.value.close()
         assert "httponly" in cookie.lower()
         assert "samesite=strict" in cookie.lower()
-        assert get(address + "night", Cookie=cookie.split(";")[0])[0] == 200
+        assert get(address + "experiment/1", Cookie=cookie.split(";")[0])[0] == 200
 
 
 def heard(address: str, event: str) -> Any:
@@ -177,7 +177,7 @@ def test_files_that_are_half_written_huge_or_no_files_and_two_readers(tmp_path: 
         assert [shown["open"]["n"] for shown in both] == [4, 4]
         journal.path.write_bytes(journal.path.read_bytes().replace(b'"n":1', b'"n":7', 1))
         assert "is damaged" in heard(address, "trouble")
-        status, said, _ = get(address + "night")
+        status, said, _ = get(address + "experiment/1")
         assert (status, "is damaged" in said, "Traceback" in said) == (500, True, False)
 
 
@@ -191,7 +191,7 @@ def test_the_loop_shows_the_page_while_the_night_runs(tmp_path: Path) -> None:
         line = driver.stdout.readline()
         assert line, said
         said += line
-    shown = json.loads(get(found[1] + "night")[1])
+    shown = heard(found[1], "night")
     assert (shown["tag"], shown["running"]) == ("night", True)
     said += driver.communicate(timeout=60)[0]
     assert driver.returncode == 0, said

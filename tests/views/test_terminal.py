@@ -70,6 +70,16 @@ def test_the_panel_says_that_it_scores_and_does_not_freeze_a_speed(tmp_path: Pat
     assert "tok/s" not in text
 
 
+def test_a_night_that_was_stopped_in_a_training_does_not_look_busy(tmp_path: Path) -> None:
+    story = in_training(tmp_path)
+    assert any("48,100 tok/s" in line for line in results.status(story.night, 42, 0.01, tmp_path))
+    story.add("night_end", reason="stopped", text="")
+    first, *lines = results.status(story.night, None, 0.01, tmp_path)
+    assert first == "night t: ended: stopped"
+    assert any(line.startswith("experiment 3 of 7") and line.endswith("; not finished; trials so far: none") for line in lines)
+    assert not any("training 1" in line or "tok/s" in line for line in lines)
+
+
 def test_the_panel_before_there_is_a_night() -> None:
     console = Rich(width=60, file=io.StringIO(), record=True)
     console.print(panel(None, 60, "preparing data", "12 % of 500 MB"))
