@@ -101,7 +101,8 @@ class Engine:
                 self.baseline()
             except DAMAGE as damage:
                 self.repair("the baseline", damage)
-                self.baseline()
+                if self.night.best is None:  # else its verdict was journalled before the damage
+                    self.baseline()
         while True:
             if self.night.open is None:
                 if end := self.before_experiment():

@@ -264,6 +264,31 @@ def test_whatever_ends_a_night_is_journalled_told_and_resumable(tmp_path: Path, 
     assert [e.status for e in night_of(bed).done] == ["discard"]
 
 
+# Runs the driver with git out of reach for a moment, right after the baseline's verdict was journalled
+MOMENT = """
+from agent.loop import main
+from agent.night.engine import Engine
+follow, failed = Engine.follow, []
+def follows(self):
+    if self.night.best is not None and not failed:
+        failed.append(True)
+        raise OSError(11, "Resource temporarily unavailable")
+    follow(self)
+Engine.follow = follows
+main()
+"""
+
+
+def test_damage_right_after_the_baselines_verdict_is_repaired(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    command = bed.command("--experiments", "1", QUICK)
+    command[1:3] = ["-c", MOMENT]
+    done = subprocess.run(command, cwd=bed.repo, env=bed.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the baseline: [Errno 11] Resource temporarily unavailable; repairing" in done.stdout
+    assert [e.status for e in night_of(bed).experiments] == ["keep", "keep"]
+
+
 def test_a_repository_that_cannot_be_repaired_ends_the_night_with_a_word(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     objects = bed.repo / ".git" / "objects"
