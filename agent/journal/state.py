@@ -172,6 +172,10 @@ class Night:
             length += 1
         return status, length
 
+    def spent(self, most: float | None) -> bool:
+        """Whether the agent has cost as much as the user allows, or could after one more call. None allows any cost."""
+        return most is not None and (self.cost >= most or self.cost + self.dearest > most)
+
     def unproposed(self) -> str:
         """Why the agent never changed the file, in words; "" if it did, or was not asked."""
         kinds = [e.status or "" for e in self.done] + [str(failure["kind"]) for failure in self.agent_failures]
@@ -211,7 +215,8 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
-    asked = night.open  # a driver was killed or stopped before the agent answered: the call still costs money
+    # A driver was killed or stopped before the agent answered: the call still costs money. At a limit no agent was being asked
+    asked = night.open if night.ended in (None, "stopped", "error") else None
     if asked and asked.n and asked.commit is None and night.dearest and not night.agent_failures:
         _spend(night, {"usage": {"cost": None}, "n": asked.n})
     if night.ended is None:  # the driver before this one was killed

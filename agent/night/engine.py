@@ -104,9 +104,9 @@ class Engine:
                 if self.night.best is None:  # else its verdict was journalled before the damage
                     self.baseline()
         while True:
+            if (self.night.open is None or self.night.open.commit is None) and (end := self.before_asking()):
+                return end
             if self.night.open is None:
-                if end := self.before_experiment():
-                    return end
                 self.record("experiment", n=len(self.night.experiments), parent=self._best_commit(), step=briefing.step(self.night))
             experiment = self.night.experiments[-1]
             try:
@@ -166,8 +166,9 @@ class Engine:
         with contextlib.suppress(OSError):  # a view; it is written again after the next experiment
             results.write_results(self.night, self.lab.folder / "results.tsv")
 
-    def before_experiment(self) -> tuple[str, str] | None:
-        """Between two experiments: a reason to end the night, after a pause if failures came in a row."""
+    def before_asking(self) -> tuple[str, str] | None:
+        """Before a new experiment, or another call for one that has no candidate yet: a reason to end the night, after a pause if
+        failures came in a row."""
         if self.stopper.finishing():
             return "stopped", "stopped by request"
         if self.journal.follow():

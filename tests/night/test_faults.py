@@ -235,7 +235,7 @@ setattr(Engine, where, fails)
 main()
 """
 ENDS = [
-    ("before_experiment", "ZeroDivisionError('a mistake of ours')"), ("recover", "MemoryError()"),
+    ("before_asking", "ZeroDivisionError('a mistake of ours')"), ("recover", "MemoryError()"),
     ("baseline", "OSError(5, 'Input/output error')"),
 ]  # fmt: skip
 
@@ -305,6 +305,24 @@ def test_a_repository_that_cannot_be_repaired_ends_the_night_with_a_word(tmp_pat
     again = bed.run("--experiments", "2", QUICK)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [e.status for e in night_of(bed).done] == ["discard", "discard"]
+
+
+def test_a_call_that_was_cut_off_is_not_made_again_past_the_limit_of_cost(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    scripted(bed, f"""
+        worse()
+        open({str(bed.tools / "calls")!r}, "a").write(f"{{n}}\\n")
+        n == 1 or os.kill(int((night / "lock").read_text()), 9)
+        print('{{"cost_usd": 2.0}}')
+        sys.exit()
+    """)
+    limited = ("--experiments", "5", QUICK, "--max-cost", "5")
+    assert bed.run(*limited).returncode == -signal.SIGKILL
+    done = bed.run(*limited)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bed.calls() == ["1", "2"], "$4 are spent, and a third call could cost $2 again"
+    night = night_of(bed)
+    assert (night.ended, night.cost) == ("max_cost", 4.0)
 
 
 @pytest.mark.slow
