@@ -24,7 +24,7 @@ from agent.git import guard
 from agent.git.command import DAMAGE
 from agent.git.guard import TRAIN_FILE_BYTES
 from agent.git.worktree import Worktree
-from agent.journal.folder import prune, sweep
+from agent.journal.folder import prune
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
@@ -85,9 +85,7 @@ class Engine:
         apply(self.night, self.journal.append("note", text=text))
 
     def recover(self) -> None:
-        """Make processes, git and views agree with the journal."""
-        for pid in sweep(self.lab.folder):
-            self.console.say(f"ended process {pid}, left by a driver that was killed")
+        """Make git and views agree with the journal."""
         self.worktree.open(self._best_commit())
         self.follow()
 

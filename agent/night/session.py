@@ -17,7 +17,7 @@ from agent.errors import NightError, Stopped
 from agent.files import directory_bytes, read_plain, remove, write_anew
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import clear_leftovers
+from agent.journal.folder import clear_leftovers, sweep
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import fold
@@ -47,6 +47,8 @@ def run_session(
     """One session of a driver; the exit code. beside: takes what runs while the session does."""
     folder, root = journal.folder, repository.root
     night = fold(journal.events)
+    for pid in sweep(folder):  # before anything is started, whose record would take the place of a leftover's
+        console.say(f"ended process {pid}, left by a driver that was killed")
     if journal.torn:
         console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
     if not night.base:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from night_kit import ROOT, Bed, git
 
@@ -22,7 +23,7 @@ from agent.journal.state import Night, fold
 
 QUICK = "--no-sandbox"
 AGENT = """
-import os, re, shutil, subprocess, sys
+import os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 sys.stdin.read()
 n, file, night = int(os.environ["AUTORESEARCH_EXPERIMENT"]), Path("train_mlx.py"), Path(os.getcwd()).parent
@@ -323,6 +324,27 @@ def test_a_call_that_was_cut_off_is_not_made_again_past_the_limit_of_cost(tmp_pa
     assert bed.calls() == ["1", "2"], "$4 are spent, and a third call could cost $2 again"
     night = night_of(bed)
     assert (night.ended, night.cost) == ("max_cost", 4.0)
+
+
+def test_what_a_killed_driver_left_is_ended_before_the_agent_is_asked_for_a_word(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    scripted(bed, f"""
+        if n == 1 and not (flag := Path({str(bed.tools / "left")!r})).exists():
+            sleep = [sys.executable, "-c", "import time; time.sleep(120)"]
+            flag.write_text(str(subprocess.Popen(sleep, start_new_session=True).pid))
+            os.kill(os.getppid(), signal.SIGSTOP)  # else the supervisor would end its family with the driver
+            os.kill(int((night / "lock").read_text()), 9)
+            os.kill(os.getppid(), 9)
+            sys.exit()
+        worse()
+    """)
+    assert bed.run("--experiments", "1", QUICK).returncode == -signal.SIGKILL
+    left = psutil.Process(int((bed.tools / "left").read_text()))
+    assert left.is_running()
+    done = bed.run("--experiments", "1", QUICK, "--check-agent")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    assert f"ended process {left.pid}, left by a driver that was killed" in done.stdout
 
 
 @pytest.mark.slow
