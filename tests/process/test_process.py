@@ -436,12 +436,12 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # or Python, as it exits, would di
 
 def test_ctrl_c_in_the_terminal_never_hits_a_child_even_as_it_starts(tmp_path):
     options = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    driver = subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options)
-    assert driver.stdout.readline() == "ready\n"
-    while driver.poll() is None:
-        os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
-        time.sleep(0.0005)
-    assert driver.returncode == 0, driver.communicate()[1]
+    with subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options) as driver:
+        assert driver.stdout.readline() == "ready\n"
+        while driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
+            time.sleep(0.0005)
+        assert driver.returncode == 0, driver.stderr.read()
 
 
 def test_a_command_can_be_interrupted_though_its_supervisor_cannot(child):
