@@ -130,8 +130,7 @@ def _ended(engine: Engine, error: Exception) -> Exception:
     except Exception as unwritten:
         words += f"; this end could not be journalled: {one_line(str(unwritten), 300) or type(unwritten).__name__}"
         engine.night.ended = "error"  # for the hook; the journal says the same at the next start: nobody works on it
-    with contextlib.suppress(Exception):  # a hook that fails must not hide why the night ended
-        engine.hooks.night_end(engine.night, words)
+    engine.hooks.night_end(engine.night, words)
     return error if isinstance(error, (Stopped, NightError)) else NightError(words)
 
 

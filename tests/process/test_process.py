@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -319,14 +318,6 @@ def test_an_exception_in_watch_ends_the_child_first(child):
     with pytest.raises(ZeroDivisionError):
         child(f"import time; time.sleep(1000)  # {marker}", watch=fail)
     assert living(marker) == []
-
-
-@pytest.fixture
-def full_disk():
-    """Fills the disk: from the call on, this process and its children write no file beyond so many bytes."""
-    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_family_whose_output_fills_the_disk_is_ended_first(child, full_disk):
