@@ -317,24 +317,22 @@ class Engine:
         self.hooks.after_experiment(self.night, experiment)
 
     def _trained(self, experiment: Experiment, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
-        """The result of one training: `interrupted` if somebody removed or moved a folder that it needs. The third time it is a
-        crash, because the candidate may do that itself."""
-        began, trouble, result = time.monotonic(), None, None
+        """The result of one training: `interrupted` if somebody removed or moved a folder that it needs. The third time that this,
+        or the GPU's watchdog, ends a trial it is a crash, because the candidate may do that itself."""
+        began = time.monotonic()
         try:
-            result = run_trial(self.lab, run_dir, seed, reference)
+            result: TrialResult | OSError = run_trial(self.lab, run_dir, seed, reference)
         except OSError as problem:
-            trouble = problem
+            result = problem
         moved = self.journal.follow()
         if moved:
             self.restored()
         if moved or not run_dir.is_dir() or not self.worktree.path.is_dir():
-            kind = "interrupted" if experiment.repeats.get("interrupted", 0) < MOST_REMOVALS else "crash"
-            error = failure_record(kind, "a folder that the training needs was removed or moved meanwhile")
-            return TrialResult(kind, time.monotonic() - began, error=error)
-        if trouble is not None or result is None:
-            raise trouble or AssertionError
-        watchdog = result.status == "interrupted" and "watchdog" in str((result.error or {}).get("message"))
-        if watchdog and experiment.repeats.get("interrupted", 0) >= MOST_REMOVALS:  # it is the candidate's own kernel, then
+            error = failure_record("removed", "a folder that the training needs was removed or moved meanwhile")
+            result = TrialResult("interrupted", time.monotonic() - began, error=error)
+        if isinstance(result, OSError):
+            raise result
+        if result.kind in ("removed", "watchdog") and experiment.repeats.get(result.kind, 0) >= MOST_REMOVALS:
             return replace(result, status="crash", error={**(result.error or {}), "kind": "crash"})
         return result
 

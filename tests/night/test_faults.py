@@ -198,6 +198,24 @@ def test_a_candidate_that_removes_its_folders_each_time_is_a_crash(tmp_path: Pat
     assert [e.status for e in night_of(bed).done] == ["crash", "keep"]
 
 
+def test_interruptions_of_different_kinds_do_not_add_up_to_a_crash(tmp_path: Path) -> None:
+    bed, tries = Bed(tmp_path), tmp_path / "tries"
+    scripted(bed, f"""
+        harm = [
+            'tries = Path("{tries}"); print(file=tries.open("a")); count = len(tries.read_text())',
+            'import shutil; count <= 2 and shutil.rmtree("../worktree")',
+            'count != 3 or sys.exit("Impacting Interactivity")',
+        ]
+        better()
+        run = "    run = Path"
+        file.write_text(file.read_text().replace(run, "".join(f"    {{line}}\\n" for line in harm) + run))
+    """)
+    done = bed.run("--experiments", "1", QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is repeated: ") == 3
+    assert [e.status for e in night_of(bed).done] == ["keep"]
+
+
 def test_two_nights_of_one_repository_take_nothing_from_each_other(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     scripted(bed, "import time; time.sleep(0.5); worse()")
