@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
-from agent.files import directory_bytes, read_plain, remove, write_anew
+from agent.files import read_plain, remove, size_in_words, write_anew
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers, sweep
@@ -109,7 +109,7 @@ def run_session(
         console.stage("writing the report")
         drawn = f", report: {place}/report.html" if _report(folder, root) else f", no report: {place}/logs/report.log"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {place}/results.tsv{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {place}")
+    console.say(f"results: {place}/results.tsv{drawn}; {size_in_words(folder)} in {place}")
     console.say(results.last_line(engine.night))
     fine = name not in ("failures", "login", "missing", "rate_limit")
     return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
