@@ -96,6 +96,12 @@ def directory_bytes(directory: Path) -> int:
     return total
 
 
+def size_in_words(directory: Path) -> str:
+    """The size of a directory for people, as far as it can be counted."""
+    size = directory_bytes(directory)
+    return f"{size / 1e6:,.0f} MB" if size < BOUNDLESS else f"more than {MOST_ENTRIES:,} files or {DEEPEST} nested folders"
+
+
 def unlock(folder: Path) -> None:
     """Make a folder readable and writable again, if its owner may."""
     status = os.lstat(folder)

@@ -15,7 +15,7 @@ from cloup import option, option_group
 from agent.coders.choice import choose
 from agent.coders.coder import CoderError
 from agent.errors import NightError, Stopped, UsageError
-from agent.files import directory_bytes, remove
+from agent.files import remove, size_in_words
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import choose_tag, latest, neighbours, require_tag, runs_folder
 from agent.journal.journal import Journal, holder, read_events
@@ -214,7 +214,7 @@ def _forget(tag: str, sure: bool) -> int:
     if events:
         click.echo(results.last_line(fold(events)))
     merged = "" if not commits or worktree.merged() else f"; what was kept on {worktree.branch} is merged nowhere"
-    click.echo(f"runs/{tag}: {directory_bytes(folder) / 1e6:,.0f} MB; {len(commits)} refs of git{merged}")
+    click.echo(f"runs/{tag}: {size_in_words(folder)}; {len(commits)} refs of git{merged}")
     if not sure and not click.confirm("remove all of it?"):
         return 1
     worktree.forget()

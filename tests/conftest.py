@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -115,3 +116,11 @@ def trained(tiny, tmp_path_factory) -> Path:
                    AUTORESEARCH_BUDGET="20steps", AUTORESEARCH_SCORE="0")
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+@pytest.fixture
+def full_disk():
+    """Fills the disk: from the call on, this process and its children write no file beyond so many bytes."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import files
-from agent.files import BOUNDLESS, DEEPEST, directory_bytes, read_part, read_plain, remove, write_anew
+from agent.files import BOUNDLESS, DEEPEST, directory_bytes, read_part, read_plain, remove, size_in_words, write_anew
 
 
 def nest(folder: Path, depth: int) -> None:
@@ -90,6 +90,12 @@ def test_what_is_too_deep_or_too_full_to_count_is_above_every_limit(place: Path,
     for number in range(6):
         (place / "flat" / str(number)).touch()
     assert directory_bytes(place / "flat") == BOUNDLESS
+    assert size_in_words(place / "flat") == "more than 5 files or 64 nested folders", "and not how much that is above the limits"
+
+
+def test_a_size_is_told_in_megabytes(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"x" * 3_000_000)
+    assert size_in_words(tmp_path) == "3 MB"
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def settings_file(variable: str, content: dict[str, Any], job: Job) -> dict[str,
 
 def claude(job: Job) -> list[str]:
     # acceptEdits: without it the write is denied, and the exit code is 0 all the same
-    limit = ["--max-budget-usd", f"{job.max_cost_usd:g}"] if job.max_cost_usd else []
+    limit = ["--max-budget-usd", f"{job.max_cost_usd:g}"] if job.max_cost_usd is not None else []
     return ["-p", "--output-format", "json", "--permission-mode", "acceptEdits", "--tools", "Read,Edit,Write,Grep,Glob",
             "--no-session-persistence", "--setting-sources", "", "--strict-mcp-config",
             *model(job, "--model"), *limit]  # fmt: skip

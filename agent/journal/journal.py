@@ -26,6 +26,7 @@ from typing import Any
 
 from agent.errors import JournalError, LockedError, UsageError
 from agent.files import read_plain, write_anew
+from agent.journal.state import fold
 
 SCHEMA = 1
 RESERVE_BYTES = 64 << 10  # disk space that is kept occupied, and freed for the last lines of a night whose disk is full
@@ -105,10 +106,12 @@ class Journal:
             self.append("note", text=f"a torn last line of {len(rest)} bytes was set aside in {self.torn.name}")
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Write one event and return it once it is on the disk. JournalError if it cannot be written, ValueError for NaN."""
+        """Write one event and return it once it is on the disk. JournalError if it cannot be written, or could not be read again
+        because it is out of order; ValueError for NaN."""
         self.follow()
         full: Event = {"v": SCHEMA, "seq": len(self.events), "t": round(time.time(), 3), "event": event, **fields}
         line = encode(full)
+        fold([*self.events, full])  # before it is written: one event out of order, and no driver could read the night again
         problem = self._write(line)
         if problem and self._give_up_reserve():
             problem = self._write(line)

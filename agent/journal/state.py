@@ -15,7 +15,8 @@ Events, all with `v`, `seq`, `t` and `sum` (agent/journal/journal.py):
     trial_start  n, k, seed, dir
     trial_end    n, k, seed, dir, status, val_bpb, summary, seconds, error
                                                                        status: ok, the name of a failure, or interrupted or
-                                                                       disturbed, which means that the trial is repeated
+                                                                       disturbed, which means that the trial is repeated;
+                                                                       the kind of `error` says what interrupted it
     verified     n, dir, status, seconds, error                        the check before a keep, which probes every row
     verdict      n, status, reason, val_bpb, description, error, usage, seconds
                                                                        ends experiment `n`
@@ -76,7 +77,7 @@ class Experiment:
     ended: float = 0.0
     tokens: int = 0  # tokens that the agent used for this experiment
     cost: float = 0.0  # US dollars, as far as the agent reported them
-    repeats: dict[str, int] = field(default_factory=dict)  # how often the current trial was repeated, by reason
+    repeats: dict[str, int] = field(default_factory=dict)  # how often the current trial was repeated, by kind of error
 
     @property
     def name(self) -> str:
@@ -173,6 +174,10 @@ class Night:
                 break
             length += 1
         return status, length
+
+    def spent(self, most: float | None) -> bool:
+        """Whether the agent has cost as much as the user allows, or could after one more call. None allows any cost."""
+        return most is not None and (self.cost >= most or self.cost + self.dearest > most)
 
     def unproposed(self) -> str:
         """Why the agent never changed the file, in words; "" if it did, or was not asked."""
@@ -304,7 +309,8 @@ def _trial_end(night: Night, event: Mapping[str, Any]) -> None:
         raise JournalError(f"event {event['seq']}: trial {event['k']} of experiment {event['n']} ends without a start")
     if event["status"] in REPEATED:
         experiment.trials.pop()
-        experiment.repeats[event["status"]] = experiment.repeats.get(event["status"], 0) + 1
+        why = str((event["error"] or {}).get("kind") or event["status"])
+        experiment.repeats[why] = experiment.repeats.get(why, 0) + 1
         night.disturbed += event["status"] == "disturbed"
         return
     trial.status, trial.val_bpb, trial.seconds = event["status"], event["val_bpb"], event["seconds"]

@@ -24,7 +24,7 @@ def validated(night: Night, experiment: Experiment, result: TrialResult, budget_
 
     A trial is repeated `MOST_REPEATS` times, and a night repeats only a share of its trials. Beyond that the result counts, and
     its summary has a warning. NightError if the machine sleeps through every attempt."""
-    if result.status == "interrupted" and experiment.repeats.get("interrupted", 0) + 1 >= MOST_INTERRUPTIONS:
+    if result.status == "interrupted" and experiment.repeats.get(result.kind, 0) + 1 >= MOST_INTERRUPTIONS:
         raise NightError("the machine was suspended during every attempt at a trial; keep it awake, then --resume")
     few, one_in = REPEATS_OF_A_NIGHT
     result = _against_the_night(night, result)

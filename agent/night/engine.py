@@ -24,7 +24,7 @@ from agent.git import guard
 from agent.git.command import DAMAGE
 from agent.git.guard import TRAIN_FILE_BYTES
 from agent.git.worktree import Worktree
-from agent.journal.folder import prune, sweep
+from agent.journal.folder import prune
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
@@ -85,9 +85,7 @@ class Engine:
         apply(self.night, self.journal.append("note", text=text))
 
     def recover(self) -> None:
-        """Make processes, git and views agree with the journal."""
-        for pid in sweep(self.lab.folder):
-            self.console.say(f"ended process {pid}, left by a driver that was killed")
+        """Make git and views agree with the journal."""
         self.worktree.open(self._best_commit())
         self.follow()
 
@@ -101,11 +99,12 @@ class Engine:
                 self.baseline()
             except DAMAGE as damage:
                 self.repair("the baseline", damage)
-                self.baseline()
+                if self.night.best is None:  # else its verdict was journalled before the damage
+                    self.baseline()
         while True:
+            if (self.night.open is None or self.night.open.commit is None) and (end := self.before_asking()):
+                return end
             if self.night.open is None:
-                if end := self.before_experiment():
-                    return end
                 self.record("experiment", n=len(self.night.experiments), parent=self._best_commit(), step=briefing.step(self.night))
             experiment = self.night.experiments[-1]
             try:
@@ -165,8 +164,9 @@ class Engine:
         with contextlib.suppress(OSError):  # a view; it is written again after the next experiment
             results.write_results(self.night, self.lab.folder / "results.tsv")
 
-    def before_experiment(self) -> tuple[str, str] | None:
-        """Between two experiments: a reason to end the night, after a pause if failures came in a row."""
+    def before_asking(self) -> tuple[str, str] | None:
+        """Before a new experiment, or another call for one that has no candidate yet: a reason to end the night, after a pause if
+        failures came in a row."""
         if self.stopper.finishing():
             return "stopped", "stopped by request"
         if self.journal.follow():
@@ -318,24 +318,22 @@ class Engine:
         self.hooks.after_experiment(self.night, experiment)
 
     def _trained(self, experiment: Experiment, run_dir: Path, seed: int, reference: dict[str, Any]) -> TrialResult:
-        """The result of one training: `interrupted` if somebody removed or moved a folder that it needs. The third time it is a
-        crash, because the candidate may do that itself."""
-        began, trouble, result = time.monotonic(), None, None
+        """The result of one training: `interrupted` if somebody removed or moved a folder that it needs. The third time that this,
+        or the GPU's watchdog, ends a trial it is a crash, because the candidate may do that itself."""
+        began = time.monotonic()
         try:
-            result = run_trial(self.lab, run_dir, seed, reference)
+            result: TrialResult | OSError = run_trial(self.lab, run_dir, seed, reference)
         except OSError as problem:
-            trouble = problem
+            result = problem
         moved = self.journal.follow()
         if moved:
             self.restored()
         if moved or not run_dir.is_dir() or not self.worktree.path.is_dir():
-            kind = "interrupted" if experiment.repeats.get("interrupted", 0) < MOST_REMOVALS else "crash"
-            error = failure_record(kind, "a folder that the training needs was removed or moved meanwhile")
-            return TrialResult(kind, time.monotonic() - began, error=error)
-        if trouble is not None or result is None:
-            raise trouble or AssertionError
-        watchdog = result.status == "interrupted" and "watchdog" in str((result.error or {}).get("message"))
-        if watchdog and experiment.repeats.get("interrupted", 0) >= MOST_REMOVALS:  # it is the candidate's own kernel, then
+            error = failure_record("removed", "a folder that the training needs was removed or moved meanwhile")
+            result = TrialResult("interrupted", time.monotonic() - began, error=error)
+        if isinstance(result, OSError):
+            raise result
+        if result.kind in ("removed", "watchdog") and experiment.repeats.get(result.kind, 0) >= MOST_REMOVALS:
             return replace(result, status="crash", error={**(result.error or {}), "kind": "crash"})
         return result
 

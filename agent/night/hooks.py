@@ -61,10 +61,10 @@ class Hooks:
 
     def night_end(self, night: Night, text: str) -> None:
         """Also for a night that was stopped at once: this is how its owner hears of it."""
-        about = {**_about(night), "reason": night.ended, "text": text, "summary": results.last_line(night)}
-        self._run("night_end", about, lambda: False)
-        if self._notify and self._notify == _digest(NOTIFY) and not os.path.lexists(self.root / FOLDER / "night_end"):
-            with contextlib.suppress(OSError):  # a full disk: the night is over all the same
+        with contextlib.suppress(Exception):  # the night is over all the same: a full disk must not hide how it ended
+            about = {**_about(night), "reason": night.ended, "text": text, "summary": results.last_line(night)}
+            self._run("night_end", about, lambda: False)
+            if self._notify and self._notify == _digest(NOTIFY) and not os.path.lexists(self.root / FOLDER / "night_end"):
                 self._call([sys.executable, "-B", NOTIFY], "night_end", about, lambda: False)
 
     def _run(self, name: str, about: dict[str, Any], stop: Callable[[], bool]) -> str:
@@ -76,7 +76,10 @@ class Hooks:
             return self._trouble(name, words)
         if not os.access(path, os.X_OK):
             return self._trouble(name, f"is not executable and was not run; run: chmod +x {FOLDER}/{name}")
-        outcome, out = self._call([path], name, about, stop)
+        try:
+            outcome, out = self._call([path], name, about, stop)
+        except OSError as error:  # a full disk
+            return self._trouble(name, f"could not be run: {one_line(str(error), 300)}")
         if outcome.reason == "stopped":
             return ""
         if not outcome.ok:
@@ -109,8 +112,8 @@ class Hooks:
         if self._said.get(name) != text:
             self._said[name] = text
             note = f"{FOLDER}/{name} {text}"
-            self._record("note", text=note)
             self._say(f"note: {note}")
+            self._record("note", text=note)
         return ""
 
 

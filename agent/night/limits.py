@@ -35,7 +35,7 @@ def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: f
         return "experiments", f"{done} experiment{'s' * (done != 1)} done, as asked"
     if settings.hours is not None and session_seconds >= settings.hours * 3600:
         return "hours", f"{settings.hours:g} hours are over"
-    if settings.max_cost is not None and (night.cost >= settings.max_cost or night.cost + night.dearest > settings.max_cost):
+    if settings.max_cost is not None and night.spent(settings.max_cost):
         guess = f", {night.estimated} calls of unknown price among them" if night.estimated else ""
         one = f", and one call has cost up to ${night.dearest:.2f}" if night.cost < settings.max_cost else ""
         return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}{guess}{one}"

@@ -14,10 +14,10 @@ from typing import Any
 
 from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
-from agent.files import directory_bytes, read_plain, remove, write_anew
+from agent.files import read_plain, remove, size_in_words, write_anew
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import clear_leftovers
+from agent.journal.folder import clear_leftovers, sweep
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import fold
@@ -47,6 +47,8 @@ def run_session(
     """Run one driver session and return its exit code. beside: holds programs that run until the session ends."""
     folder, root = journal.folder, repository.root
     night = fold(journal.events)
+    for pid in sweep(folder):  # before anything is started, whose record would take the place of a leftover's
+        console.say(f"ended process {pid}, left by a driver that was killed")
     if journal.torn:
         console.say(f"note: the journal's last line was torn; it is set aside in {journal.torn}")
     if not night.base:
@@ -107,7 +109,7 @@ def run_session(
         console.stage("writing the report")
         drawn = f", report: {place}/report.html" if _report(folder, root) else f", no report: {place}/logs/report.log"
     console.say(f"the night ends: {words}")
-    console.say(f"results: {place}/results.tsv{drawn}; {directory_bytes(folder) / 1e6:,.0f} MB in {place}")
+    console.say(f"results: {place}/results.tsv{drawn}; {size_in_words(folder)} in {place}")
     console.say(results.last_line(engine.night))
     fine = name not in ("failures", "login", "missing", "rate_limit")
     return 0 if fine and not results.refused(engine.night) and not engine.night.unproposed() else 1
@@ -128,8 +130,7 @@ def _ended(engine: Engine, error: Exception) -> Exception:
     except Exception as unwritten:
         words += f"; this end could not be journalled: {one_line(str(unwritten), 300) or type(unwritten).__name__}"
         engine.night.ended = "error"  # for the hook; the journal says the same at the next start: nobody works on it
-    with contextlib.suppress(Exception):  # a hook that fails must not hide why the night ended
-        engine.hooks.night_end(engine.night, words)
+    engine.hooks.night_end(engine.night, words)
     return error if isinstance(error, (Stopped, NightError)) else NightError(words)
 
 

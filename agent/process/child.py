@@ -143,6 +143,8 @@ class _Child:
         self.marker = self.env[supervise.MARKER] = uuid.uuid4().hex
         self.record = Record(pidfile, self.marker)
         self.reason: str | None = None
+        self.unwritten: OSError | None = None  # why its output cannot be written
+        self.root: int | None = None  # pid of the command, which the supervisor reports
         self.supervised = True  # until the supervisor exits
         self.status = b""  # JSON lines from the supervisor
         self.peak_mb = 0.0
@@ -150,7 +152,9 @@ class _Child:
         self.asleep = seconds_asleep()
 
     def follow(self, stop: Callable[[], bool], watch: Callable[[], str | None]) -> Outcome:
-        try:
+        with contextlib.ExitStack() as files:
+            for finish in (self.record.clear, self.out.close, self.log.close):
+                files.callback(finish)
             problem = self._problem()
             if problem:
                 return self._missing(problem)
@@ -160,11 +164,9 @@ class _Child:
                     self._loop(stop, watch)
                 finally:
                     self._end()
+                if self.unwritten:
+                    raise self.unwritten
                 return self._outcome()
-        finally:
-            self.log.close()
-            self.out.close()
-            self.record.clear()
 
     def _problem(self) -> str | None:
         if not self.cwd.is_dir():
@@ -209,12 +211,17 @@ class _Child:
         self.started = self.heard = time.monotonic()
         self.asleep = seconds_asleep()
         self.family = psutil.Process(self.process.pid)
-        self.record.write(self.process.pid)
+        self._write_record(self.process.pid)
         self._follow_pipe(status, None)
         for pipe, sink in [(self.process.stdout, self.out), (self.process.stderr, self.log)]:
             if pipe is not None:
                 self.open.callback(pipe.close)
                 self._follow_pipe(pipe.fileno(), sink)
+
+    def _write_record(self, *pids: int) -> None:
+        """Add processes to the record. On a full disk it stays as it was: it has the marker, by which the family is found, too."""
+        with contextlib.suppress(OSError):
+            self.record.write(*pids)
 
     def _follow_pipe(self, descriptor: int, sink: BoundedLog | None) -> None:
         os.set_blocking(descriptor, False)
@@ -222,7 +229,7 @@ class _Child:
 
     def _loop(self, stop: Callable[[], bool], watch: Callable[[], str | None]) -> None:
         next_tick = next_sample = 0.0
-        while self._read(TICK_SECONDS) and self.reason is None:
+        while self._read(TICK_SECONDS) and self.reason is None and self.unwritten is None:
             now = time.monotonic()
             if now >= next_tick:
                 next_tick = now + TICK_SECONDS
@@ -233,7 +240,7 @@ class _Child:
                 next_sample = now + max(SAMPLE_SECONDS, 10 * taken)
 
     def _read(self, timeout: float) -> bool:
-        """Read what is in the pipes. Returns whether the supervisor is still alive."""
+        """Read what is in the pipes. Returns whether the supervisor is still alive. Output that cannot be written is left out."""
         for key, _ in self.selector.select(timeout):
             sink: BoundedLog | None = key.data
             try:
@@ -245,10 +252,15 @@ class _Child:
                 self.supervised = self.supervised and sink is not None
             elif sink is None:
                 self.status = (self.status + chunk)[-_CHUNK:]
-                self.record.write(self.process.pid, *[pid for pid in [self._told("pid")] if isinstance(pid, int)])
+                if self.root is None and isinstance(pid := self._told("pid"), int):
+                    self.root = pid
+                    self._write_record(self.process.pid, pid)
             else:
-                sink.write(chunk)
                 self.heard = time.monotonic()
+                try:
+                    sink.write(chunk)
+                except OSError as error:  # a full disk: the family is ended first
+                    self.unwritten = error
         return self.supervised
 
     def _told(self, name: str) -> object:

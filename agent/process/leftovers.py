@@ -30,14 +30,14 @@ class Record:
             return
         starts = []
         for pid in pids:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, ValueError, OverflowError):  # a child may speak for its supervisor
                 starts.append({"pid": pid, "start": psutil.Process(pid).create_time()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_anew(self.path, json.dumps({"marker": self.marker, "processes": starts}).encode())
 
     def clear(self) -> None:
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            remove(self.path)  # whatever the child has put in its place
 
 
 def end_leftovers(directory: Path) -> list[int]:

@@ -34,14 +34,14 @@ class BoundedLog:
     def close(self) -> None:
         if self._file.closed:
             return
-        self._keep(self._redactor.end())
-        tail = b"".join(self._tail)
-        cut = max(0, len(tail) - self._tail_limit)
-        self._dropped += cut
-        if self._dropped:
-            self._file.write(b"\n[... %d bytes left out ...]\n" % self._dropped)
-        self._file.write(tail[cut:])
-        self._file.close()
+        with self._file:
+            self._keep(self._redactor.end())
+            tail = b"".join(self._tail)
+            cut = max(0, len(tail) - self._tail_limit)
+            self._dropped += cut
+            if self._dropped:
+                self._file.write(b"\n[... %d bytes left out ...]\n" % self._dropped)
+            self._file.write(tail[cut:])
 
     def _keep(self, clean: bytes) -> None:
         head, rest = clean[: self._head_left], clean[self._head_left :]

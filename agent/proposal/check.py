@@ -60,8 +60,7 @@ def before_the_night(
     source: name and content of the train file. Nothing is asked if the user wants that, or if no experiment is left to be done.
     """
     done = settings.experiments is not None and len(night.done) >= settings.experiments
-    spent = settings.max_cost is not None and night.cost >= settings.max_cost
-    if not settings.check_agent or done or spent:
+    if not settings.check_agent or done or night.spent(settings.max_cost):
         return
     left = settings.max_cost - night.cost if settings.max_cost is not None else None
     answer = ask_for_a_word(coder, settings, folder, source, stop, left)

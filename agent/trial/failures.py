@@ -21,6 +21,7 @@ from agent.trial.order import TrialResult
 
 TRAINER_CODES = {1: "crash", 2: "crash", 3: "nan", 4: "oom", 5: "timeout", 6: "violation"}
 REASONS = {"wall": "timeout", "idle": "timeout", "memory": "oom", "disk": "violation", "log": "violation", "nan": "nan"}
+INTERRUPTIONS = ("slept", "watchdog")  # of the machine and by its GPU: no fault of the candidate
 ERROR_BYTES = 64 << 10  # of error.json
 LOG_BYTES = 64 << 20  # of a log; the spawner keeps far less
 # What Metal says of work that it ended for the sake of the screen or of another program, or after another one's fault.
@@ -42,7 +43,7 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
         return REASONS.get(outcome.reason, "crash"), limit_words(lab, outcome.reason)
     kind, message = _error_file(run_dir / "error.json")
     if (outcome.signal or outcome.exit_code) and (found := watchdog(f"{message}\n{outcome.tail(5000)}")):
-        return "interrupted", found
+        return "watchdog", found
     if outcome.signal is not None:
         # Not one of the driver's limits: those have a reason. The system's own killer is what sends KILL at night, and Metal
         # aborts the process where memory ends: a word in its log is all that it leaves
@@ -102,7 +103,8 @@ def _error_record(text: str | bytes) -> tuple[str, str] | None:
 
 
 def failed(kind: str, message: str, outcome: child.Outcome, step: int | None = None) -> TrialResult:
-    return TrialResult(kind, outcome.seconds, error=failure_record(kind, message, step, outcome.tail(2000)))
+    status = "interrupted" if kind in INTERRUPTIONS else kind
+    return TrialResult(status, outcome.seconds, error=failure_record(kind, message, step, outcome.tail(2000)))
 
 
 def last_words(outcome: child.Outcome) -> str:

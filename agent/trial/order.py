@@ -24,10 +24,16 @@ def parse_budget(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """`status` is ok, interrupted, disturbed or a failure's name; `val_bpb` in bits per byte, with ok and disturbed."""
+    """`status` is ok, interrupted, disturbed or a failure's name; `val_bpb` in bits per byte, with ok and disturbed. `error` has a
+    failure's name, too, or what interrupted the trial: slept, watchdog or removed."""
 
     status: str
     seconds: float
     val_bpb: float | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its status; of an interrupted one, what interrupted it."""
+        return str((self.error or {}).get("kind") or self.status)

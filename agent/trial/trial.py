@@ -75,7 +75,7 @@ def _train_and_score(lab: Lab, run_dir: Path, seed: int, reference: Mapping[str,
     outcome = run_child(lab, trainer, log, run_dir, limit, env, watch)
     if outcome.suspended_seconds > SUSPENDED_SECONDS:
         slept = f"the machine slept for {outcome.suspended_seconds:.0f} s during the training"
-        return failed("interrupted", slept, outcome)
+        return failed("slept", slept, outcome)
     if lab.restore_harness():
         return failed("violation", "the night's copy of the harness was changed during the training", outcome)
     if changed := lab.changed_text():
@@ -129,7 +129,7 @@ def score_run(
     outcome = run_child(lab, scorer, log, run_dir, limit, stdin=told, stdout_to=out)
     remove(lab.scratch(run_dir))
     if outcome.suspended_seconds > SUSPENDED_SECONDS and not outcome.ok:
-        return failed("interrupted", "the machine slept", outcome)
+        return failed("slept", "the machine slept", outcome)
     if outcome.reason == "wall":
         return failed("timeout", f"scoring was still running after {limit:.0f} s by the driver's clock", outcome)
     if outcome.reason != "exited":
@@ -148,7 +148,7 @@ def _refused(outcome: child.Outcome, what: str) -> TrialResult:
     """The failure that the harness named on standard error. DataError if its data is at fault, which no candidate can cause."""
     kind, message = scorer_word(outcome.log)
     if found := watchdog(message):
-        return failed("interrupted", found, outcome)
+        return failed("watchdog", found, outcome)
     if outcome.exit_code == DATA_CODE:
         raise DataError(f"{what}: {message or last_words(outcome)}; prepare the data again, then --resume")
     kind = kind or TRAINER_CODES.get(outcome.exit_code or 1, "crash")

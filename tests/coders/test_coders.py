@@ -93,6 +93,7 @@ def test_claude_may_edit_and_nothing_else(job: Job, environ: dict[str, str]) -> 
     assert words[words.index("--max-budget-usd") + 1] == "1.5"
     assert "--dangerously-skip-permissions" not in words
     assert "--max-budget-usd" not in argv("claude", job, environ)
+    assert "--max-budget-usd" in argv("claude", replace(job, max_cost_usd=0.0), environ), "nothing left is not no limit"
 
 
 def test_codex_stays_in_its_sandbox_and_reads_the_prompt_last(job: Job, environ: dict[str, str]) -> None:

@@ -100,6 +100,15 @@ def test_no_nan_in_a_journal(tmp_path: Path) -> None:
     assert len(read_events(tmp_path / "journal.jsonl")[0]) == 1
 
 
+def test_an_event_out_of_order_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.append("experiment", n=0, parent="b")
+        with pytest.raises(JournalError, match="expected experiment 1 after the verdict"):
+            journal.append("experiment", n=0, parent="b")
+        journal.append("note", text="goes on")
+    assert [event["event"] for event in read_events(tmp_path / "journal.jsonl")[0]] == ["experiment", "note"]
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

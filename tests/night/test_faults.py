@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from night_kit import ROOT, Bed, git
 
@@ -22,7 +23,7 @@ from agent.journal.state import Night, fold
 
 QUICK = "--no-sandbox"
 AGENT = """
-import os, re, shutil, subprocess, sys
+import os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 sys.stdin.read()
 n, file, night = int(os.environ["AUTORESEARCH_EXPERIMENT"]), Path("train_mlx.py"), Path(os.getcwd()).parent
@@ -197,6 +198,24 @@ def test_a_candidate_that_removes_its_folders_each_time_is_a_crash(tmp_path: Pat
     assert [e.status for e in night_of(bed).done] == ["crash", "keep"]
 
 
+def test_interruptions_of_different_kinds_do_not_add_up_to_a_crash(tmp_path: Path) -> None:
+    bed, tries = Bed(tmp_path), tmp_path / "tries"
+    scripted(bed, f"""
+        harm = [
+            'tries = Path("{tries}"); print(file=tries.open("a")); count = len(tries.read_text())',
+            'import shutil; count <= 2 and shutil.rmtree("../worktree")',
+            'count != 3 or sys.exit("Impacting Interactivity")',
+        ]
+        better()
+        run = "    run = Path"
+        file.write_text(file.read_text().replace(run, "".join(f"    {{line}}\\n" for line in harm) + run))
+    """)
+    done = bed.run("--experiments", "1", QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is repeated: ") == 3
+    assert [e.status for e in night_of(bed).done] == ["keep"]
+
+
 def test_two_nights_of_one_repository_take_nothing_from_each_other(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     scripted(bed, "import time; time.sleep(0.5); worse()")
@@ -235,7 +254,7 @@ setattr(Engine, where, fails)
 main()
 """
 ENDS = [
-    ("before_experiment", "ZeroDivisionError('a mistake of ours')"), ("recover", "MemoryError()"),
+    ("before_asking", "ZeroDivisionError('a mistake of ours')"), ("recover", "MemoryError()"),
     ("baseline", "OSError(5, 'Input/output error')"),
 ]  # fmt: skip
 
@@ -264,6 +283,31 @@ def test_whatever_ends_a_night_is_journalled_told_and_resumable(tmp_path: Path, 
     assert [e.status for e in night_of(bed).done] == ["discard"]
 
 
+# Runs the driver with git out of reach for a moment, right after the baseline's verdict was journalled
+MOMENT = """
+from agent.loop import main
+from agent.night.engine import Engine
+follow, failed = Engine.follow, []
+def follows(self):
+    if self.night.best is not None and not failed:
+        failed.append(True)
+        raise OSError(11, "Resource temporarily unavailable")
+    follow(self)
+Engine.follow = follows
+main()
+"""
+
+
+def test_damage_right_after_the_baselines_verdict_is_repaired(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better")
+    command = bed.command("--experiments", "1", QUICK)
+    command[1:3] = ["-c", MOMENT]
+    done = subprocess.run(command, cwd=bed.repo, env=bed.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the baseline: [Errno 11] Resource temporarily unavailable; repairing" in done.stdout
+    assert [e.status for e in night_of(bed).experiments] == ["keep", "keep"]
+
+
 def test_a_repository_that_cannot_be_repaired_ends_the_night_with_a_word(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     objects = bed.repo / ".git" / "objects"
@@ -280,6 +324,45 @@ def test_a_repository_that_cannot_be_repaired_ends_the_night_with_a_word(tmp_pat
     again = bed.run("--experiments", "2", QUICK)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [e.status for e in night_of(bed).done] == ["discard", "discard"]
+
+
+def test_a_call_that_was_cut_off_is_not_made_again_past_the_limit_of_cost(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    scripted(bed, f"""
+        worse()
+        open({str(bed.tools / "calls")!r}, "a").write(f"{{n}}\\n")
+        n == 1 or os.kill(int((night / "lock").read_text()), 9)
+        print('{{"cost_usd": 2.0}}')
+        sys.exit()
+    """)
+    limited = ("--experiments", "5", QUICK, "--max-cost", "5")
+    assert bed.run(*limited).returncode == -signal.SIGKILL
+    done = bed.run(*limited)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bed.calls() == ["1", "2"], "$4 are spent, and a third call could cost $2 again"
+    night = night_of(bed)
+    assert (night.ended, night.cost) == ("max_cost", 4.0)
+
+
+def test_what_a_killed_driver_left_is_ended_before_the_agent_is_asked_for_a_word(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    scripted(bed, f"""
+        if n == 1 and not (flag := Path({str(bed.tools / "left")!r})).exists():
+            sleep = [sys.executable, "-c", "import time; time.sleep(120)"]
+            flag.write_text(str(subprocess.Popen(sleep, start_new_session=True).pid))
+            os.kill(os.getppid(), signal.SIGSTOP)  # else the supervisor would end its family with the driver
+            os.kill(int((night / "lock").read_text()), 9)
+            os.kill(os.getppid(), 9)
+            sys.exit()
+        worse()
+    """)
+    assert bed.run("--experiments", "1", QUICK).returncode == -signal.SIGKILL
+    left = psutil.Process(int((bed.tools / "left").read_text()))
+    assert left.is_running()
+    done = bed.run("--experiments", "1", QUICK, "--check-agent")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    assert f"ended process {left.pid}, left by a driver that was killed" in done.stdout
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT
 from night_kit import Bed, checkout_digest
 
+from agent.errors import JournalError
 from agent.journal.journal import read_events
 from agent.journal.state import Night, fold
 from agent.night import hooks
@@ -175,6 +177,25 @@ def test_a_user_who_stops_the_night_does_not_wait_for_a_hook(yard: Yard) -> None
     yard.write("open('ended', 'w').write('yes')", "night_end")
     yard.hooks.night_end(night(), "stopped at once by request")
     assert (yard.root / "ended").exists(), "its owner hears of a night that was stopped"
+
+
+def test_a_full_disk_costs_a_hook_and_nothing_else(yard: Yard, full_disk: Callable[[int], None]) -> None:
+    yard.write("print('mine')")
+    full_disk(0)
+    assert yard.ask() == ""
+    assert yard.notes[0].startswith("hooks/before_experiment could not be run: ")
+    assert "File too large" in yard.notes[0]
+
+
+def test_a_hook_and_a_journal_that_fail_do_not_hide_how_a_night_ended(yard: Yard, full_disk: Callable[[int], None]) -> None:
+    def unwritten(event: str, **fields: Any) -> None:
+        raise JournalError("no space left")
+
+    yard.record = unwritten  # type: ignore[method-assign]
+    yard.write("print('mine')", "night_end")
+    full_disk(0)
+    yard.hooks.night_end(night(), "8 hours are over")
+    assert "hooks/night_end could not be run" in yard.said[0]
 
 
 TELL = """import json, os, sys

@@ -102,6 +102,16 @@ def test_a_session_that_asked_nothing_costs_nothing() -> None:
     assert (story.night.cost, story.night.estimated) == (before, 0)
 
 
+def test_a_night_that_ended_at_a_limit_was_asking_nobody() -> None:
+    story = told()
+    story.add("experiment", n=3, parent="c2")
+    story.add("asked", n=3)
+    story.add("session", settings={}, pid=2)  # the driver was killed during the call
+    story.add("night_end", reason="max_cost", text="")
+    story.add("session", settings={}, pid=3)
+    assert story.night.estimated == 1
+
+
 def test_the_word_that_is_asked_before_a_night_is_paid_for() -> None:
     story = Story()
     story.add("agent_check", kind="ok", message="ready", usage={"cost": 0.25, "tokens": 7}, seconds=2.0)

@@ -320,6 +320,34 @@ def test_an_exception_in_watch_ends_the_child_first(child):
     assert living(marker) == []
 
 
+def test_a_family_whose_output_fills_the_disk_is_ended_first(child, full_disk):
+    marker = f"filling-{os.getpid()}"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(1000)"
+    code = f"""
+        import subprocess, sys, time
+        deaf = subprocess.Popen([sys.executable, "-c", {deaf!r}, "{marker}"], stdout=subprocess.PIPE, start_new_session=True)
+        deaf.stdout.readline()
+        print('x' * 200_000, flush=True)
+        time.sleep(1000)
+        """
+    full_disk(10_000)
+    with pytest.raises(OSError, match="File too large"):
+        child(code)
+    assert living(marker) == []
+
+
+def test_a_disk_that_is_full_meanwhile_is_no_matter_to_a_child_that_prints_nothing(child, full_disk, tmp_path):
+    outcome = child("import time; time.sleep(0.5)", pidfile=tmp_path / "child.pid", watch=lambda: full_disk(0))
+    assert outcome.ok
+    assert not (tmp_path / "child.pid").exists()
+
+
+def test_whatever_a_child_puts_in_the_place_of_its_record_is_removed(child, tmp_path):
+    code = "import os, time; time.sleep(0.5); os.remove('child.pid'); os.makedirs('child.pid/a')"
+    assert child(code, pidfile=tmp_path / "child.pid").ok
+    assert not (tmp_path / "child.pid").exists()
+
+
 def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child, monkeypatch):
     monkeypatch.setattr(supervise, "KILL_SECONDS", 0.5)  # what the driver gives a supervisor that does not answer
     for number in ("SIGKILL", "SIGSTOP"):
@@ -331,7 +359,7 @@ def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child, monkeyp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(child):
+def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(child, tmp_path):
     code = r"""
         import os
         pipes = f"/proc/{os.getppid()}/fd"
@@ -343,7 +371,7 @@ def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(c
                 pass
         raise SystemExit(5)
         """
-    outcome = child(code)  # it may have told the supervisor to end it, but no more
+    outcome = child(code, pidfile=tmp_path / "child.pid")  # it may have told the supervisor to end it, but no more
     assert (outcome.reason, outcome.ok) == ("exited", False)
 
 
@@ -436,12 +464,12 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # or Python, as it exits, would di
 
 def test_ctrl_c_in_the_terminal_never_hits_a_child_even_as_it_starts(tmp_path):
     options = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    driver = subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options)
-    assert driver.stdout.readline() == "ready\n"
-    while driver.poll() is None:
-        os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
-        time.sleep(0.0005)
-    assert driver.returncode == 0, driver.communicate()[1]
+    with subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options) as driver:
+        assert driver.stdout.readline() == "ready\n"
+        while driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
+            time.sleep(0.0005)
+        assert driver.returncode == 0, driver.stderr.read()
 
 
 def test_a_command_can_be_interrupted_though_its_supervisor_cannot(child):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from night_kit import Bed
+from story_kit import told
 
 from agent.coders import choice
 from agent.coders.coder import Coder
 from agent.journal.journal import Event, read_events
 from agent.journal.settings import Settings
 from agent.journal.state import fold
-from agent.proposal.check import Answer, ask_for_a_word
+from agent.proposal.check import Answer, ask_for_a_word, before_the_night
 
 RESULT = {"type": "result", "is_error": False, "result": "ready", "total_cost_usd": 0.03,
           "usage": {"input_tokens": 20, "output_tokens": 2}}  # fmt: skip
@@ -130,6 +131,18 @@ def test_what_it_leaves_is_neither_read_blindly_nor_kept(tmp_path: Path, monkeyp
             f"print({json.dumps(RESULT)!r})")  # fmt: skip
     assert asked(tmp_path, claude(tmp_path, monkeypatch, body)).kind == "ok"
     assert not list(tmp_path.glob("agent-*"))
+
+
+def test_an_agent_whose_next_call_may_cost_too_much_is_not_asked(tmp_path: Path) -> None:
+    night = told().night  # which has cost 0.75, and its dearest call 0.5
+    calls = tmp_path / "calls"
+    body = f"open({str(calls)!r}, 'a').write('x'); print(json.dumps({{'cost_usd': 0}}))"
+    mine = choice.template(str(program(tmp_path, "mine", body)))
+    for most, called in ((1.24, ""), (1.25, "x")):
+        calls.write_text("")
+        before_the_night(mine, Settings(max_cost=most), tmp_path, ("train_mlx.py", b"GAIN = 0.0\n"), night,
+                         lambda *words, **fields: None, lambda text: None, lambda: False)  # fmt: skip
+        assert calls.read_text() == called
 
 
 # --- whole nights ------------------------------------------------------------------------------------------------------
