@@ -30,7 +30,7 @@ class Record:
             return
         starts = []
         for pid in pids:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, ValueError):  # ended, or below 0: a child can write the supervisor's reports
                 starts.append({"pid": pid, "start": psutil.Process(pid).create_time()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_anew(self.path, json.dumps({"marker": self.marker, "processes": starts}).encode())

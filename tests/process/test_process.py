@@ -331,7 +331,7 @@ def test_a_child_that_kills_or_stops_its_supervisor_gains_nothing(child, monkeyp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(child):
+def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(child, tmp_path):
     code = r"""
         import os
         pipes = f"/proc/{os.getppid()}/fd"
@@ -343,7 +343,7 @@ def test_a_child_that_writes_to_its_supervisors_pipe_cannot_confuse_the_driver(c
                 pass
         raise SystemExit(5)
         """
-    outcome = child(code)  # it may have told the supervisor to end it, but no more
+    outcome = child(code, pidfile=tmp_path / "child.pid")  # it may have told the supervisor to end it, but no more
     assert (outcome.reason, outcome.ok) == ("exited", False)
 
 
