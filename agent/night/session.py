@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
-from agent.files import directory_bytes, read_plain, remove, write_anew
+from agent.files import directory_bytes, read_plain, remove
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers
@@ -22,7 +21,7 @@ from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import fold
 from agent.night import setup
-from agent.night.engine import Engine
+from agent.night.engine import Engine, keep_traceback
 from agent.night.limits import Stopper
 from agent.process import child
 from agent.process.environment import clean_env
@@ -119,9 +118,7 @@ def _ended(engine: Engine, error: Exception) -> Exception:
     if isinstance(error, Stopped):
         words = "stopped at once by request"
     elif not isinstance(error, NightError):
-        log = engine.lab.folder / "logs" / "driver.log"
-        with contextlib.suppress(OSError):
-            write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        log = keep_traceback(engine.lab.folder, error)
         words = f"{type(error).__name__}: {words}; the details are in {log}; mend it, then: python -m agent.loop --resume"
     try:
         engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)
