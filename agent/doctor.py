@@ -28,7 +28,7 @@ from agent.errors import NightError
 from agent.files import GIB, real_path
 from agent.journal.settings import Settings
 from agent.night import power
-from agent.night.limits import hours_until
+from agent.night.limits import next_time
 from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home, wsl
 from agent.trial import sandbox
@@ -309,7 +309,7 @@ def _first_line(text: str) -> str:
 def launch_agent(clock: str, folder: Path) -> str:
     """A property list for launchd, with the user's PATH: launchd's own has no folder with their agents."""
     try:
-        hours_until(clock)
+        next_time(clock)
     except NightError as error:
         raise click.UsageError(str(error)) from None
     hour, minute = map(int, clock.split(":"))

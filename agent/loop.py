@@ -22,7 +22,7 @@ from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import Night, fold
 from agent.judgement.decision import noise
 from agent.night import setup
-from agent.night.limits import Stopper, hours_until, request_stop
+from agent.night.limits import Stopper, next_time, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
 from agent.views import results, terminal
@@ -57,7 +57,8 @@ Every night that has begun can go on with --resume.
     option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
-    option("--until", metavar="HH:MM", help="Start no experiment after this time of day, such as 07:00."),
+    option("--until", metavar="HH:MM",
+           help="Start no experiment after this time of day, such as 07:00. A resume keeps it; once it is past, for the next day."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -144,11 +145,13 @@ def main(
 
 
 def _with_end(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with --until as hours. UsageError if both were given."""
-    until = options.pop("until")
+    """The options with --until as a Unix time: what comes before the night, such as a download, does not move its end.
+
+    UsageError if --hours was given, too."""
+    until = options["until"]
     if until is not None and options["hours"] is not None:
-        raise UsageError("--hours and --until: expected one of them")
-    return options if until is None else {**options, "hours": hours_until(until)}
+        raise UsageError("give --hours or --until, not both")
+    return {**options, "until": None if until is None else next_time(until)}
 
 
 def _status(tag: str | None, watch: bool, as_json: bool, plain: bool) -> int:

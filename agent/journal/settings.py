@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits hold for the whole night, but `hours` for one driver session. None means no limit."""
+    """Limits hold for the whole night, but `hours` and `until` for one driver session. None means no limit."""
 
     agent: str | None = None  # a name in the table of coding agents; None: the first one that is installed and logged in
     agent_cmd: str | None = None
@@ -18,7 +18,8 @@ class Settings:
     model: str | None = None
     base_url: str | None = None
     experiments: int | None = None
-    hours: float | None = None
+    hours: float | None = None  # of `hours` and `until` at most one is set
+    until: float | None = None  # Unix time
     max_cost: float | None = None  # US dollars
     price_in: float | None = None  # US dollars per million tokens, for agents that report tokens but no cost
     price_out: float | None = None
@@ -46,4 +47,6 @@ class Settings:
 
     def updated(self, given: Mapping[str, Any]) -> Settings:
         """These settings, with the options that the user gave this time. An option of None was not given."""
-        return replace(self, **{name: value for name, value in given.items() if value is not None and value != ()})
+        chosen = {name: value for name, value in given.items() if value is not None and value != ()}
+        dropped = ("hours", "until") if chosen.keys() & {"hours", "until"} else ()
+        return replace(self, **{**dict.fromkeys(dropped), **chosen})

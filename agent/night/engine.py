@@ -181,8 +181,8 @@ class Engine:
             self.restored()
         if self.stopper.alone:
             self.note_once(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
-        free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
-        if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
+        free = shutil.disk_usage(self.lab.folder).free / 1e9
+        if end := limits.over(self.night, self.settings, seconds_left=self._seconds_left(), free_gb=free):
             return end
         if wait := limits.pause(self.night, self.settings):
             kind, length = self.night.streak()
@@ -386,11 +386,14 @@ class Engine:
             self._noted.add(text)
             self.note(text)
 
+    def _seconds_left(self) -> float:
+        return limits.seconds_left(self.settings, time.monotonic() - self.began, time.time())
+
     def _best_commit(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
     def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
-        wait = limits.without_agent(self.night, self.settings, kind, message, time.monotonic() - self.began)
+        wait = limits.without_agent(self.night, self.settings, kind, message, self._seconds_left())
         if isinstance(wait, tuple):
             return wait
         self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")

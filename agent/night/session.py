@@ -18,7 +18,6 @@ from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers
 from agent.journal.journal import Journal
-from agent.journal.settings import Settings
 from agent.journal.state import fold
 from agent.night import setup
 from agent.night.engine import Engine, keep_traceback
@@ -62,10 +61,7 @@ def run_session(
     setup.keep_choices(night)
     setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
-    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
-    settings = Settings.from_json(night.settings).updated(given)
-    if settings.experiments is None and settings.hours is None:
-        settings = settings.updated({"hours": 8.0})
+    settings = setup.chosen(night, options)
     coder, about = choose(settings.to_json())
     boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
     journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)

@@ -21,6 +21,7 @@ from agent.git.worktree import Repository, Worktree
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
+from agent.night.limits import clock, next_time
 from agent.process import child
 from agent.process.environment import clean_env, data_home
 from agent.trial.lab import FROZEN, HARNESS, frozen
@@ -86,6 +87,19 @@ class _LastLine:
             self._show(words[-1][:150])
 
 
+def chosen(night: Night, options: Mapping[str, Any]) -> Settings:
+    """The settings of a session: those of the night so far, with the options given now.
+
+    --until of an earlier session ends this one when clocks next show that time, as it would if it were given again."""
+    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    settings = Settings.from_json(night.settings).updated(given)
+    if settings.until is not None and given.get("until") is None:
+        settings = settings.updated({"until": next_time(clock(settings.until))})
+    if settings.experiments is None and settings.hours is None and settings.until is None:
+        settings = settings.updated({"hours": 8.0})
+    return settings
+
+
 def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float) -> list[str]:
     """What was chosen, how long it will take, and what it may cost: the first lines of a session."""
     data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
@@ -101,7 +115,8 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
         each = (amount + OVERHEAD_SECONDS) / 60
         seeds = settings.baseline_seeds
         first = f", {seeds} for the baseline first ({seeds * each:.0f} min)" if night.best is None else ""
-        ends = f"until {time.strftime('%H:%M', time.localtime(time.time() + settings.hours * 3600))}" if settings.hours else ""
+        end = settings.until or (time.time() + settings.hours * 3600 if settings.hours else None)
+        ends = f"until {time.strftime('%a %H:%M', time.localtime(end))}" if end else ""
         number = f"{settings.experiments} experiments" if settings.experiments is not None else ""
         lines.append(f"time: about {each:.1f} min a training{first}; then {' or '.join(filter(None, [number, ends]))}")
     elif settings.experiments is not None:

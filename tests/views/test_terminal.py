@@ -119,6 +119,7 @@ def test_time_left_counts_hours_experiments_and_money() -> None:
     assert after(experiments=15)["experiments"] == 5
     assert after(experiments=15)["seconds"] == pytest.approx(500)
     assert after(hours=0.5) == {"seconds": pytest.approx(800), "experiments": 9, "pace": pytest.approx(100)}
+    assert after(until=1300.0)["seconds"] == pytest.approx(300)
     assert after(hours=8.0, max_cost=1.3)["experiments"] == 3
     assert after(hours=8.0, max_cost=1.3)["seconds"] == pytest.approx(300)
     assert after() == {"seconds": None, "experiments": None, "pace": pytest.approx(100)}
