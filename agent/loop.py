@@ -68,7 +68,7 @@ Every night that has begun can go on with --resume.
     option("--watch", is_flag=True, help="With --status: follow it until it ends."),
     option("--json", "as_json", is_flag=True, help="With --status: as JSON, for programs."),
     option("--stop", "stop_", is_flag=True, help="Ask it to stop after its experiment; a second time: now."),
-    option("--resume", is_flag=True, help="Continue it."),
+    option("--resume", is_flag=True, help="Continue it, as it was begun but for the options given now."),
     option("--forget", metavar="TAG", help="Remove a night whole: folder, worktree, branch and refs. Asks first."),
     option("--yes", is_flag=True, help="With --forget: do not ask."),
 )

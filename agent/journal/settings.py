@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+_OF_THE_AGENT = "agent", "agent_cmd", "agent_args", "model", "base_url", "price_in", "price_out"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,7 +48,13 @@ class Settings:
         return cls(**{**values, "agent_env": tuple(values.get("agent_env") or ())})
 
     def updated(self, given: Mapping[str, Any]) -> Settings:
-        """These settings, with the options that the user gave this time. An option of None was not given."""
+        """These settings, with the options that the user gave this time. An option of None was not given.
+
+        Another agent, or another end by the clock, replaces the one before: what was said of that agent does not hold for it."""
         chosen = {name: value for name, value in given.items() if value is not None and value != ()}
-        dropped = ("hours", "until") if chosen.keys() & {"hours", "until"} else ()
-        return replace(self, **{**dict.fromkeys(dropped), **chosen})
+        dropped: dict[str, Any] = {}
+        if chosen.keys() & {"hours", "until"}:
+            dropped = dict.fromkeys(("hours", "until"))
+        if any(chosen[name] != getattr(self, name) for name in ("agent", "agent_cmd") if name in chosen):
+            dropped |= {**dict.fromkeys(_OF_THE_AGENT), "agent_env": ()}
+        return replace(self, **{**dropped, **chosen})
