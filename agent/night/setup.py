@@ -29,6 +29,7 @@ from agent.trial.order import parse_budget
 from agent.trial.rights import folders, public
 
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
+DEVICE = "AUTORESEARCH_DEVICE"  # cpu: train there although there is a GPU
 DTYPES = "AUTORESEARCH_DTYPES"  # the dtype by device, as scripts/benchmark.py measured it
 OVERHEAD_SECONDS = 45.0  # guess of what a training takes beside its budget: start, score
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
@@ -147,7 +148,7 @@ def begin(
     memory = round(psutil.virtual_memory().total / 2**30)
     machine = {
         "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
-        "tier": os.environ.get(TIER, ""), "dtypes": _measured_dtypes(),
+        "tier": os.environ.get(TIER, ""), "device": os.environ.get(DEVICE, ""), "dtypes": _measured_dtypes(),
     }  # fmt: skip
     journal.append(
         "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=public(entry), sources=sources, machine=machine
@@ -188,10 +189,12 @@ def _measured_dtypes() -> dict[str, str]:
 
 
 def keep_choices(night: Night) -> None:
-    """Tier and dtypes as they were when the night began: all its trainings, a resume's too, compute alike."""
-    os.environ.pop(TIER, None)
-    if tier := night.machine.get("tier"):
-        os.environ[TIER] = tier
+    """Tier, device and dtypes as they were when the night began: all its trainings, a resume's too, compute alike."""
+    device = night.machine.get("device", os.environ.get(DEVICE))  # a night that an earlier version began has none
+    for name, value in ((TIER, night.machine.get("tier")), (DEVICE, device)):
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
     os.environ[DTYPES] = json.dumps(night.machine.get("dtypes") or {})
 
 

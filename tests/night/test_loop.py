@@ -413,20 +413,20 @@ def test_a_night_of_an_earlier_version_is_refused_with_a_way_out(tmp_path: Path)
     assert journal.read_bytes() == before
 
 
-def test_a_resumed_night_trains_with_the_tier_and_the_dtype_that_it_began_with(tmp_path: Path) -> None:
+def test_a_resumed_night_trains_with_the_tier_the_device_and_the_dtype_that_it_began_with(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "worse")
     trainer = bed.repo / "train_mlx.py"
-    say = 'def main():\n    print("tier", os.environ.get("AUTORESEARCH_TIER"), os.environ.get("AUTORESEARCH_DTYPES"))\n'
+    say = 'def main():\n    print(*[os.environ.get(f"AUTORESEARCH_{name}") for name in ("TIER", "DEVICE", "DTYPES")])\n'
     trainer.write_text(trainer.read_text().replace("def main():\n", say))
     git(bed.repo, "commit", "-am", "say the tier")
     (bed.home / "data").mkdir(exist_ok=True)
     (measured := bed.home / "data" / "dtypes.json").write_text('{"a device": "float32"}')
-    assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac").returncode == 0
+    assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac", AUTORESEARCH_DEVICE="cpu").returncode == 0
     measured.write_text('{"a device": "float16"}')
     assert bed.run("--experiments", "2", "--resume", QUICK, AUTORESEARCH_TIER="cuda").returncode == 0
     logs = sorted((bed.folder() / "logs").glob("*.train.log"))
     assert len(logs) >= 5
-    assert {log.read_text().splitlines()[0] for log in logs} == {'tier mac {"a device": "float32"}'}
+    assert {log.read_text().splitlines()[0] for log in logs} == {'mac cpu {"a device": "float32"}'}
 
 
 def test_the_first_lines_say_in_plain_words_what_was_chosen_and_what_it_takes(tmp_path: Path) -> None:
