@@ -13,7 +13,6 @@ import cloup
 from cloup import option, option_group
 
 from agent.coders.choice import choose
-from agent.coders.coder import CoderError
 from agent.errors import NightError, Stopped, UsageError
 from agent.files import directory_bytes, remove
 from agent.git.worktree import Repository, Worktree
@@ -135,9 +134,6 @@ def main(
     except NightError as error:
         complain(str(error))
         code = error.exit_code
-    except CoderError as error:
-        complain(str(error))
-        code = UsageError.exit_code
     except OSError as error:  # a full disk, a folder without rights: nothing is lost, the journal knows how far it came
         complain(f"{error}; mend it, then: python -m agent.loop --resume")
         code = NightError.exit_code
