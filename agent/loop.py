@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,12 @@ def main(
         complain(str(error))
         code = error.exit_code
     except OSError as error:  # a full disk, a folder without rights: nothing is lost, the journal knows how far it came
-        complain(f"{error}; mend it, then: python -m agent.loop --resume")
-        code = NightError.exit_code
+        if status and isinstance(error, BrokenPipeError):  # `--status | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+            code = 0
+        else:
+            complain(f"{error}; mend it, then run the same command again")
+            code = NightError.exit_code
     sys.exit(code)
 
 

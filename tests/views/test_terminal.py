@@ -232,6 +232,11 @@ def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
     assert last.startswith("night night: ended: stopped\n")
     assert "   1  discard      1.55" in last, "the score of a discarded one"
     assert bed.loop("--status", "--watch").stdout == last
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has seen enough
+    headed = subprocess.run([*command, "--status"], cwd=bed.repo, env=bed.environment(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (headed.returncode, headed.stderr) == (0, b"")
     assert "expected one of them" in bed.loop("--watch").stderr
 
 
