@@ -137,9 +137,9 @@ def check_place(folder: Path, environ: Mapping[str, str]) -> Iterable[Finding]:
         inside = real.relative_to(home).as_posix() if real.is_relative_to(home) else ""
         words = ""
         if sys.platform == "darwin" and inside.startswith(_CLOUDS):
-            words = "is kept in a cloud, which uploads each trial and may take files away"
+            words = "is kept in a cloud, which uploads each trial and may remove local copies"
         elif sys.platform == "darwin" and inside.split("/")[0] in _ASKED_FOR:
-            words = "is where macOS asks before a program reads, at night with nobody to answer; iCloud may take files away"
+            words = "is a folder for which macOS asks permission, and at night nobody answers; iCloud may remove local copies"
         elif sys.platform == "darwin" and real.is_relative_to("/Volumes"):
             words = "is on a disk that can be unplugged or fall asleep, and that may lack what a night needs (locks, links)"
         elif wsl() and re.match(r"/mnt/[a-z]/", f"{real}/"):

@@ -92,7 +92,7 @@ Every night that has begun can go on with --resume.
     option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's."),
     option("--train-file", default="train_mlx.py", show_default=True, help="File to improve."),
     option("--seed", type=int, default=1, show_default=True,
-           help="First seed of a new night; later trainings use the seeds after it."),
+           help="Seed of the first training of each file in a new night; its second uses the next seed, and so on."),
     option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise."),
     option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120."),
     option("--memory-gb", type=click.FloatRange(0.1), help="Memory limit of a training, in GiB."),
@@ -113,7 +113,7 @@ Every night that has begun can go on with --resume.
     option("--picture/--no-picture", default=True, help="Write progress.png, report.html and report.md at the end. Default: on."),
     option("--plain", is_flag=True, help="Print plain lines, also on a terminal."),
     option("--dashboard", is_flag=False, flag_value="127.0.0.1", metavar="[ADDRESS]",
-           help="Show the night in the browser while it runs; 0.0.0.0: on your phone, too, by a token."),
+           help="Serve a page that shows the night while it runs. With 0.0.0.0, a phone on your network can open it with a token."),
     cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
@@ -125,7 +125,7 @@ def main(
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
         if (watch or as_json) and (not status or watch == as_json):
-            raise UsageError("--watch and --json: expected one of them, and --status")
+            raise UsageError("--watch and --json need --status, and cannot be combined")
         if forget is not None:
             code = _forget(forget, yes)
         elif status:

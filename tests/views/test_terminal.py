@@ -237,7 +237,7 @@ def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
     headed = subprocess.run([*command, "--status"], cwd=bed.repo, env=bed.environment(), stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (headed.returncode, headed.stderr) == (0, b"")
-    assert "expected one of them" in bed.loop("--watch").stderr
+    assert "need --status, and cannot be combined" in bed.loop("--watch").stderr
 
 
 def test_every_view_shows_the_mean_of_all_trials(tmp_path: Path) -> None:
