@@ -28,7 +28,7 @@ from agent.errors import NightError
 from agent.files import GIB, real_path
 from agent.journal.settings import Settings
 from agent.night import power
-from agent.night.limits import hours_until
+from agent.night.limits import next_time
 from agent.process.child import Bounds, run
 from agent.process.environment import clean_env, data_home, wsl
 from agent.trial import sandbox
@@ -137,9 +137,9 @@ def check_place(folder: Path, environ: Mapping[str, str]) -> Iterable[Finding]:
         inside = real.relative_to(home).as_posix() if real.is_relative_to(home) else ""
         words = ""
         if sys.platform == "darwin" and inside.startswith(_CLOUDS):
-            words = "is kept in a cloud, which uploads each trial and may take files away"
+            words = "is kept in a cloud, which uploads each trial and may remove local copies"
         elif sys.platform == "darwin" and inside.split("/")[0] in _ASKED_FOR:
-            words = "is where macOS asks before a program reads, at night with nobody to answer; iCloud may take files away"
+            words = "is a folder for which macOS asks permission, and at night nobody answers; iCloud may remove local copies"
         elif sys.platform == "darwin" and real.is_relative_to("/Volumes"):
             words = "is on a disk that can be unplugged or fall asleep, and that may lack what a night needs (locks, links)"
         elif wsl() and re.match(r"/mnt/[a-z]/", f"{real}/"):
@@ -309,7 +309,7 @@ def _first_line(text: str) -> str:
 def launch_agent(clock: str, folder: Path) -> str:
     """A property list for launchd, with the user's PATH: launchd's own has no folder with their agents."""
     try:
-        hours_until(clock)
+        next_time(clock)
     except NightError as error:
         raise click.UsageError(str(error)) from None
     hour, minute = map(int, clock.split(":"))

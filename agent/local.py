@@ -291,7 +291,7 @@ class Server:
             return ChatError("agent_error", f"mlx-lm's server could not be started: {cause}")
         if outcome.reason == "silent":
             return ChatError("agent_error", f"mlx-lm's server answered nothing for {self.silence:g} s and was ended: {cause}")
-        ending = f"exit code {outcome.exit_code}" if outcome.signal is None else f"signal {signal.Signals(outcome.signal).name}"
+        ending = f"exit code {outcome.exit_code}" if outcome.signal is None else child.signal_name(outcome.signal)
         when = "while it answered" if self.answered or self._ready.is_set() else "before it listened"
         if outcome.reason == "unhealthy" and not self.answered:
             memory = re.search(r"memory|metal|allocate", cause, re.I)

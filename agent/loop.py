@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import cloup
 from cloup import option, option_group
 
 from agent.coders.choice import choose
-from agent.coders.coder import CoderError
 from agent.errors import NightError, Stopped, UsageError
 from agent.files import remove, size_in_words
 from agent.git.worktree import Repository, Worktree
@@ -22,7 +22,7 @@ from agent.journal.journal import Journal, holder, read_events
 from agent.journal.state import Night, fold
 from agent.judgement.decision import noise
 from agent.night import setup
-from agent.night.limits import Stopper, hours_until, request_stop
+from agent.night.limits import Stopper, next_time, request_stop
 from agent.night.power import battery_warning, stay_awake
 from agent.night.session import run_session
 from agent.views import results, terminal
@@ -57,7 +57,8 @@ Every night that has begun can go on with --resume.
     option("--experiments", type=click.IntRange(0), help="Stop after this many experiments."),
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
-    option("--until", metavar="HH:MM", help="Start no experiment after this time of day, such as 07:00."),
+    option("--until", metavar="HH:MM",
+           help="Start no experiment after this time of day, such as 07:00. A resume keeps it; once it is past, for the next day."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -67,7 +68,7 @@ Every night that has begun can go on with --resume.
     option("--watch", is_flag=True, help="With --status: follow it until it ends."),
     option("--json", "as_json", is_flag=True, help="With --status: as JSON, for programs."),
     option("--stop", "stop_", is_flag=True, help="Ask it to stop after its experiment; a second time: now."),
-    option("--resume", is_flag=True, help="Continue it."),
+    option("--resume", is_flag=True, help="Continue it, as it was begun but for the options given now."),
     option("--forget", metavar="TAG", help="Remove a night whole: folder, worktree, branch and refs. Asks first."),
     option("--yes", is_flag=True, help="With --forget: do not ask."),
 )
@@ -91,7 +92,7 @@ Every night that has begun can go on with --resume.
     option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's."),
     option("--train-file", default="train_mlx.py", show_default=True, help="File to improve."),
     option("--seed", type=int, default=1, show_default=True,
-           help="First seed of a new night; later trainings use the seeds after it."),
+           help="Seed of the first training of each file in a new night; its second uses the next seed, and so on."),
     option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise."),
     option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120."),
     option("--memory-gb", type=click.FloatRange(0.1), help="Memory limit of a training, in GiB."),
@@ -112,7 +113,7 @@ Every night that has begun can go on with --resume.
     option("--picture/--no-picture", default=True, help="Write progress.png, report.html and report.md at the end. Default: on."),
     option("--plain", is_flag=True, help="Print plain lines, also on a terminal."),
     option("--dashboard", is_flag=False, flag_value="127.0.0.1", metavar="[ADDRESS]",
-           help="Show the night in the browser while it runs; 0.0.0.0: on your phone, too, by a token."),
+           help="Serve a page that shows the night while it runs. With 0.0.0.0, a phone on your network can open it with a token."),
     cloup.version_option(package_name="autoresearch-apple-silicon", prog_name="autoresearch"),
     cloup.help_option("-h", "--help"),
 )
@@ -124,7 +125,7 @@ def main(
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
         if (watch or as_json) and (not status or watch == as_json):
-            raise UsageError("--watch and --json: expected one of them, and --status")
+            raise UsageError("--watch and --json need --status, and cannot be combined")
         if forget is not None:
             code = _forget(forget, yes)
         elif status:
@@ -134,21 +135,24 @@ def main(
     except NightError as error:
         complain(str(error))
         code = error.exit_code
-    except CoderError as error:
-        complain(str(error))
-        code = UsageError.exit_code
     except OSError as error:  # a full disk, a folder without rights: nothing is lost, the journal knows how far it came
-        complain(f"{error}; mend it, then: python -m agent.loop --resume")
-        code = NightError.exit_code
+        if status and isinstance(error, BrokenPipeError):  # `--status | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+            code = 0
+        else:
+            complain(f"{error}; mend it, then run the same command again")
+            code = NightError.exit_code
     sys.exit(code)
 
 
 def _with_end(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with --until as hours. UsageError if both were given."""
-    until = options.pop("until")
+    """The options with --until as a Unix time: what comes before the night, such as a download, does not move its end.
+
+    UsageError if --hours was given, too."""
+    until = options["until"]
     if until is not None and options["hours"] is not None:
-        raise UsageError("--hours and --until: expected one of them")
-    return options if until is None else {**options, "hours": hours_until(until)}
+        raise UsageError("give --hours or --until, not both")
+    return {**options, "until": None if until is None else next_time(until)}
 
 
 def _status(tag: str | None, watch: bool, as_json: bool, plain: bool) -> int:

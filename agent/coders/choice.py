@@ -117,7 +117,7 @@ def detect(environ: Mapping[str, str]) -> tuple[Coder, str]:
 def choose(options: Mapping[str, Any]) -> tuple[Coder, str]:
     """The coding agent and a line about it. CoderError if it is unknown or not installed: better now than after the baseline."""
     if options.get("agent") and options.get("agent_cmd") and options["agent"] != "acp":
-        raise UsageError("--agent and --agent-cmd: expected one of them, or --agent acp with both")
+        raise UsageError("give --agent or --agent-cmd, not both; only --agent acp takes both")
     arguments(options.get("agent_args"))
     if options.get("agent") == "acp":
         coder, about = acp(options.get("agent_cmd"), os.environ), f"agent: {options.get('agent_cmd')} by the Agent Client Protocol"

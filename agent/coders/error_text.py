@@ -97,16 +97,16 @@ def _moment(text: str, now: float) -> float | None:
     if hit is None:
         return None
     day, clock, zone = hit.groups()
-    here = datetime.fromtimestamp(now, _zone(zone))
     try:
+        here = datetime.fromtimestamp(now, _zone(zone))
         found = dates.parse(f"{day or ''} {clock}".strip(), default=here.replace(minute=0, second=0, microsecond=0))
-    except (ValueError, OverflowError):
+        if day is None and found.timestamp() <= now - JUST_PAST:
+            found += timedelta(days=1)
+        elif day and not re.search(r"\d{4}", day) and found.timestamp() < now - 182 * 86400:
+            found = found.replace(year=found.year + 1)  # "Jan 2", said in December
+        return found.timestamp()
+    except (ValueError, OverflowError):  # there is no such moment: a zone of +99:99, 25:00, the year 0, a leap day next year
         return None
-    if day is None and found.timestamp() <= now - JUST_PAST:
-        found += timedelta(days=1)
-    elif day and not re.search(r"\d{4}", day) and found.timestamp() < now - 182 * 86400:
-        found = found.replace(year=found.year + 1)  # "Jan 2", said in December
-    return found.timestamp()
 
 
 def _zone(text: str | None) -> tzinfo | None:

@@ -174,7 +174,8 @@ class Repository:
         listing = "".join(f"{line}\0" for line in lines).encode("utf-8", "surrogateescape")
         tree = self.git("mktree", "-z", "--missing", stdin=listing)
         who = [] if self.identity() else ["-c", f"user.name={_NOBODY[0]}", "-c", f"user.email={_NOBODY[1]}"]
-        return self.git(*who, "commit-tree", tree, "-p", parent, "-m", message)
+        text = f"{message}\n".encode("utf-8", "replace")  # not an argument, which the user's locale may be unable to encode
+        return self.git(*who, "commit-tree", tree, "-p", parent, stdin=text)
 
     def identity(self) -> tuple[str, str] | None:
         """Name and address that the user commits with, None if git knows none."""

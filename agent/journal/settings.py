@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+_OF_THE_AGENT = "agent", "agent_cmd", "agent_args", "model", "base_url", "price_in", "price_out"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits hold for the whole night, but `hours` for one driver session. None means no limit."""
+    """Limits hold for the whole night, but `hours` and `until` for one driver session. None means no limit."""
 
     agent: str | None = None  # a name in the table of coding agents; None: the first one that is installed and logged in
     agent_cmd: str | None = None
@@ -18,7 +20,8 @@ class Settings:
     model: str | None = None
     base_url: str | None = None
     experiments: int | None = None
-    hours: float | None = None
+    hours: float | None = None  # of `hours` and `until` at most one is set
+    until: float | None = None  # Unix time
     max_cost: float | None = None  # US dollars
     price_in: float | None = None  # US dollars per million tokens, for agents that report tokens but no cost
     price_out: float | None = None
@@ -45,5 +48,13 @@ class Settings:
         return cls(**{**values, "agent_env": tuple(values.get("agent_env") or ())})
 
     def updated(self, given: Mapping[str, Any]) -> Settings:
-        """These settings, with the options that the user gave this time. An option of None was not given."""
-        return replace(self, **{name: value for name, value in given.items() if value is not None and value != ()})
+        """These settings, with the options that the user gave this time. An option of None was not given.
+
+        Another agent, or another end by the clock, replaces the one before: what was said of that agent does not hold for it."""
+        chosen = {name: value for name, value in given.items() if value is not None and value != ()}
+        dropped: dict[str, Any] = {}
+        if chosen.keys() & {"hours", "until"}:
+            dropped = dict.fromkeys(("hours", "until"))
+        if any(chosen[name] != getattr(self, name) for name in ("agent", "agent_cmd") if name in chosen):
+            dropped |= {**dict.fromkeys(_OF_THE_AGENT), "agent_env": ()}
+        return replace(self, **{**dropped, **chosen})

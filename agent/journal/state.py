@@ -108,7 +108,7 @@ class Night:
     train_file: str = ""
     seed: int = 0
     dataset: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb
+    machine: dict[str, Any] = field(default_factory=dict)  # python, system, cpus, memory_gb, tier, device, dtypes
     settings: dict[str, Any] = field(default_factory=dict)
     agent: str = ""  # the agent of the last session, by its name in the table of coding agents
     sandbox: str = ""  # the sandbox of trainings, as the first lines of the loop name it; "none: ..." if any session had none

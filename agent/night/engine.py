@@ -4,7 +4,8 @@ Each step reads the journal, does one thing and writes it down, and each may be 
 a verdict is in the journal. So after a driver was killed, the next one reads the journal, makes git agree with it, and goes on.
 
 Some errors come from outside: a full disk, a damaged repository, a removed folder, too little memory (`DAMAGE`). Each costs one
-experiment: `mend` repairs the worktree and gives the verdict. If the repair fails, the night ends and says why.
+experiment: `mend` repairs the worktree and gives the verdict. If the repair fails, the night ends and says why. A mistake of ours
+that only this candidate brings out costs no more: another candidate may do without, and this one would do the same at each resume.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import contextlib
 import math
 import shutil
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agent.errors import BaselineError, NightError, Stopped
-from agent.files import read_plain
+from agent.files import read_plain, write_anew
 from agent.git import guard
 from agent.git.command import DAMAGE
 from agent.git.guard import TRAIN_FILE_BYTES
@@ -113,7 +115,9 @@ class Engine:
                 if experiment.commit is not None and experiment.status is None:
                     verdict = self.early_verdict(experiment) or self.train_and_decide(experiment)
                     self.conclude(experiment, *self.verified(experiment, verdict))  # moves the branch, if it is a keep
-            except DAMAGE as damage:
+            except Exception as damage:
+                if isinstance(damage, (NightError, Stopped)) and not isinstance(damage, DAMAGE):
+                    raise
                 self.mend(experiment, damage)
 
     def train_and_decide(self, experiment: Experiment) -> Verdict:
@@ -133,12 +137,16 @@ class Engine:
             if result.status != "ok":
                 return Verdict(result.status, (result.error or {}).get("message", ""), result.error)
 
-    def mend(self, experiment: Experiment, damage: BaseException) -> None:
+    def mend(self, experiment: Experiment, damage: Exception) -> None:
         """Repair damage, and end this experiment with it. NightError if the repair fails."""
         words = self.repair(experiment.name, damage)
+        reason = f"damaged from outside, and repaired: {words}"
+        if not isinstance(damage, DAMAGE):
+            reason = f"the driver failed over it, {type(damage).__name__}: {words}"
+            log = keep_traceback(self.lab.folder, damage)
+            self.console.say(f"note: that is a mistake of the driver's; the details are in {log}")
         if experiment.status is None:
             kind = "agent_error" if experiment.commit is None else "crash"
-            reason = f"damaged from outside, and repaired: {words}"
             self.conclude(experiment, kind, reason, failure_record(kind, reason))
 
     def repair(self, name: str, damage: BaseException) -> str:
@@ -173,8 +181,8 @@ class Engine:
             self.restored()
         if self.stopper.alone:
             self.note_once(f"the terminal was closed; the night went on, and wrote to {TERMINAL_LOG} what it said")
-        free, seconds = shutil.disk_usage(self.lab.folder).free / 1e9, time.monotonic() - self.began
-        if end := limits.over(self.night, self.settings, session_seconds=seconds, free_gb=free):
+        free = shutil.disk_usage(self.lab.folder).free / 1e9
+        if end := limits.over(self.night, self.settings, seconds_left=self._seconds_left(), free_gb=free):
             return end
         if wait := limits.pause(self.night, self.settings):
             kind, length = self.night.streak()
@@ -377,16 +385,27 @@ class Engine:
             self._noted.add(text)
             self.note(text)
 
+    def _seconds_left(self) -> float:
+        return limits.seconds_left(self.settings, time.monotonic() - self.began, time.time())
+
     def _best_commit(self) -> str:
         return (self.night.leader.commit if self.night.best is not None else None) or self.night.base
 
     def _no_agent(self, kind: str, message: str) -> tuple[str, str] | None:
-        wait = limits.without_agent(self.night, self.settings, kind, message, time.monotonic() - self.began)
+        wait = limits.without_agent(self.night, self.settings, kind, message, self._seconds_left())
         if isinstance(wait, tuple):
             return wait
         self.console.say(f"rate limit: {message}; waiting {wait:.0f} s")
         self.stopper.sleep(wait, lambda left: self.console.show(f"rate limit, {left:.0f} s left"))
         return ("stopped", "stopped by request") if self.stopper.finishing() else None
+
+
+def keep_traceback(folder: Path, error: BaseException) -> Path:
+    """Write where an unexpected error came from to the night's logs, if that is possible. Returns the file's path."""
+    log = folder / "logs" / "driver.log"
+    with contextlib.suppress(OSError):
+        write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+    return log
 
 
 def _bounded(value: Any) -> Any:

@@ -7,6 +7,7 @@ after this experiment; twice: now.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import signal
 import time
@@ -27,13 +28,22 @@ UNKNOWN_PRICES = 2  # calls in a row without a price, and none known, that end a
 GIVE_UP_WAITS = 50  # a day of half hours: whoever limits the rate has no more for us
 
 
-def over(night: Night, settings: Settings, *, session_seconds: float, free_gb: float) -> tuple[str, str] | None:
+def seconds_left(settings: Settings, session_seconds: float, now: float) -> float:
+    """Seconds in which experiments may still begin; infinite without --until and --hours. now: Unix time."""
+    if settings.until is not None:
+        return settings.until - now
+    return math.inf if settings.hours is None else settings.hours * 3600 - session_seconds
+
+
+def over(night: Night, settings: Settings, *, seconds_left: float, free_gb: float) -> tuple[str, str] | None:
     """Name and words of the limit that ends the night before its next experiment, None if it goes on."""
     done = len(night.done)
     best = night.leader.mean
     if settings.experiments is not None and done >= settings.experiments:
         return "experiments", f"{done} experiment{'s' * (done != 1)} done, as asked"
-    if settings.hours is not None and session_seconds >= settings.hours * 3600:
+    if seconds_left <= 0 and settings.until is not None:
+        return "until", f"it is {clock(settings.until)} or later, as asked"
+    if seconds_left <= 0:
         return "hours", f"{settings.hours:g} hours are over"
     if settings.max_cost is not None and night.spent(settings.max_cost):
         guess = f", {night.estimated} calls of unknown price among them" if night.estimated else ""
@@ -75,28 +85,34 @@ def rate_limit_wait(night: Night, settings: Settings) -> float | None:
     return float(min(FIRST_WAIT * 2.0 ** (len(failures) - 1), LONGEST_WAIT))
 
 
-def without_agent(night: Night, settings: Settings, kind: str, message: str, session_seconds: float) -> tuple[str, str] | float:
+def without_agent(night: Night, settings: Settings, kind: str, message: str, seconds_left: float) -> tuple[str, str] | float:
     """No agent could be asked: name and words of why the night ends, or the seconds to wait."""
     if kind != "rate_limit":
         return kind, message
     wait = rate_limit_wait(night, settings)
     if wait is None:
         return "rate_limit", f"the rate limit has not lifted in {GIVE_UP_WAITS} attempts: {message}"
-    if settings.hours is not None and session_seconds + wait > settings.hours * 3600:
-        return "hours", f"the rate limit lasts {wait:.0f} s more, past the hours of this night: {message}"
+    if wait > seconds_left:
+        name = "hours" if settings.until is None else "until"
+        return name, f"the rate limit lasts {wait:.0f} s more, past the end of this night: {message}"
     return wait
 
 
-def hours_until(clock: str, now: float | None = None) -> float:
-    """Hours from now (Unix time) to the next time that clocks here show `clock`, HH:MM. UsageError if that is no time of day."""
-    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock.strip())
+def next_time(shown: str, now: float | None = None) -> float:
+    """The Unix time, after `now`, at which clocks here next show `shown`, HH:MM. UsageError if that is no time of day."""
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", shown.strip())
     if match is None:
-        raise UsageError(f"{clock!r}: expected a time of day such as 07:00")
+        raise UsageError(f"{shown!r}: expected a time of day such as 07:00")
     here = datetime.fromtimestamp(time.time() if now is None else now)
     end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
     if end <= here:
         end += timedelta(days=1)
-    return (end.timestamp() - here.timestamp()) / 3600
+    return end.timestamp()
+
+
+def clock(moment: float) -> str:
+    """What clocks here show at a Unix time: HH:MM."""
+    return time.strftime("%H:%M", time.localtime(moment))
 
 
 _ONCE, _NOW = "after this experiment\n", "now\n"

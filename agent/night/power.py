@@ -63,7 +63,8 @@ def battery_warning() -> list[str]:
     """What to tell the user of a laptop about its power supply and its lid."""
     state, found = battery(), []
     if state == "in use":
-        found.append("running on battery: trainings are slower and less alike, and the night may not end by itself; plug it in")
+        found.append("running on battery: trainings are slower and vary more, and the battery may run out before the night ends; "
+                     "plug it in")
     if state and sys.platform == "darwin":
         found.append("keep the lid open: a closed lid sends a Mac to sleep whatever we ask, unless a display is attached to it")
     if low_power_mode():

@@ -7,22 +7,20 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from agent.coders.choice import choose
 from agent.errors import NightError, Stopped
-from agent.files import read_plain, remove, size_in_words, write_anew
+from agent.files import read_plain, remove, size_in_words
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
 from agent.journal.folder import clear_leftovers, sweep
 from agent.journal.journal import Journal
-from agent.journal.settings import Settings
 from agent.journal.state import fold
 from agent.night import setup
-from agent.night.engine import Engine
+from agent.night.engine import Engine, keep_traceback
 from agent.night.limits import Stopper
 from agent.process import child
 from agent.process.environment import clean_env
@@ -65,10 +63,7 @@ def run_session(
     setup.keep_choices(night)
     setup.leave_out_of_backups(folder)
     harness = lay_harness(repository, night.base, folder)
-    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
-    settings = Settings.from_json(night.settings).updated(given)
-    if settings.experiments is None and settings.hours is None:
-        settings = settings.updated({"hours": 8.0})
+    settings = setup.chosen(night, options)
     coder, about = choose(settings.to_json())
     boxed = sandbox.described() if settings.sandbox else "none: off, as asked"
     journal.append("session", settings=settings.to_json(), pid=os.getpid(), agent=coder.name, sandbox=boxed)
@@ -121,9 +116,7 @@ def _ended(engine: Engine, error: Exception) -> Exception:
     if isinstance(error, Stopped):
         words = "stopped at once by request"
     elif not isinstance(error, NightError):
-        log = engine.lab.folder / "logs" / "driver.log"
-        with contextlib.suppress(OSError):
-            write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        log = keep_traceback(engine.lab.folder, error)
         words = f"{type(error).__name__}: {words}; the details are in {log}; mend it, then: python -m agent.loop --resume"
     try:
         engine.record("night_end", reason="stopped" if isinstance(error, Stopped) else "error", text=words)

@@ -21,6 +21,7 @@ from agent.git.worktree import Repository, Worktree
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
+from agent.night.limits import clock, next_time
 from agent.process import child
 from agent.process.environment import clean_env, data_home
 from agent.trial.lab import FROZEN, HARNESS, frozen
@@ -28,6 +29,7 @@ from agent.trial.order import parse_budget
 from agent.trial.rights import folders, public
 
 TIER = "AUTORESEARCH_TIER"  # whose constants a train file takes, if not this machine's
+DEVICE = "AUTORESEARCH_DEVICE"  # cpu: train there although there is a GPU
 DTYPES = "AUTORESEARCH_DTYPES"  # the dtype by device, as scripts/benchmark.py measured it
 OVERHEAD_SECONDS = 45.0  # guess of what a training takes beside its budget: start, score
 PREPARE_SECONDS = 6 * 3600.0  # a download on a slow line
@@ -86,6 +88,19 @@ class _LastLine:
             self._show(words[-1][:150])
 
 
+def chosen(night: Night, options: Mapping[str, Any]) -> Settings:
+    """The settings of a session: those of the night so far, with the options given now.
+
+    --until of an earlier session ends this one when clocks next show that time, as it would if it were given again."""
+    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    settings = Settings.from_json(night.settings).updated(given)
+    if settings.until is not None and given.get("until") is None:
+        settings = settings.updated({"until": next_time(clock(settings.until))})
+    if settings.experiments is None and settings.hours is None and settings.until is None:
+        settings = settings.updated({"hours": 8.0})
+    return settings
+
+
 def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float) -> list[str]:
     """What was chosen, how long it will take, and what it may cost: the first lines of a session."""
     data, (amount, unit) = night.dataset, parse_budget(str(night.dataset["budget"]))
@@ -101,7 +116,8 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
         each = (amount + OVERHEAD_SECONDS) / 60
         seeds = settings.baseline_seeds
         first = f", {seeds} for the baseline first ({seeds * each:.0f} min)" if night.best is None else ""
-        ends = f"until {time.strftime('%H:%M', time.localtime(time.time() + settings.hours * 3600))}" if settings.hours else ""
+        end = settings.until or (time.time() + settings.hours * 3600 if settings.hours else None)
+        ends = f"until {time.strftime('%a %H:%M', time.localtime(end))}" if end else ""
         number = f"{settings.experiments} experiments" if settings.experiments is not None else ""
         lines.append(f"time: about {each:.1f} min a training{first}; then {' or '.join(filter(None, [number, ends]))}")
     elif settings.experiments is not None:
@@ -132,7 +148,7 @@ def begin(
     memory = round(psutil.virtual_memory().total / 2**30)
     machine = {
         "python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), "memory_gb": memory,
-        "tier": os.environ.get(TIER, ""), "dtypes": _measured_dtypes(),
+        "tier": os.environ.get(TIER, ""), "device": os.environ.get(DEVICE, ""), "dtypes": _measured_dtypes(),
     }  # fmt: skip
     journal.append(
         "night_start", tag=tag, base=base, train_file=train_file, seed=seed, dataset=public(entry), sources=sources, machine=machine
@@ -173,10 +189,12 @@ def _measured_dtypes() -> dict[str, str]:
 
 
 def keep_choices(night: Night) -> None:
-    """Tier and dtypes as they were when the night began: all its trainings, a resume's too, compute alike."""
-    os.environ.pop(TIER, None)
-    if tier := night.machine.get("tier"):
-        os.environ[TIER] = tier
+    """Tier, device and dtypes as they were when the night began: all its trainings, a resume's too, compute alike."""
+    device = night.machine.get("device", os.environ.get(DEVICE))  # a night that an earlier version began has none
+    for name, value in ((TIER, night.machine.get("tier")), (DEVICE, device)):
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
     os.environ[DTYPES] = json.dumps(night.machine.get("dtypes") or {})
 
 

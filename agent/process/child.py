@@ -335,6 +335,14 @@ class _Child:
         )
 
 
+def signal_name(number: int) -> str:
+    """`SIGSEGV`; `signal 40` for one without a name, as most real-time signals of Linux are."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def seconds_asleep() -> float:
     """Seconds that the machine has been suspended, from an arbitrary start: only the difference of two calls is meaningful."""
     if sys.platform == "linux" and not wsl():  # Windows suspends the whole virtual machine, whose own clocks do not notice

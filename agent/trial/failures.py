@@ -50,7 +50,7 @@ def ending(lab: Lab, outcome: child.Outcome, watch: Watch, run_dir: Path) -> tup
         aborted = outcome.signal == signal.SIGABRT
         killed = "oom" if outcome.signal == signal.SIGKILL or (aborted and METAL_MEMORY in outcome.tail(5000)) else "crash"
         words = message or (last_words(outcome) if aborted else "")
-        return kind or killed, f"{signal.Signals(outcome.signal).name} ended it. {words}".strip()
+        return kind or killed, f"{child.signal_name(outcome.signal)} ended it. {words}".strip()
     if outcome.exit_code:
         return TRAINER_CODES.get(outcome.exit_code, "crash"), message or f"exit code {outcome.exit_code}: {last_words(outcome)}"
     if (run_dir / "train.json").is_symlink() or not (run_dir / "train.json").is_file():

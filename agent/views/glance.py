@@ -27,7 +27,8 @@ RECENT = 20  # the pace of this many experiments predicts how long the next ones
 HIDDEN = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]|[\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 BEYOND_NOISE = 2.0  # standard errors; only used in what people read, the decision is made in decision.py
 ENDS = {  # why a night ended, in words
-    "experiments": "all experiments asked for are done", "hours": "its hours are over", "stopped": "stopped by request",
+    "experiments": "all experiments asked for are done", "hours": "its hours are over",
+    "until": "the time of its end has come", "stopped": "stopped by request",
     "error": "an error, see the last note or logs/driver.log", "max_cost": "its money is spent", "target": "the target is reached",
     "patience": "nothing was kept for as long as --patience allows", "disk": "the disk is full",
     "failures": "too many failures in a row", "login": "the agent's login expired", "rate_limit": "the agent's rate limit",
@@ -122,7 +123,8 @@ def left(night: Night, now: float) -> dict[str, Any]:
     recent = [e for e in done[-RECENT:] if e.ended > e.started]
     pace = fmean(e.ended - e.started for e in recent) if recent else None
     asked, hours, money = settings.get("experiments"), settings.get("hours"), settings.get("max_cost")
-    seconds = max(0.0, night.session + hours * 3600 - now) if hours is not None and night.session else None
+    end = settings.get("until") or (night.session + hours * 3600 if hours is not None and night.session else None)
+    seconds = max(0.0, end - now) if end is not None else None
     counts = [asked - len(done)] if asked is not None else []
     if seconds is not None and pace:
         counts.append(int(seconds / pace) + 1)  # the last experiment may begin shortly before the end

@@ -447,6 +447,8 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("resets at 2026-11-21T11:59:50Z", None),
     ("wait until 1:99pm on Foo 77", None),
     ("try again at 99:99", None),
+    ("try again at 12:00+99:99", None),
+    ("resets at 0001-01-01 00:00", None),
     ("retried 5 times (total retry wait time: 16.60 seconds) Last error: 429. Please try again in 3s.", 3),
     ("Retrying in 4.0 seconds...", None),
     ("Rate limit reached", None),

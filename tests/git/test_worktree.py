@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,19 @@ def test_commits_bear_the_users_name_where_there_is_one(bed: Bed) -> None:
     git(bed.repo, "config", "user.name", "Ada")
     git(bed.repo, "config", "user.email", "ada@example.org")
     assert git(bed.repo, "log", "-1", "--format=%an <%ae>", commit_of(opened(bed))) == "Ada <ada@example.org>"
+
+
+def test_a_description_that_the_locale_cannot_encode_is_committed(bed: Bed) -> None:
+    code = """if True:
+        from pathlib import Path
+        from agent.git.worktree import Repository
+        here = Repository(Path("."))
+        print(here.commit(here.head, "train_mlx.py", b"LR = 0.2", "LR 0.1 \\u2192 0.2"))
+    """
+    env = bed.environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=bed.repo, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert git(bed.repo, "log", "-1", "--format=%B", done.stdout.strip()) == "LR 0.1 \u2192 0.2"
 
 
 def test_no_hook_runs_and_nothing_is_signed(bed: Bed) -> None:

@@ -308,6 +308,20 @@ def test_damage_right_after_the_baselines_verdict_is_repaired(tmp_path: Path) ->
     assert [e.status for e in night_of(bed).experiments] == ["keep", "keep"]
 
 
+def test_a_mistake_of_ours_over_one_candidate_costs_that_experiment(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, "better worse")
+    only_first = "    if args[0].n != 1:\n        return works(self, *args)\n    raise error"
+    once = BROKEN.replace("    raise error", only_first).replace("def fails", "works = getattr(Engine, where)\ndef fails")
+    command = bed.command("--experiments", "2", QUICK)
+    command[1:3] = ["-c", once, "early_verdict", "ValueError('40 is not a valid Signals')"]
+    done = subprocess.run(command, cwd=bed.repo, env=bed.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = night_of(bed).done
+    assert (first.status, second.status) == ("crash", "discard")
+    assert first.reason == "the driver failed over it, ValueError: 40 is not a valid Signals"
+    assert "in fails" in (bed.folder() / "logs" / "driver.log").read_text()
+
+
 def test_a_repository_that_cannot_be_repaired_ends_the_night_with_a_word(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     objects = bed.repo / ".git" / "objects"

@@ -53,6 +53,9 @@ def test_a_running_night_and_a_night_that_is_none_are_refused(tmp_path: Path) ->
     finally:
         bed.loop("--stop"), bed.loop("--stop")
         driver.communicate(timeout=60)
+    (bed.repo / "runs/odd/lock").mkdir(parents=True)
+    odd = bed.loop("--forget", "odd", "--yes")
+    assert (odd.returncode, "run the same command again" in odd.stderr, "--resume" in odd.stderr) == (1, True, False)
     for tag in ("gone", "../repo", ""):
         done = bed.loop("--forget", tag, "--yes")
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr

@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 from story_kit import Story, told
 
+from agent import loop
 from agent.errors import UsageError
 from agent.journal.settings import Settings
+from agent.journal.state import Night
 from agent.judgement.decision import Rule
-from agent.night import limits
+from agent.night import limits, setup
+
+NOW = datetime(2026, 11, 22, 22, 30).timestamp()
 
 
 def over(story: Story, seconds: float = 0.0, free: float = 100.0, **settings: Any) -> str | None:
-    reason = limits.over(story.night, Settings(**settings), session_seconds=seconds, free_gb=free)
+    asked = Settings(**settings)
+    reason = limits.over(story.night, asked, seconds_left=limits.seconds_left(asked, seconds, NOW), free_gb=free)
     return reason[0] if reason else None
 
 
@@ -25,6 +30,8 @@ def test_limits_end_a_night() -> None:
     assert over(story, experiments=2) == "experiments"
     assert over(story, experiments=3) is None
     assert over(story, seconds=3601, hours=1) == "hours"
+    assert over(story, until=NOW) == "until"
+    assert over(story, seconds=1e9, until=NOW + 1) is None, "a session may have begun long ago, or its clock have stood still"
     assert over(story, max_cost=0.75) == "max_cost"
     assert over(story, max_cost=1.24) == "max_cost", "another call as dear as the dearest would exceed it"
     assert over(story, max_cost=1.25) is None
@@ -50,7 +57,7 @@ def test_a_call_of_unknown_price_counts_as_the_dearest_so_far() -> None:
     assert (story.night.cost, story.night.estimated, story.night.unpriced) == (1.25, 1, 0)
     assert story.night.experiments[3].cost == 0.5
     assert over(story, max_cost=1.6) == "max_cost"
-    words = limits.over(story.night, Settings(max_cost=1.2), session_seconds=0.0, free_gb=9)
+    words = limits.over(story.night, Settings(max_cost=1.2), seconds_left=1.0, free_gb=9)
     assert words is not None
     assert "1 calls of unknown price among them" in words[1]
 
@@ -135,13 +142,13 @@ def test_breaker_pauses_longer_and_longer_then_ends_the_night() -> None:
     for n in range(3, 12):
         story.experiment(n, "agent_error")
         pauses.append(limits.pause(story.night, settings))
-        if ended is None and limits.over(story.night, settings, session_seconds=0, free_gb=9):
+        if ended is None and limits.over(story.night, settings, seconds_left=1.0, free_gb=9):
             ended = n - 2
     assert pauses[:6] == [0, 0, 10, 20, 40, 80]
     assert ended == 6
     story.experiment(12, "crash")
     assert limits.pause(story.night, settings) == 0
-    assert limits.over(story.night, settings, session_seconds=0, free_gb=9) is None
+    assert limits.over(story.night, settings, seconds_left=1.0, free_gb=9) is None
 
 
 def test_discards_in_a_row_are_research_not_failure() -> None:
@@ -182,11 +189,32 @@ def test_the_baseline_is_measured_as_often_as_the_rule_wants() -> None:
 
 @pytest.mark.parametrize(("clock", "hours"), [("07:00", 8.5), ("22:31", 1 / 60), ("22:30", 24.0), ("0:00", 1.5)])
 def test_until_is_the_next_time_that_clocks_show_it(clock: str, hours: float) -> None:
-    now = datetime(2026, 11, 22, 22, 30).timestamp()
-    assert abs(limits.hours_until(clock, now) - hours) < 1e-6
+    assert abs((limits.next_time(clock, NOW) - NOW) / 3600 - hours) < 1e-6
+    assert limits.next_time(limits.clock(limits.next_time(clock, NOW)), NOW) == limits.next_time(clock, NOW)
+
+
+def test_a_time_of_day_is_kept_whatever_comes_before_the_first_experiment() -> None:
+    given = loop._with_end({"until": "07:00", "hours": None})
+    settings = setup.chosen(Night(), given)
+    assert (settings.until, settings.hours) == (limits.next_time("07:00"), None)
+    assert limits.seconds_left(settings, 0.0, settings.until or 0.0) == 0.0
+
+
+def test_a_resume_keeps_the_time_of_day_and_a_new_end_replaces_the_old_one() -> None:
+    none, ahead = {"until": None, "hours": None}, limits.next_time("07:00")
+    past = ahead - 3 * 86400
+    for stored in (ahead, past):
+        settings = setup.chosen(Night(settings=Settings(until=stored).to_json()), none)
+        assert settings.until == limits.next_time(limits.clock(stored)), "07:00, unless the clocks were changed meanwhile"
+        assert settings.hours is None
+    for given in ({"until": None, "hours": 2.0}, {"until": ahead, "hours": None}):
+        for before in (Settings(until=past), Settings(hours=8.0)):
+            settings = setup.chosen(Night(settings=before.to_json()), given)
+            assert {"until": settings.until, "hours": settings.hours} == given
+    assert setup.chosen(Night(), none).hours == 8.0
 
 
 @pytest.mark.parametrize("clock", ["7", "24:00", "07:60", "7 am", "", "-1:00"])
 def test_what_is_no_time_of_day_is_said(clock: str) -> None:
     with pytest.raises(UsageError, match="expected a time of day such as 07:00"):
-        limits.hours_until(clock)
+        limits.next_time(clock)

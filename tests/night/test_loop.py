@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from night_kit import Bed, checkout_digest, git
@@ -19,6 +20,7 @@ from night_kit import Bed, checkout_digest, git
 from agent.journal.journal import decode, encode, read_events
 from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
+from agent.night.limits import next_time
 from agent.night.setup import in_plain_words
 
 QUICK = "--no-sandbox"
@@ -262,6 +264,29 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
     assert night_of(bed).ended == "hours"
 
 
+def test_a_night_goes_on_with_another_agent_and_another_end(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    assert bed.run("--experiments", "0", "--model", "large", QUICK).returncode == 0
+    for options, end in ((["--agent", "search", "--until", "07:00"], next_time("07:00")), (["--agent-cmd", bed.agent], None)):
+        done = bed.loop("--resume", "--no-picture", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        settings, cmd = night_of(bed).settings, bed.agent if "--agent-cmd" in options else None
+        assert (settings["agent"], settings["agent_cmd"], settings["model"]) == (None if cmd else "search", cmd, None)
+        assert end in (None, settings["until"])
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    ({"agent": "acp"}, True), ({"agent_cmd": "gemini --acp"}, True), ({"model": "small"}, True), ({"hours": 1.0}, True),
+    ({"agent": "codex"}, False), ({"agent_cmd": "./mine"}, False), ({"agent": "acp", "agent_cmd": "./mine"}, False),
+])  # fmt: skip
+def test_what_was_said_of_an_agent_holds_for_no_other(given: dict[str, Any], kept: bool) -> None:
+    said = {"agent": "acp", "agent_cmd": "gemini --acp", "agent_args": "--fast", "model": "large", "base_url": "http://here",
+            "agent_env": ("KEY",), "price_in": 1.0, "price_out": 2.0}  # fmt: skip
+    none = {name: getattr(Settings(), name) for name in said}
+    settings = Settings(**said, experiments=5).updated(given)
+    assert settings == Settings(**{**(said if kept else none), "experiments": 5, **given})
+
+
 def test_a_known_file_is_recalled_not_trained_again(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "crash")
     agent = (bed.tools / "agent.py").read_text().replace("gain - n / 1000", "gain - 0.5")
@@ -289,7 +314,7 @@ def test_a_baseline_that_does_not_train_ends_with_its_traceback(tmp_path: Path) 
     ("options", "code", "words"),
     [
         (["--agent", "nobody"], 2, "unknown agent 'nobody'"),
-        (["--agent", "search", "--agent-cmd", "x"], 2, "expected one of them"),
+        (["--agent", "search", "--agent-cmd", "x"], 2, "not both"),
         (["--agent-cmd", "no-such-program --flag"], 2, "no program 'no-such-program'"),
         (["--agent", "search", "--budget", "5 minutes"], 2, "expected something like 300s"),
         (["--agent", "search", "--budget", "1.2.3s"], 2, "expected something like 300s"),
@@ -388,20 +413,20 @@ def test_a_night_of_an_earlier_version_is_refused_with_a_way_out(tmp_path: Path)
     assert journal.read_bytes() == before
 
 
-def test_a_resumed_night_trains_with_the_tier_and_the_dtype_that_it_began_with(tmp_path: Path) -> None:
+def test_a_resumed_night_trains_with_the_tier_the_device_and_the_dtype_that_it_began_with(tmp_path: Path) -> None:
     bed = Bed(tmp_path, "worse")
     trainer = bed.repo / "train_mlx.py"
-    say = 'def main():\n    print("tier", os.environ.get("AUTORESEARCH_TIER"), os.environ.get("AUTORESEARCH_DTYPES"))\n'
+    say = 'def main():\n    print(*[os.environ.get(f"AUTORESEARCH_{name}") for name in ("TIER", "DEVICE", "DTYPES")])\n'
     trainer.write_text(trainer.read_text().replace("def main():\n", say))
     git(bed.repo, "commit", "-am", "say the tier")
     (bed.home / "data").mkdir(exist_ok=True)
     (measured := bed.home / "data" / "dtypes.json").write_text('{"a device": "float32"}')
-    assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac").returncode == 0
+    assert bed.run("--experiments", "1", QUICK, AUTORESEARCH_TIER="mac", AUTORESEARCH_DEVICE="cpu").returncode == 0
     measured.write_text('{"a device": "float16"}')
     assert bed.run("--experiments", "2", "--resume", QUICK, AUTORESEARCH_TIER="cuda").returncode == 0
     logs = sorted((bed.folder() / "logs").glob("*.train.log"))
     assert len(logs) >= 5
-    assert {log.read_text().splitlines()[0] for log in logs} == {'tier mac {"a device": "float32"}'}
+    assert {log.read_text().splitlines()[0] for log in logs} == {'mac cpu {"a device": "float32"}'}
 
 
 def test_the_first_lines_say_in_plain_words_what_was_chosen_and_what_it_takes(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_what_is_hidden_is_named_as_the_disk_spells_it(tmp_path: Path, on_macos:
 
 
 @pytest.mark.parametrize(("where", "words"), [
-    ("Documents/ar", "macOS asks before"), ("Library/Mobile Documents/com~apple~CloudDocs/ar", "in a cloud"),
+    ("Documents/ar", "macOS asks permission"), ("Library/Mobile Documents/com~apple~CloudDocs/ar", "in a cloud"),
     ("Library/CloudStorage/Dropbox/ar", "in a cloud"), ("/Volumes/Disk/ar", "can be unplugged"), ("code/ar", ""),
     ("Documents2/ar", ""),
 ])  # fmt: skip

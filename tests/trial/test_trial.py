@@ -110,6 +110,12 @@ def test_a_signal_is_named(tmp_path: Path, how: str, status: str) -> None:
     assert how in (result.error or {})["message"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs real-time signals")
+def test_a_signal_without_a_name_is_a_crash_by_its_number(tmp_path: Path) -> None:
+    result = trial(tmp_path, TRAINER.replace("run = Path", "os.kill(os.getpid(), 40); run = Path"))
+    assert (result.status, (result.error or {})["message"]) == ("crash", "signal 40 ended it.")
+
+
 def test_metal_aborts_where_memory_ends(tmp_path: Path) -> None:
     """It throws where nobody can catch it: the process is gone with SIGABRT, and its log says why."""
     last = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"

@@ -129,6 +129,7 @@ def test_time_left_counts_hours_experiments_and_money() -> None:
     assert after(experiments=15)["experiments"] == 5
     assert after(experiments=15)["seconds"] == pytest.approx(500)
     assert after(hours=0.5) == {"seconds": pytest.approx(800), "experiments": 9, "pace": pytest.approx(100)}
+    assert after(until=1300.0)["seconds"] == pytest.approx(300)
     assert after(hours=8.0, max_cost=1.3)["experiments"] == 3
     assert after(hours=8.0, max_cost=1.3)["seconds"] == pytest.approx(300)
     assert after() == {"seconds": None, "experiments": None, "pace": pytest.approx(100)}
@@ -241,7 +242,12 @@ def test_status_once_as_json_and_followed_to_the_end(tmp_path: Path) -> None:
     assert last.startswith("night night: ended: stopped\n")
     assert "   1  discard      1.55" in last, "the score of a discarded one"
     assert bed.loop("--status", "--watch").stdout == last
-    assert "expected one of them" in bed.loop("--watch").stderr
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has seen enough
+    headed = subprocess.run([*command, "--status"], cwd=bed.repo, env=bed.environment(), stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (headed.returncode, headed.stderr) == (0, b"")
+    assert "need --status, and cannot be combined" in bed.loop("--watch").stderr
 
 
 def test_every_view_shows_the_mean_of_all_trials(tmp_path: Path) -> None:
