@@ -172,7 +172,7 @@ def test_logits_are_those_of_mlx(tokens: int) -> None:
 @pytest.mark.usefixtures("fp32")
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_gradients_are_those_of_mlx(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    """Of all weights and of the summed n-gram embeddings, which are 0 from the second epoch on."""
+    """Of all weights and of the summed n-gram embeddings. From the second epoch on those are 0 here, and MLX leaves them out."""
     for module in (train_mlx, train_torch):
         monkeypatch.setattr(module, "DROPOUT", (0.0,))
     rng = np.random.default_rng(8)
@@ -183,14 +183,14 @@ def test_gradients_are_those_of_mlx(monkeypatch: pytest.MonkeyPatch, epoch: int)
     loss, grads, rows = make_gradients(build_model(GPTConfig(**SMALL)))(
         {n: tensor(p) for n, p in weights.items()}, schedule(0, 0, epoch), tensor(x), tensor(y))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    assert np.array_equal(array(rows), np.array(expected_rows))
+    if epoch:
+        assert expected_rows is None
+        assert not grads.pop(NGRAMS).any()
+    else:
+        assert np.array_equal(array(rows), np.array(expected_rows))
     assert set(grads) == set(expected)
     for name, g in expected.items():
-        if name == NGRAMS and epoch:
-            assert not grads[name].any()
-            assert not np.array(g).any()
-        else:
-            assert parity.difference(array(grads[name]), np.array(g)) < 1e-4, name
+        assert parity.difference(array(grads[name]), np.array(g)) < 1e-4, name
 
 
 @pytest.mark.usefixtures("fp32")
@@ -879,6 +879,6 @@ def test_the_time_of_a_step_is_taken_on_pytorch(tiny: Any, tmp_path: Path, monke
     assert all(len(windows) == 2 and min(windows) > 0 for windows in report["windows"].values())
     assert report["framework_mb"] is None
     assert report["process_mb"] > 50
-    config = GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_embd=64, ngram_buckets=(97, 101))
+    config = GPTConfig(vocab_size=320, n_layer=2, n_head=max(1, 64 // train_torch.HEAD_DIM), n_embd=64, ngram_buckets=(97, 101))
     assert report["flops_per_token"] == GPT(config).flops_per_token(32)
     assert report["parameters"] == sum(p.numel() for p in GPT(config).parameters())
