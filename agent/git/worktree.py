@@ -164,7 +164,7 @@ class Repository:
         return ""
 
     def commit(self, parent: str, file: str, content: bytes, message: str) -> str:
-        """Write a commit that differs from `parent` in one file at the top, without index, worktree or filters."""
+        """Write a commit that differs from `parent` in one file at the top, without index, worktree or filters. No ref moves."""
         oid = self.git("hash-object", "-w", "--no-filters", "--stdin", stdin=content)
         lines = []
         for line in self.git("ls-tree", "-z", "--full-tree", parent).split("\0")[:-1]:
@@ -205,11 +205,6 @@ class Worktree:
         self._ref = f"refs/heads/{self.branch}"
         self._tree: tuple[str, dict[str, TreeEntry]] = "", {}
         self._lost = set[str]()  # commits of candidates that are gone from git
-
-    @property
-    def common(self) -> Path:
-        """Git's folder of the user's repository."""
-        return self.repository.common
 
     def check_free(self) -> None:
         """UsageError if a new night cannot have its branch or its refs."""
@@ -258,23 +253,19 @@ class Worktree:
         kind = f"--object-format={self.repository.algorithm}"
         run_git(self.path.parent, "init", "--quiet", "--template=", kind, f"--initial-branch={self.branch}", str(self.path))
         folder = self.path / ".git"
-        objects = str(self.common / "objects")
+        objects = str(self.repository.common / "objects")
         if "\n" in objects:  # only then: gitdb, by which aider reads, knows no quotes
             objects = '"' + objects.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
         (folder / "objects" / "info").mkdir(exist_ok=True)
         (folder / "objects" / "info" / "alternates").write_text(f"{objects}\n", encoding="utf-8", errors="surrogateescape")
         with contextlib.suppress(OSError):  # a shallow clone: history ends there
-            (folder / "shallow").write_bytes(read_plain(self.common / "shallow", 1 << 20))
+            (folder / "shallow").write_bytes(read_plain(self.repository.common / "shallow", 1 << 20))
         name, email = ("".join(char for char in word if char not in '"\\\n') for word in self.repository.identity() or _NOBODY)
         with open(folder / "config", "a", encoding="utf-8") as config:
             config.write(f'[user]\n\tname = "{name}"\n\temail = "{email}"\n')
         own = (f"--git-dir={folder}", f"--work-tree={self.path}")
         run_git(self.path, *own, "update-ref", "HEAD", commit)
         run_git(self.path, *own, "read-tree", commit)
-
-    def commit(self, parent: str, file: str, content: bytes, message: str) -> str:
-        """Commit a candidate's train file on top of `parent`; neither branch nor ref moves."""
-        return self.repository.commit(parent, file, content, message)
 
     def diff(self, old: str, new: str) -> str:
         """The change between two commits, without context."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.errors import UsageError
 from agent.files import remove
 from agent.journal.journal import holder, read_events
-from agent.journal.state import Night, fold
+from agent.journal.state import Experiment, Night, Trial, fold
 from agent.process.leftovers import end_leftovers
 
 
@@ -50,6 +50,12 @@ def prune(night: Night, folder: Path) -> None:
         wanted.update(scored[-1:] if experiment.status else [trial.folder for trial in experiment.trials])
         wanted.update(trial.folder for trial in experiment.trials[-1:])  # a person may want to look at a failed one
     _remove_all(path for path in (*folder.glob("trials/[0-9]*-*"), *folder.glob("tmp/[0-9]*")) if path.name not in wanted)
+
+
+def finished_run(experiment: Experiment, folder: Path) -> tuple[Trial, Path] | None:
+    """The newest scored trial of an experiment whose run directory is still there, and that directory. None if none is."""
+    runs = ((trial, folder / "trials" / trial.folder) for trial in reversed(experiment.trials) if trial.status == "ok")
+    return next((found for found in runs if found[1].is_dir()), None)
 
 
 def _remove_all(paths: Iterable[Path]) -> None:

@@ -26,7 +26,7 @@ from agent.git import guard
 from agent.git.command import DAMAGE
 from agent.git.guard import TRAIN_FILE_BYTES
 from agent.git.worktree import Worktree
-from agent.journal.folder import prune
+from agent.journal.folder import finished_run, prune
 from agent.journal.journal import Journal
 from agent.journal.settings import Settings
 from agent.journal.state import REPEATED, Experiment, apply, fold
@@ -42,7 +42,7 @@ from agent.proposal.digest import family
 from agent.text import clean, failure_record, one_line
 from agent.trial.lab import Lab, lay_harness
 from agent.trial.order import TrialResult
-from agent.trial.trial import run_trial, score_run, screen, verify
+from agent.trial.trial import run_trial, score_run, screen
 from agent.views import results
 from agent.views.glance import at_a_glance, score
 from agent.views.terminal import TERMINAL_LOG, Console
@@ -230,7 +230,8 @@ class Engine:
             self.note(f"{experiment.name}: removed what the agent left beside its edit: {_listed(proposal.droppings)}")
         if proposal.kind == "changed":
             source = read_plain(self.worktree.path / self.lab.train_file, TRAIN_FILE_BYTES)
-            self.candidate(experiment, self.worktree.commit(parent, self.lab.train_file, source, proposal.description), proposal)
+            commit = self.worktree.repository.commit(parent, self.lab.train_file, source, proposal.description)
+            self.candidate(experiment, commit, proposal)
             return None
         spent = {"usage": proposal.usage, "seconds": proposal.seconds}
         if proposal.kind in ("rate_limit", "login", "missing"):
@@ -268,8 +269,9 @@ class Engine:
             return verdict
         self.console.stage(f"{experiment.name}: every row is probed before it is kept")
         folder = next(trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
+        run_dir, reference = self.lab.folder / "trials" / folder, self.night.experiments[0].summary()
         for _ in range(validity.MOST_INTERRUPTIONS):
-            result = verify(self.lab, self.lab.folder / "trials" / folder, self.night.experiments[0].summary())
+            result = score_run(self.lab, run_dir, "val", reference, verifying=True)
             seconds, status = round(result.seconds, 1), result.status
             self.record("verified", n=experiment.n, dir=folder, status=status, seconds=seconds, error=result.error)
             if status != "interrupted":
@@ -349,12 +351,12 @@ class Engine:
         """Score baseline and best on the held-out test text, once each."""
         for n in sorted({0, self.night.leader.n}):
             experiment = self.night.experiments[n]
-            folders = ((t, self.lab.folder / "trials" / t.folder) for t in experiment.trials if t.status == "ok")
-            trial, folder = next((found for found in folders if found[1].is_dir()), (None, Path()))
-            if n in self.night.tests or trial is None:
+            found = finished_run(experiment, self.lab.folder)
+            if n in self.night.tests or found is None:
                 continue
+            trial, run_dir = found
             self.console.stage(f"held-out test of {experiment.name}")
-            result = score_run(self.lab, folder, "test")
+            result = score_run(self.lab, run_dir, "test")
             if result.status == "interrupted":
                 return
             self.record(

@@ -16,7 +16,7 @@ from agent.errors import NightError, Stopped
 from agent.files import read_plain, remove, size_in_words
 from agent.git.command import DAMAGE
 from agent.git.worktree import Repository, Worktree
-from agent.journal.folder import clear_leftovers, sweep
+from agent.journal.folder import clear_leftovers, finished_run, sweep
 from agent.journal.journal import Journal
 from agent.journal.state import fold
 from agent.night import setup
@@ -72,7 +72,7 @@ def run_session(
         folder=folder, worktree=worktree.path, train_file=night.train_file, harness=harness, repository=repository, base=night.base,
         train_dir=train_dir, held_dir=held_dir, text=TrainText(train_dir), budget=night.dataset["budget"],
         vocab_size=int(night.dataset["vocab_size"]),
-        hidden=hidden_places(night.dataset, root, worktree.common, worktree.path), startup_seconds=settings.startup,
+        hidden=hidden_places(night.dataset, root, repository.common, worktree.path), startup_seconds=settings.startup,
         memory_bytes=int(settings.memory_gb * 2**30) if settings.memory_gb else None, sandboxed=settings.sandbox, stop=stopper.now,
         show=console.metrics, spare_bytes=int(settings.disk_gb * 1e9 / 2),
     )  # fmt: skip
@@ -139,10 +139,10 @@ def _write_stories(engine: Engine) -> None:
     """Have baseline and best write from the same prompts, in the sandbox of a training; a model that cannot is left out."""
     lab, night = engine.lab, engine.night
     for experiment in (night.experiments[n] for n in sorted({0, night.leader.n} - set(night.stories))):
-        runs = (lab.folder / "trials" / trial.folder for trial in reversed(experiment.trials) if trial.status == "ok")
-        run_dir = next((path for path in runs if path.is_dir()), None)
-        if run_dir is None or not night.leader.n:
+        found = finished_run(experiment, lab.folder)
+        if found is None or not night.leader.n:
             continue
+        run_dir = found[1]
         engine.console.stage(f"{experiment.name} writes a text for the report")
         out, log = (lab.folder / "logs" / f"{run_dir.name}.sample.{kind}" for kind in ("out", "log"))
         words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]

@@ -100,15 +100,11 @@ def _over_time(lab: Lab, limit: float, reference: Mapping[str, Any] | None) -> s
     return f"still running after {limit:.0f} s by the driver's clock (budget {lab.budget}; {allowed})"
 
 
-def verify(lab: Lab, run_dir: Path, reference: Mapping[str, Any] | None) -> TrialResult:
-    """Score a finished run directory again, before a keep, and probe every row for look-ahead. An ordinary score probes some."""
-    return score_run(lab, run_dir, "val", reference, verifying=True)
-
-
 def score_run(
     lab: Lab, run_dir: Path, split: str, reference: Mapping[str, Any] | None = None, verifying: bool = False
 ) -> TrialResult:  # fmt: skip
-    """Score a finished run directory on `val` or `test` with the night's harness. `reference` is as in `run_trial`."""
+    """Score a finished run directory on `val` or `test` with the night's harness. `reference` is as in `run_trial`. With
+    `verifying`, before a keep, every row is probed for look-ahead; otherwise some are."""
     out, log = (lab.folder / "logs" / f"{run_dir.name}.{'verify' if verifying else split}.{kind}" for kind in ("out", "log"))
     # The scorer is ours and reads the held-out text; its logits servers are the candidate's and get the sandbox. Each server sees
     # a copy of the run directory in this scratch folder, which the scorer makes anew for each, and neither the run directory

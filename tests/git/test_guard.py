@@ -399,7 +399,7 @@ def test_nothing_in_the_repository_is_executed(repository, tmp_path):
     (lent.path / "prepare_mlx.py").write_text("changed\n")
     found = lent.check()
     assert ([one.path for one in found.violations], found.droppings) == (["prepare_mlx.py"], [".gitattributes"])
-    commit = lent.worktree.commit(lent.base, TRAIN, b"LR = 2\n", "candidate")
+    commit = lent.worktree.repository.commit(lent.base, TRAIN, b"LR = 2\n", "candidate")
     assert "+LR = 2" in lent.worktree.diff(lent.base, commit)
     lent.restore()
     assert (lent.path / "prepare_mlx.py").read_text() == "frozen\n"

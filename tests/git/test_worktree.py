@@ -42,7 +42,7 @@ def opened(bed: Bed, tag: str = "night") -> Worktree:
 def commit_of(worktree: Worktree, message: str = "x", text: bytes = b"GAIN = 1\n") -> str:
     """A candidate: the train file with some lines more, committed on top of where the repository stands."""
     base = worktree.repository.head
-    return worktree.commit(base, "train_mlx.py", worktree.repository.file_at(base, "train_mlx.py") + text, message)
+    return worktree.repository.commit(base, "train_mlx.py", worktree.repository.file_at(base, "train_mlx.py") + text, message)
 
 
 @pytest.mark.parametrize("name", ["bed", "a bed, möbliert", '"quoted"', "of two\nlines"])

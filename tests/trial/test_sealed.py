@@ -48,7 +48,7 @@ def probe(run, name):
 
 
 def places(entry: dict[str, Any], worktree: Worktree) -> tuple[Path, ...]:
-    return hidden_places(entry, worktree.repository.root, worktree.common, worktree.path)
+    return hidden_places(entry, worktree.repository.root, worktree.repository.common, worktree.path)
 
 
 @pytest.fixture
