@@ -46,7 +46,7 @@ def claude(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Coder:
 
 
 @pytest.mark.parametrize(("body", "kind", "words"), [
-    (f"print({json.dumps(RESULT)!r})", "ok", "claude answered in 0 s"),
+    (f"print({json.dumps(RESULT)!r})", "ok", "claude answered in "),
     (f"print({json.dumps(OUT_OF_DATE)!r}); sys.exit(1)", "login", "not logged in: 401 OAuth token has expired; run `claude`"),
     (f"print({json.dumps(LIMITED)!r}); sys.exit(1)", "rate_limit", "claude is rate-limited, for 120 s"),
     ("sys.exit('Segmentation fault')", "agent_error", "claude did not answer (exit code 1): Segmentation fault"),
@@ -188,7 +188,7 @@ def test_the_call_is_journalled_paid_for_and_told(tmp_path: Path) -> None:
     env = {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
     done = bed.loop("--agent", "claude", *FAST, "--experiments", "1", **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "claude answered in 0 s" in done.stdout
+    assert "claude answered in " in done.stdout
     night = fold(events_of(bed))
     assert [e.status for e in night.done] == ["keep"]
     assert (round(night.cost, 2), calls.read_text()) == (0.06, "xx")
