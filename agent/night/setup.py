@@ -173,11 +173,7 @@ def leave_out_of_backups(folder: Path) -> None:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / ".metadata_never_index").touch()
         if sys.platform == "darwin":
-            with tempfile.TemporaryDirectory() as scratch:
-                child.run(
-                    ["tmutil", "addexclusion", folder / name], cwd=folder, env=clean_env(), log=Path(scratch) / "log",
-                    bounds=child.Bounds(wall_seconds=10),
-                )  # fmt: skip
+            child.said_by(["tmutil", "addexclusion", folder / name], seconds=10.0)
 
 
 def _measured_dtypes() -> dict[str, str]:
