@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from agent.git.command import run_git
 from agent.journal.journal import read_events
 from agent.journal.state import fold
 from agent.night.power import stay_awake
-from agent.process.child import Bounds, Outcome, run, seconds_asleep
+from agent.process.child import Bounds, Outcome, run, said_by, seconds_asleep
 from agent.process.environment import clean_env, data_home
 from agent.text import one_line
 from agent.trial import rights, sandbox
@@ -123,7 +122,7 @@ def awake() -> Result:
         return Result("awake", "skip", "caffeinate is a program of macOS", {})
     with stay_awake():
         time.sleep(1)
-        said = _ask(["pmset", "-g", "assertions"])
+        said = said_by(["pmset", "-g", "assertions"])[1]
     held = "caffeinate" in said and "PreventUserIdleSystemSleep" in said
     words = "caffeinate holds off idle sleep" if held else "pmset does not list caffeinate: set sleep to never for a night"
     return Result("awake", "ok" if held else "bad", words, {"pmset": said[:1000]})
@@ -158,7 +157,7 @@ except Exception as error:
         (own := Path(name) / "own.txt").write_text("the user's")
         argv = [sys.executable, "-c", code, str(hidden), str(folder), str(own)]
         wrapped = sandbox.wrap(argv, rights.rules([folder], [], [hidden.parent]))
-        said = _ask(wrapped, Path(name))
+        said = said_by(wrapped, Path(name))[1]
         written = own.read_text() != "the user's"
     if "held-out text" in said or "refused" not in said:
         return Result("links", "bad", "a trained file can read the held-out text through a link; do not trust scores, report this",
@@ -250,18 +249,9 @@ def write(results: list[Result], path: Path) -> None:
     """Write the file for an issue: machine, versions, every result."""
     versions = {}
     for name in ("mlx", "numpy", "torch"):
-        found = _ask([sys.executable, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"])
+        found = said_by([sys.executable, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"])[1]
         versions[name] = found if re.fullmatch(r"[\w.+]+", found) else ""
-    chip = _ask(["sysctl", "-n", "machdep.cpu.brand_string"]) if MAC else platform.processor()
+    chip = said_by(["sysctl", "-n", "machdep.cpu.brand_string"])[1] if MAC else platform.processor()
     about = {"system": platform.platform(), "machine": platform.machine(), "chip": chip, "python": platform.python_version(),
              "cpus": os.cpu_count(), "versions": versions}  # fmt: skip
     path.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1) + "\n", encoding="utf-8")
-
-
-def _ask(argv: list[str], cwd: Path | None = None) -> str:
-    """What a short command prints, with its complaints; "" where there is no such program."""
-    if shutil.which(argv[0]) is None:
-        return ""
-    with tempfile.TemporaryDirectory() as name:
-        outcome = run(argv, cwd=cwd or Path(name), env=clean_env(), log=Path(name) / "log", bounds=Bounds(60.0))
-        return outcome.tail(2000).strip()

@@ -29,12 +29,11 @@ from agent.files import GIB, real_path
 from agent.journal.settings import Settings
 from agent.night import power
 from agent.night.limits import next_time
-from agent.process.child import Bounds, run
-from agent.process.environment import clean_env, data_home, wsl
+from agent.process.child import said_by
+from agent.process.environment import data_home, wsl
 from agent.trial import sandbox
 from agent.views.terminal import wrapped
 
-_SECONDS = 60.0  # for a child that is asked something; the first import of a framework after an installation is slow
 _OLDEST_GIT = (2, 31)  # rev-parse --path-format
 # Asked in a child, since nothing here imports a framework or the harness. BLAS first: it must be there before MLX.
 _ASK = """
@@ -91,7 +90,7 @@ def examine(folder: Path, train_file: str, environ: Mapping[str, str], ask: bool
 def check_python() -> Finding:
     version = f"{platform.python_version()} on {sys.platform} {platform.machine()}"
     if sys.platform == "darwin" and platform.machine() != "arm64":
-        if _ask(["sysctl", "-n", "sysctl.proc_translated"], Path.cwd())[1] == "1":
+        if said_by(["sysctl", "-n", "sysctl.proc_translated"])[1] == "1":
             mend = "this terminal runs under Rosetta: in Finder's Get Info of it untick Open using Rosetta, then make clean"
         else:
             mend = "install one from python.org, or let uv do it"
@@ -104,7 +103,7 @@ def check_mac() -> Iterable[Finding]:
     if sys.platform != "darwin":
         return
     asked = ["sw_vers", "-productVersion"], ["sysctl", "-n", "machdep.cpu.brand_string"]
-    version, chip = (_ask(argv, Path.cwd())[1] for argv in asked)
+    version, chip = (said_by(argv)[1] for argv in asked)
     if not (major := version.partition(".")[0]).isdigit():
         return
     if int(major) < 14:
@@ -154,7 +153,7 @@ def check_git(folder: Path, train_file: str) -> Finding:
     mend = apple if sys.platform == "darwin" else "install the package git"
     if shutil.which("git") is None:
         return Finding("git", "bad", f"not found on PATH; {mend}")
-    code, said = _ask(["git", "--version"], Path.cwd())
+    code, said = said_by(["git", "--version"])
     if code != 0:  # on a Mac /usr/bin/git is there from the start, and only offers to install one, or a licence to be agreed to
         return Finding("git", "bad", f"git does not run ({_first_line(said)}); {mend}")
     import git  # fails to import where there is no git
@@ -187,7 +186,7 @@ def check_agents(environ: Mapping[str, str]) -> Iterable[Finding]:
         if path is None:
             absent.append(coder.name)
             continue
-        code, said = _ask([path, "--version"], Path.cwd())
+        code, said = said_by([path, "--version"], Path.cwd())
         if code != 0:
             yield Finding(coder.name, "note", f"{path} --version fails ({_first_line(said)}); reinstall it: {coder.install_hint}")
         elif not coder.logged_in(environ):
@@ -245,7 +244,7 @@ def check_data(environ: Mapping[str, str]) -> Finding:
 
 
 def check_framework(folder: Path, module: str) -> Iterable[Finding]:
-    code, said = _ask([sys.executable, "-c", _ASK, module], folder)
+    code, said = said_by([sys.executable, "-c", _ASK, module], folder)
     try:
         answer: dict[str, Any] = json.loads(said.splitlines()[-1]) if code == 0 else {}
     except (ValueError, IndexError):
@@ -290,16 +289,6 @@ def check_power() -> Iterable[Finding]:
 def check_sandbox() -> Finding:
     cover = sandbox.available()
     return Finding("sandbox", "ok" if cover.present else "note", str(cover))
-
-
-def _ask(argv: list[str], folder: Path) -> tuple[int | None, str]:
-    """Exit code of a child and what it said: its output, or what it complained of."""
-    with tempfile.TemporaryDirectory() as name:
-        out = Path(name) / "out"
-        log = Path(name) / "log"
-        outcome = run(argv, cwd=folder, env=clean_env(), log=log, stdout_to=out, bounds=Bounds(_SECONDS))
-        said = out.read_text("utf-8", "replace").strip() if out.exists() else ""
-        return outcome.exit_code, said or outcome.tail(1000)
 
 
 def _first_line(text: str) -> str:

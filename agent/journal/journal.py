@@ -216,7 +216,7 @@ def holder(folder: Path) -> int | None:
     except OSError as error:
         if error.errno not in _HELD:
             return None  # no driver can hold a lock there, so none has begun
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, IndexError):  # a driver that has just taken it has not written its number yet
             return int(os.pread(lock, 32, 0).split()[0])
         return 0
     finally:

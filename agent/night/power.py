@@ -52,11 +52,8 @@ def low_power_mode() -> bool:
 
 def _pmset(*words: str) -> str:
     """What macOS says about its power supply, "" if it says nothing."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out, bounds = Path(scratch) / "out", child.Bounds(wall_seconds=10)
-        log = Path(scratch) / "log"
-        outcome = child.run(["pmset", *words], cwd=log.parent, env=clean_env(), log=log, bounds=bounds, stdout_to=out)
-        return out.read_text("utf-8", "replace") if outcome.ok else ""
+    code, said = child.said_by(["pmset", *words], seconds=10.0)
+    return said if code == 0 else ""
 
 
 def battery_warning() -> list[str]:

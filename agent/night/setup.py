@@ -24,6 +24,7 @@ from agent.journal.state import Night, fold
 from agent.night.limits import clock, next_time
 from agent.process import child
 from agent.process.environment import clean_env, data_home
+from agent.text import safe_tail
 from agent.trial.lab import FROZEN, HARNESS, frozen
 from agent.trial.order import parse_budget
 from agent.trial.rights import folders, public
@@ -52,10 +53,15 @@ def dataset(
     with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
         answer = Path(scratch) / "dataset.json"
         options = [*(("--dataset", name) if name else ()), *(("--preset", preset) if preset else ())]
-        shown = _LastLine(log, show)
+
+        def show_last() -> None:
+            if lines := [line for line in safe_tail(log, 2000).split("\n") if line.strip()]:
+                show(lines[-1][:150])
+
         outcome = child.run(
             [sys.executable, "-B", str(harness), "--json", str(answer), *options], cwd=cwd, env=clean_env(network=True), log=log,
-            bounds=child.Bounds(wall_seconds=PREPARE_SECONDS), stop=stop, watch=shown, pidfile=log.parent.parent / "prepare.pid",
+            bounds=child.Bounds(wall_seconds=PREPARE_SECONDS), stop=stop, watch=show_last,
+            pidfile=log.parent.parent / "prepare.pid",
         )  # fmt: skip
         if outcome.reason == "stopped":
             raise Stopped
@@ -71,21 +77,6 @@ def _entry(path: Path) -> dict[str, Any]:
         return {**{key: entry[key] for key in DATASET_KEYS}, "name": entry.get("dataset")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected a dataset as JSON, got {error!r}; run python {HARNESS} again") from None
-
-
-class _LastLine:
-    """A `watch` that shows what a child printed last."""
-
-    def __init__(self, log: Path, show: Callable[[str], None]) -> None:
-        self._log, self._show = log, show
-
-    def __call__(self) -> None:
-        try:
-            lines = self._log.read_bytes()[-2000:].decode("utf-8", "replace").replace("\r", "\n").split("\n")
-        except OSError:
-            return
-        if words := [line for line in lines if line.strip()]:
-            self._show(words[-1][:150])
 
 
 def chosen(night: Night, options: Mapping[str, Any]) -> Settings:
@@ -173,11 +164,7 @@ def leave_out_of_backups(folder: Path) -> None:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / ".metadata_never_index").touch()
         if sys.platform == "darwin":
-            with tempfile.TemporaryDirectory() as scratch:
-                child.run(
-                    ["tmutil", "addexclusion", folder / name], cwd=folder, env=clean_env(), log=Path(scratch) / "log",
-                    bounds=child.Bounds(wall_seconds=10),
-                )  # fmt: skip
+            child.said_by(["tmutil", "addexclusion", folder / name], seconds=10.0)
 
 
 def _measured_dtypes() -> dict[str, str]:

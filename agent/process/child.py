@@ -26,7 +26,7 @@ import psutil
 
 from agent.files import directory_bytes
 from agent.process import supervise
-from agent.process.environment import wsl
+from agent.process.environment import clean_env, wsl
 from agent.process.leftovers import Record, descendants, end_processes
 from agent.process.output import BoundedLog
 from agent.text import safe_tail, secrets_in
@@ -100,6 +100,16 @@ def run(
     whatever `stop` or `watch` raise, after ending the child.
     """
     return _Child([str(word) for word in argv], cwd, dict(env), log, bounds, stdin, stdout_to, pidfile, grace).follow(stop, watch)
+
+
+def said_by(argv: Sequence[str | Path], cwd: Path | None = None, seconds: float = 60.0) -> tuple[int | None, str]:
+    """Exit code of a short command and what it said: its output, or what it complained of. None: it was ended or is not there.
+
+    cwd: by default a folder of its own. seconds: the first import of a framework after an installation is slow."""
+    with tempfile.TemporaryDirectory() as name:
+        out, log = Path(name) / "out", Path(name) / "log"
+        outcome = run(argv, cwd=cwd or Path(name), env=clean_env(), log=log, stdout_to=out, bounds=Bounds(seconds))
+        return outcome.exit_code, (safe_tail(out, 100_000).strip() or outcome.tail(1000).strip())
 
 
 @contextlib.contextmanager

@@ -249,6 +249,8 @@ def test_second_driver_is_refused_and_told_the_pid(tmp_path: Path) -> None:
         )
         assert other.returncode == 1
         assert f"process {os.getpid()} already works on the night" in other.stderr
+        os.truncate(tmp_path / "lock", 0)
+        assert holder(tmp_path) == 0, "some driver works on it, though it has not said which"
     assert holder(tmp_path) is None
     Journal(tmp_path).close()
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agent.files import remove
 from agent.process import supervise
-from agent.process.child import Bounds, Outcome, run
+from agent.process.child import Bounds, Outcome, run, said_by
 from agent.process.environment import clean_env
 from agent.process.leftovers import end_leftovers
 from agent.process.output import BoundedLog
@@ -298,6 +298,16 @@ def test_pipes_where_the_driver_writes_and_reads_hold_it_up_for_no_time(child, t
     (tmp_path / "folder.pid").mkdir()
     assert end_leftovers(tmp_path) == []
     assert list(tmp_path.glob("*.pid")) == []
+
+
+def test_a_short_command_is_asked_what_it_says(tmp_path):
+    code = "import os, sys; print(sys.argv[1]); print('but', file=sys.stderr); sys.exit(int(sys.argv[2]))"
+    assert said_by([sys.executable, "-c", code, "hello", "0"]) == (0, "hello")
+    assert said_by([sys.executable, "-c", code, "", "3"]) == (3, "but"), "without an output its complaint is what it said"
+    assert said_by([sys.executable, "-c", "import os; print(os.getcwd())"], tmp_path) == (0, str(tmp_path.resolve()))
+    assert said_by([sys.executable, "-c", "import time; time.sleep(60)"], seconds=0.1)[0] is None
+    ending, said = said_by(["no-such-program"])
+    assert (ending, "found none" in said) == (None, True)
 
 
 def test_stop_and_watch_end_a_child_with_their_reason(child, tmp_path):
