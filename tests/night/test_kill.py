@@ -22,8 +22,8 @@ from agent.views import results
 PLAN = "better worse crash simpler comment violation fail better nan extra worse better"
 LIMITED = "better limit worse crash limit simpler comment violation limit fail better nan"
 KINDS = (
-    "night_start", "session", "experiment", "agent_failed", "candidate", "trial_start", "trial_end", "verified", "verdict",
-    "test_score", "night_end",
+    "night_start", "session", "experiment", "asked", "agent_failed", "candidate", "trial_start", "trial_end", "verified",
+    "verdict", "test_score", "night_end",
 )  # fmt: skip
 
 

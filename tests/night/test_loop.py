@@ -202,7 +202,10 @@ def test_a_rate_limit_is_waited_out_and_uses_no_experiment(tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"rate limit: .*waiting [12] s", done.stdout)
     assert bed.calls() == ["1 limit", "1 limit"]
-    assert [e.status for e in night_of(bed).done] == ["keep"]
+    told = [event["event"] for event in read_events(bed.folder() / "journal.jsonl")[0] if event.get("n") == 1]
+    assert told[:5] == ["experiment", "asked", "agent_failed", "asked", "candidate"], "each call is journalled before it is made"
+    night = night_of(bed)
+    assert ([e.status for e in night.done], night.unpriced) == (["keep"], 1), "the refused one is known to cost nothing"
 
 
 def test_an_expired_login_ends_the_night_at_once_with_the_mend(tmp_path: Path) -> None:
