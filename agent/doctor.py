@@ -249,7 +249,7 @@ def check_framework(folder: Path, module: str) -> Iterable[Finding]:
         answer: dict[str, Any] = json.loads(said.splitlines()[-1]) if code == 0 else {}
     except (ValueError, IndexError):
         answer = {}
-    mend = "pip install -e '.[torch]'" if module == "torch" else "scripts/setup.sh"
+    mend = "pip install -e '.[torch]'" if module == "torch" else "make clean, then scripts/setup.sh"
     if not answer or answer.get("sum") != 64.0**3:
         why = said.strip().splitlines()[-1] if said.strip() else "no answer"
         yield Finding(module, "bad", f"does not work here ({why[:200]}); run {mend}")

@@ -58,7 +58,7 @@ Every night that has begun can go on with --resume.
     option("--hours", type=click.FloatRange(0),
            help="Start no experiment after this many hours. Default: 8 without --experiments."),
     option("--until", metavar="HH:MM",
-           help="Start no experiment after this time of day, such as 07:00. A resume keeps it; once it is past, for the next day."),
+           help="Start no experiment after this time of day, such as 07:00. A resume ends at the same time, or on the next day."),
     option("--max-cost", type=click.FloatRange(0), help="Stop once the agent has cost this much, in US dollars."),
     option("--tag", help="Name of the night: branch autoresearch/TAG, folder runs/TAG. Default: today's date."),
 )
@@ -91,7 +91,7 @@ Every night that has begun can go on with --resume.
     option("--budget", help="Budget of one training: 300s, 200steps or 5Mtokens. Default: the preset's."),
     option("--preset", help="Machine size, as in prepare_mlx.py --preset. Default: this machine's."),
     option("--train-file", default="train_mlx.py", show_default=True, help="File to improve."),
-    option("--seed", type=int, default=1, show_default=True,
+    option("--seed", type=click.IntRange(0), default=1, show_default=True,
            help="Seed of the first training of each file in a new night; its second uses the next seed, and so on."),
     option("--baseline-seeds", type=click.IntRange(3), help="Trainings of the unchanged file, to measure the noise."),
     option("--startup", type=click.FloatRange(1), help="Seconds that a training may take on top of its budget. Default: 120."),

@@ -115,7 +115,7 @@ def as_rows(tokens: np.ndarray, seq_len: int, bos_id: int) -> tuple[np.ndarray, 
 
 
 def read_facts(run_dir: Path) -> dict:
-    """Read train.json, which the trainer wrote and nobody trusts: numbers must be finite and, but for the seed, not negative;
+    """Read train.json, which the trainer wrote and nobody trusts: numbers must be finite and not negative;
     names must be short and on one line.
     Errors: HarnessError("crash") if there is no readable train.json, ("violation") for any other value."""
     try:
@@ -126,8 +126,7 @@ def read_facts(run_dir: Path) -> dict:
     for key in ("training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens", "num_steps", "num_params",
                 "depth", "seed", "suspended_seconds", "speed_index", "products_per_second"):
         value = facts.get(key)
-        least = -1e18 if key == "seed" else 0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e18:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e18:
             raise HarnessError("violation", f"train.json: expected a finite number for {key}, not below 0, got {str(value)[:80]}")
     for key in ("budget", "device", "data"):
         if not re.fullmatch(r"\w[\w.,@:()+ -]{0,95}", str(facts.get(key))):

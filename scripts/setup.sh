@@ -35,10 +35,11 @@ if [ "$(uname -s)" = Darwin ] && [ -n "${python:-}" ] && [ "$("$python" -c 'impo
 fi
 
 echo "setting up .venv${1:+ for $1} (a minute or two, once) ..."
-# An environment that works is kept: it may hold other extras, and a night may run in it. `make clean` removes it
+# An environment that works is kept: it may hold other extras, and a night may run in it. To begin anew: make clean
 suits='import sys, platform; sys.exit(sys.version_info < (3, 10) or (sys.platform, platform.machine()) == ("darwin", "x86_64"))'
 if ! .venv/bin/python -c "$suits" 2>/dev/null || ! { command -v uv || .venv/bin/python -m pip --version; } >/dev/null 2>&1; then
     rm -rf .venv
+    trap 'rm -rf .venv' EXIT  # until it is whole: a half-made one would be kept
     if command -v uv >/dev/null && uv venv --quiet ${python:+--python "$python"} .venv; then :
     elif [ -n "${python:-}" ] && "$python" -m venv .venv 2>/dev/null; then :
     else
@@ -50,6 +51,7 @@ if command -v uv >/dev/null; then
 else
     .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt ".${1:+[$1]}" || failed=1
 fi
+[ -n "${failed:-}" ] || trap - EXIT
 [ -z "${failed:-}" ] || stop "the packages could not be installed (see above); check the network and the Python version, then run make again"
 # Compile to bytecode now, because trainings in a sandbox may not write here; on all cores, where pip would use one. Only the local
 # model imports `transformers`, which is large

@@ -16,6 +16,7 @@ from agent.coders.error_text import Failure as Failure
 from agent.coders.error_text import name_failure
 from agent.errors import UsageError
 
+REFUSAL_SECONDS = 60.0  # a service refuses at once: after a longer call some model was at work, whether its output tells or not
 # What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
 BASE_ENV = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR",
@@ -222,11 +223,13 @@ def cost_usd(reply: Reply, price_in: float | None, price_out: float | None) -> f
     return (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6
 
 
-def usage_of(coder: Coder, reply: Reply, price_in: float | None, price_out: float | None) -> dict[str, Any]:
-    """What a call has used, as the journal keeps it. `cost` in US dollars; None: it has cost something that isn't known."""
+def usage_of(coder: Coder, reply: Reply, seconds: float, price_in: float | None, price_out: float | None) -> dict[str, Any]:
+    """What a call that took so many seconds has used, as the journal keeps it. `cost` in US dollars; None: it has cost something
+    that isn't known."""
     cost = cost_usd(reply, price_in, price_out)
+    refused = cost is None and seconds < REFUSAL_SECONDS and _refused(reply)
     return {
-        "cost": 0.0 if coder.free or (cost is None and _refused(reply)) else cost,
+        "cost": 0.0 if coder.free or refused else cost,
         "tokens": (reply.tokens_in or 0) + (reply.tokens_out or 0), "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
     }  # fmt: skip
 

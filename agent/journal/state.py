@@ -218,15 +218,15 @@ def _night_start(night: Night, event: Mapping[str, Any]) -> None:
 
 
 def _session(night: Night, event: Mapping[str, Any]) -> None:
-    if night.asked and night.dearest:  # a driver was killed or stopped before the agent answered: the call still costs money
-        _spend(night, {"usage": {"cost": None}, "n": night.experiments[-1].n})
-    night.asked = False
+    if night.asked:  # a driver was killed or stopped before the agent answered
+        _spend(night, {"n": night.experiments[-1].n})
     if night.ended is None:  # the driver before this one was killed
         for experiment in night.experiments:
             if experiment.trials and experiment.trials[-1].status == "running":
                 experiment.repeats["killed"] = experiment.repeats.get("killed", 0) + 1
     night.settings, night.ended, night.session = event["settings"], None, event["t"]
-    night.agent = event.get("agent") or night.agent
+    if (agent := event.get("agent") or night.agent) != night.agent:
+        night.agent, night.dearest = agent, 0.0  # a price of another agent says nothing of this one's
     if not night.sandbox.startswith("none"):  # the report must say if any session had no sandbox
         night.sandbox = event.get("sandbox") or night.sandbox
     night.rested = len(night.done)
@@ -253,9 +253,12 @@ def _current(night: Night, event: Mapping[str, Any]) -> Experiment:
 
 
 def _spend(night: Night, event: Mapping[str, Any]) -> None:
-    """Count what a call of the agent cost. An event without `cost` in its usage has no call."""
-    night.asked = False
+    """Count what a call of the agent cost. An event without `cost` in its usage has no call, unless one was asked for: then its
+    answer was lost, and it has cost something all the same."""
     usage, known = event.get("usage") or {}, night.dearest > 0
+    if night.asked and "cost" not in usage and known:
+        usage = {**usage, "cost": None}
+    night.asked = False
     cost = usage.get("cost")
     if "cost" in usage and cost is None:
         night.estimated += known

@@ -4,8 +4,8 @@ Each step reads the journal, does one thing and writes it down, and each may be 
 a verdict is in the journal. So after a driver was killed, the next one reads the journal, makes git agree with it, and goes on.
 
 Some errors come from outside: a full disk, a damaged repository, a removed folder, too little memory (`DAMAGE`). Each costs one
-experiment: `mend` repairs the worktree and gives the verdict. If the repair fails, the night ends and says why. A mistake of ours
-that only this candidate brings out costs no more: another candidate may do without, and this one would do the same at each resume.
+experiment: `mend` repairs the worktree and gives the verdict. If the repair fails, the night ends and says why. Any other
+exception costs its experiment, too: at a resume the same candidate would raise it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import BaselineError, NightError, Stopped
-from agent.files import read_plain, write_anew
+from agent.files import read_part, read_plain, write_anew
 from agent.git import guard
 from agent.git.command import DAMAGE
 from agent.git.guard import TRAIN_FILE_BYTES
@@ -48,6 +48,7 @@ from agent.views.glance import at_a_glance, score
 from agent.views.terminal import TERMINAL_LOG, Console
 
 MOST_REMOVALS = 2  # of a training's folders, or stops by the GPU's watchdog, after which the training is repeated
+TRACEBACK_BYTES = 1 << 20  # that driver.log keeps of earlier ones
 MOST_KILLS = 3  # of the driver in one training: a candidate can kill what started it, and would at each --resume
 
 
@@ -139,14 +140,15 @@ class Engine:
 
     def mend(self, experiment: Experiment, damage: Exception) -> None:
         """Repair damage, and end this experiment with it. NightError if the repair fails."""
-        words = self.repair(experiment.name, damage)
-        reason = f"damaged from outside, and repaired: {words}"
-        if not isinstance(damage, DAMAGE):
-            reason = f"the driver failed over it, {type(damage).__name__}: {words}"
+        ours = not isinstance(damage, DAMAGE)
+        if ours:
             log = keep_traceback(self.lab.folder, damage)
             self.console.say(f"note: that is a mistake of the driver's; the details are in {log}")
+        words = self.repair(experiment.name, damage)
+        cause = f"the driver failed over it, {type(damage).__name__}" if ours else "damaged from outside, and repaired"
         if experiment.status is None:
             kind = "agent_error" if experiment.commit is None else "crash"
+            reason = f"{cause}: {words}"
             self.conclude(experiment, kind, reason, failure_record(kind, reason))
 
     def repair(self, name: str, damage: BaseException) -> str:
@@ -184,7 +186,7 @@ class Engine:
         free = shutil.disk_usage(self.lab.folder).free / 1e9
         if end := limits.over(self.night, self.settings, seconds_left=self._seconds_left(), free_gb=free):
             return end
-        if wait := limits.pause(self.night, self.settings):
+        if self.night.open is None and (wait := limits.pause(self.night, self.settings)):
             kind, length = self.night.streak()
             self.console.say(f"{length} experiments in a row ended as {kind}; pausing {wait:.0f} s")
             self.stopper.sleep(wait, lambda left: self.console.show(f"pausing, {left:.0f} s left"))
@@ -403,10 +405,11 @@ class Engine:
 
 
 def keep_traceback(folder: Path, error: BaseException) -> Path:
-    """Write where an unexpected error came from to the night's logs, if that is possible. Returns the file's path."""
+    """Add where an unexpected error came from to the night's logs, if that is possible. Returns the file's path."""
     log = folder / "logs" / "driver.log"
     with contextlib.suppress(OSError):
-        write_anew(log, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        before = read_part(log, -TRACEBACK_BYTES, TRACEBACK_BYTES) if log.exists() else b""
+        write_anew(log, before + "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
     return log
 
 

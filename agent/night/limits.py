@@ -51,8 +51,8 @@ def over(night: Night, settings: Settings, *, seconds_left: float, free_gb: floa
         return "max_cost", f"the agent has cost ${night.cost:.2f} of ${settings.max_cost:.2f}{guess}{one}"
     if settings.max_cost is not None and night.unpriced >= UNKNOWN_PRICES:
         return "max_cost", (
-            "the agent does not report its cost, so --max-cost cannot be enforced; give --price-in and --price-out, or leave out "
-            "--max-cost"
+            "the agent does not report its cost, so --max-cost cannot be enforced; give --price-in and --price-out, or begin a "
+            "night without --max-cost"
         )
     if settings.target is not None and best is not None and best <= settings.target:
         return "target", f"val_bpb {best:.4f} reaches the target {settings.target:g}"

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def chosen(night: Night, options: Mapping[str, Any]) -> Settings:
 
     --until of an earlier session ends this one when clocks next show that time, as it would if it were given again."""
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
-    settings = Settings.from_json(night.settings).updated(given)
+    settings = Settings.from_json(night.settings)
+    if settings.agent is None and settings.agent_cmd is None and given.get("agent") == night.agent:
+        settings = replace(settings, agent=night.agent)  # the one that was found, now named: what was said of it still holds
+    settings = settings.updated(given)
     if settings.until is not None and given.get("until") is None:
         settings = settings.updated({"until": next_time(clock(settings.until))})
     if settings.experiments is None and settings.hours is None and settings.until is None:

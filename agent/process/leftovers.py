@@ -52,9 +52,9 @@ def end_leftovers(directory: Path) -> list[int]:
             record = json.loads(read_plain(path, _RECORD_BYTES))
             roots = [process for entry in record["processes"] if (process := _same(entry["pid"], entry["start"]))]
             ended |= end_processes(roots, str(record["marker"]))
-        remove(path)
-    for draft in directory.glob(".*.pid.new"):
-        remove(draft)
+    for path in (*directory.glob("*.pid"), *directory.glob(".*.pid.new")):
+        with contextlib.suppress(OSError):  # a full disk: it names nobody who is still there
+            remove(path)
     return sorted(ended)
 
 

@@ -93,11 +93,12 @@ def ask(desk: Desk, prompt: str, base: str, n: int, seed: int, cost_left: float 
             raise Stopped
         reply = believed(desk.coder.reply(output_of(out), output_of(log), job), outcome.exit_code)
     except CoderError as error:
-        return Proposal("missing", message=str(error))
+        return Proposal("missing", message=str(error), usage={"cost": 0.0})
     finally:
         with contextlib.suppress(OSError):
             remove(scratch)
-    usage = {} if outcome.reason == "missing" else usage_of(desk.coder, reply, settings.price_in, settings.price_out)
+    usage = {"cost": 0.0} if outcome.reason == "missing" else usage_of(
+        desk.coder, reply, outcome.seconds, settings.price_in, settings.price_out)  # fmt: skip
     try:
         found = guard.check(repository, root, desk.worktree.tree(base), desk.train_file, before, seen)
         violations = [str(violation) for violation in found.violations]

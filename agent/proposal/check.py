@@ -120,7 +120,7 @@ def ask_for_a_word(
     finally:
         with contextlib.suppress(OSError):
             remove(place)
-    usage = {} if outcome.reason == "missing" else usage_of(coder, reply, settings.price_in, settings.price_out)
+    usage = {} if outcome.reason == "missing" else usage_of(coder, reply, outcome.seconds, settings.price_in, settings.price_out)
     kind, words = _judge(coder, outcome, reply, edited)
     return Answer(kind, one_line(redact(words), 600), outcome.seconds, usage)
 

@@ -76,9 +76,11 @@ def identity(data: bytes) -> str:
 
 
 def night_tier(state: Night | None, environ: Mapping[str, str]) -> str:
-    """The tier whose constants the trainer uses: as the trainer told of the best, else $AUTORESEARCH_TIER, else this machine's."""
+    """The tier whose constants the trainer uses: as it told of the best, else what the user chose, else this machine's."""
     trained = state.leader.summary().get("tier") if state and state.best is not None else None
-    return str(trained or environ.get("AUTORESEARCH_TIER") or _this_machine())
+    machine = state.machine if state else {}
+    chosen = machine.get("tier") or ("cpu" if machine.get("device") == "cpu" else environ.get("AUTORESEARCH_TIER"))
+    return str(trained or chosen or _this_machine())
 
 
 def _this_machine() -> str:

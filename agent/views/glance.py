@@ -47,7 +47,7 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
         "started": night.started, "last": night.last, "sigma": sigma,
         "train_file": night.train_file, "data": night.dataset.get("id"), "budget": night.dataset.get("budget"),
         "agent": proposer(night),
-        "wanted": night.settings.get("experiments"), "hours": night.settings.get("hours"),
+        "wanted": night.settings.get("experiments"), "hours": night.settings.get("hours"), "until": night.settings.get("until"),
         "sandbox": night.sandbox.partition(":")[0],
         "best": best.n if best else None, "baseline": night.baseline.mean if night.baseline else None, "kept": night.kept,
         "cost": night.cost, "unpriced": night.unpriced, "tokens": night.tokens, "agent_seconds": night.agent_seconds,

@@ -96,6 +96,26 @@ def test_a_call_that_was_cut_off_with_its_driver_is_paid_for() -> None:
     assert story.night.estimated == 1, "it was waiting, nothing was asked"
 
 
+def test_a_call_whose_answer_was_lost_is_paid_for() -> None:
+    story = told()
+    before = story.night.cost
+    story.add("experiment", n=3, parent="c2")
+    story.add("asked", n=3)
+    story.add("verdict", n=3, status="agent_error", reason="damaged", val_bpb=None, description="", error=None, usage={}, seconds=0.0)
+    assert (story.night.cost, story.night.estimated) == (before + story.night.dearest, 1)
+
+
+def test_the_price_of_one_agent_is_none_of_another() -> None:
+    story = told()
+    story.add("session", settings={}, pid=2, agent="claude")
+    call(story, 3, 0.5)
+    assert over(story, max_cost=1.5) == "max_cost", "it could cost as much again"
+    story.add("session", settings={}, pid=3, agent="claude")
+    assert over(story, max_cost=1.5) == "max_cost"
+    story.add("session", settings={}, pid=4, agent="search")
+    assert over(story, max_cost=1.5) is None
+
+
 def test_a_session_that_asked_nothing_costs_nothing() -> None:
     story = told()
     before = story.night.cost

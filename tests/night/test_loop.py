@@ -21,7 +21,7 @@ from agent.journal.journal import decode, encode, read_events
 from agent.journal.settings import Settings
 from agent.journal.state import Night, fold
 from agent.night.limits import next_time
-from agent.night.setup import in_plain_words
+from agent.night.setup import chosen, in_plain_words
 
 QUICK = "--no-sandbox"
 
@@ -270,12 +270,13 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
 def test_a_night_goes_on_with_another_agent_and_another_end(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     assert bed.run("--experiments", "0", "--model", "large", QUICK).returncode == 0
-    for options, end in ((["--agent", "search", "--until", "07:00"], next_time("07:00")), (["--agent-cmd", bed.agent], None)):
+    end = next_time("07:00")
+    for options in (["--agent", "search", "--until", "07:00"], ["--agent-cmd", bed.agent]):
         done = bed.loop("--resume", "--no-picture", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         settings, cmd = night_of(bed).settings, bed.agent if "--agent-cmd" in options else None
         assert (settings["agent"], settings["agent_cmd"], settings["model"]) == (None if cmd else "search", cmd, None)
-        assert end in (None, settings["until"])
+        assert settings["until"] == end
 
 
 @pytest.mark.parametrize(("given", "kept"), [
@@ -288,6 +289,12 @@ def test_what_was_said_of_an_agent_holds_for_no_other(given: dict[str, Any], kep
     none = {name: getattr(Settings(), name) for name in said}
     settings = Settings(**said, experiments=5).updated(given)
     assert settings == Settings(**{**(said if kept else none), "experiments": 5, **given})
+
+
+def test_an_agent_that_was_found_may_be_named_at_a_resume() -> None:
+    night = Night(agent="claude", settings=Settings(model="large").to_json())
+    assert chosen(night, {"agent": "claude"}).model == "large"
+    assert chosen(night, {"agent": "codex"}).model is None
 
 
 def test_a_known_file_is_recalled_not_trained_again(tmp_path: Path) -> None:

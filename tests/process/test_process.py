@@ -477,7 +477,7 @@ def test_ctrl_c_in_the_terminal_never_hits_a_child_even_as_it_starts(tmp_path):
     with subprocess.Popen([sys.executable, "-c", UNDER_CTRL_C, str(tmp_path)], **options) as driver:
         assert driver.stdout.readline() == "ready\n"
         while driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
+            supervise.signal_group(driver.pid, signal.SIGINT)  # the driver and whatever has not left its group yet
             time.sleep(0.0005)
         assert driver.returncode == 0, driver.stderr.read()
 

@@ -550,6 +550,10 @@ def test_the_entry_that_was_trained_is_edited_whatever_this_machine_is(worktree:
 
 def test_without_a_training_the_tier_is_the_one_that_is_told() -> None:
     assert proposer.night_tier(None, {"AUTORESEARCH_TIER": "mac-max"}) == "mac-max"
+    night = Night(machine={"tier": "", "device": "cpu"})
+    assert proposer.night_tier(night, {}) == "cpu", "a GPU machine that trains on its CPU"
+    night.machine["tier"] = "cuda"
+    assert proposer.night_tier(night, {}) == "cuda"
 
 
 # Trained for real
