@@ -101,7 +101,8 @@ def test_a_call_whose_answer_was_lost_is_paid_for() -> None:
     before = story.night.cost
     story.add("experiment", n=3, parent="c2")
     story.add("asked", n=3)
-    story.add("verdict", n=3, status="agent_error", reason="damaged", val_bpb=None, description="", error=None, usage={}, seconds=0.0)
+    lost = {"status": "agent_error", "reason": "damaged", "val_bpb": None, "description": "", "error": None, "usage": {}}
+    story.add("verdict", n=3, **lost, seconds=0.0)
     assert (story.night.cost, story.night.estimated) == (before + story.night.dearest, 1)
 
 
