@@ -242,11 +242,12 @@ class Bed:
 
 def checkout_digest(repo: Path) -> dict[str, str]:
     """Every byte a user can see in their checkout, their index, their config and their own refs; not runs/."""
-    found = {}
-    for path in sorted(repo.rglob("*")):
-        name = path.relative_to(repo).as_posix()
-        ours = name.startswith(("runs/", ".git/objects", ".git/worktrees", ".git/refs/autoresearch", ".git/logs/refs/autoresearch"))
-        if ours or "autoresearch" in name or not path.is_file():
-            continue
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    found: dict[str, str] = {}
+    ours = {Path("runs"), Path(".git/objects"), Path(".git/worktrees")}  # a night changes them meanwhile
+    for top, folders, files in os.walk(repo):
+        place = Path(top).relative_to(repo)
+        folders[:] = [name for name in folders if place / name not in ours and "autoresearch" not in name]
+        for name in files:
+            if "autoresearch" not in name:
+                found[str(place / name)] = hashlib.sha256(Path(top, name).read_bytes()).hexdigest()
+    return dict(sorted(found.items()))
