@@ -107,16 +107,16 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
         f"data: {data['id'] if name == 'text:' else name}, preset {data.get('preset')}{why}; others: --dataset, --preset",
         agent,
     ]
+    each, minutes, seeds = str(data["budget"]), "", settings.baseline_seeds
     if unit == "s":
-        each = (amount + OVERHEAD_SECONDS) / 60
-        seeds = settings.baseline_seeds
-        first = f", {seeds} for the baseline first ({seeds * each:.0f} min)" if night.best is None else ""
-        end = settings.until or (time.time() + settings.hours * 3600 if settings.hours else None)
-        ends = f"until {time.strftime('%a %H:%M', time.localtime(end))}" if end else ""
-        number = f"{settings.experiments} experiments" if settings.experiments is not None else ""
-        lines.append(f"time: about {each:.1f} min a training{first}; then {' or '.join(filter(None, [number, ends]))}")
-    elif settings.experiments is not None:
-        lines.append(f"time: {data['budget']} a training, {settings.experiments} experiments")
+        each = f"about {(amount + OVERHEAD_SECONDS) / 60:.1f} min"
+        minutes = f" ({seeds * (amount + OVERHEAD_SECONDS) / 60:.0f} min)"
+    first = f", {seeds} for the baseline first{minutes}" if night.best is None else ""
+    number = settings.experiments
+    count = "" if number is None else f"{number} experiment{'s' * (number != 1)}"
+    end = settings.until if settings.hours is None else time.time() + settings.hours * 3600
+    ends = "" if end is None else f"until {time.strftime('%a %H:%M', time.localtime(end))}"
+    lines.append(f"time: {each} a training{first}; then {' or '.join(filter(None, [count, ends]))}")
     limit = "no limit on what the agent costs (--max-cost sets one)"
     if settings.max_cost is not None:
         limit = f"at most ${settings.max_cost:.2f}"
