@@ -35,14 +35,6 @@ ENERGY_SECONDS = 1.0                                                            
 PROBE_SECONDS = 0.3                                                             # of matrix products, before and after a leg
 
 
-def flops_per_token(shapes: dict[str, tuple[int, ...]], seq_len: int) -> int:
-    """FLOPs of a forward and backward pass over one token, from the shapes of all weights. The one count for every backend: 6 per
-    weight of a matrix product, 12 per channel, layer and token of the row in attention (upstream's count)."""
-    products = [n for n in shapes if n.startswith("blocks.") or n == "lm_head.weight"]
-    depth = len({n.split(".")[1] for n in products if n.startswith("blocks.")})
-    return 6 * sum(math.prod(shapes[n]) for n in products) + 12 * shapes["wte.weight"][1] * seq_len * depth
-
-
 class OnMLX:
     """train_mlx.py, driven step by step."""
 
@@ -350,7 +342,7 @@ class Leg:
             meter.close()
         whole = seconds.get("training") or seconds["step"]
         shapes = {n: tuple(p.shape) for n, p in self.weights().items()}
-        flops, product = flops_per_token(shapes, self.seq_len), (before + after) / 2
+        flops, product = model.flops_per_token(self.seq_len), (before + after) / 2
         return self.facts | {
             "seconds": seconds, "windows": measured, "first_seconds": first_seconds, "tokens_per_second": self.batch_tokens / whole,
             "batch_tokens": self.batch_tokens, "passes": self.passes, "seq_len": self.seq_len, "flops_per_token": flops,
