@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from harness.machine import load_fast_blas
 
 load_fast_blas(threads=1)  # before a test imports MLX; for small matrices more threads only wait for each other
+settings.register_profile("untimed", deadline=None)  # a busy machine may take long over one example
+settings.load_profile("untimed")
 os.environ.pop("AUTORESEARCH_TIER", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored, by children too
 ROOT = Path(__file__).resolve().parent.parent

@@ -97,7 +97,7 @@ def test_a_small_text_says_how_much_is_missing(tmp_path):
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5000)), min_size=1, max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_splits_are_disjoint_and_say_the_same_for_the_same_text(pairs):
     rng = np.random.default_rng(0)
     by_text = rng.integers(0, 2**63, 41).astype(np.uint64)

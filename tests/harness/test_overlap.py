@@ -20,7 +20,7 @@ def letters(text: str) -> bytes:
 
 
 @given(st.text("ab .\n", max_size=3000), st.integers(4, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_passages_joined_are_the_text(text, size):
     parts = passages(text, size)
     assert "".join(parts) == text
@@ -85,7 +85,7 @@ def test_a_shared_stretch_is_found_where_it_stands():
 
 
 @given(st.integers(0, 1000), st.text("xyz", max_size=40), st.text("xyz", max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_shared_stretch_of_47_letters_is_found(start, before, after):
     got = letters_of(code_points(TEXT))[0]
     index = np.unique(sampled(got)[1])

@@ -27,7 +27,7 @@ def tokenizer(request):
 @given(text=any_text)
 @example(text="".join(AWKWARD))
 @example(text="".join(map(chr, range(0x3100))))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back_and_its_bytes_add_up(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -85,6 +85,6 @@ def test_tokens_are_as_long_as_a_gpt4_pattern_bpes(vocab_size):
 
 
 @given(text=any_text)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_for_training_are_the_text(text):
     assert "".join(PIECES.findall(text)) == text
