@@ -51,8 +51,8 @@ if command -v uv >/dev/null; then
 else
     .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt ".${1:+[$1]}" || failed=1
 fi
-[ -n "${failed:-}" ] || trap - EXIT
 [ -z "${failed:-}" ] || stop "the packages could not be installed (see above); check the network and the Python version, then run make again"
+trap - EXIT
 # Compile to bytecode now, because trainings in a sandbox may not write here; on all cores, where pip would use one. Only the local
 # model imports `transformers`, which is large
 .venv/bin/python -m compileall -q -j 0 -x '/transformers/' .venv/lib >/dev/null || true

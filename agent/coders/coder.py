@@ -16,6 +16,7 @@ from agent.coders.error_text import Failure as Failure
 from agent.coders.error_text import name_failure
 from agent.errors import UsageError
 
+WAITING = ("rate_limit", "login")  # refusals that an agent may sit on until a limit ends it
 REFUSAL_SECONDS = 60.0  # a service refuses at once: after a longer call some model was at work, whether its output tells or not
 # What any program needs to find its home, its network and its language. Secrets are passed by name, per agent.
 BASE_ENV = (
@@ -236,12 +237,12 @@ def usage_of(coder: Coder, reply: Reply, seconds: float, price_in: float | None,
 
 def _refused(reply: Reply) -> bool:
     """Whether no model was at work: no tokens are told, and what was said, if anything, is the refusal itself."""
-    if reply.failure not in ("rate_limit", "login", "missing") or reply.tokens_in or reply.tokens_out:
+    if reply.failure not in (*WAITING, "missing") or reply.tokens_in or reply.tokens_out:
         return False
     return not reply.message or name_failure(reply.message).failure != "agent_error"
 
 
 def believed(reply: Reply, exit_code: int | None) -> Reply:
     """The reply without a refusal that only words of a log tell of, such as "Authenticated as", against exit code 0."""
-    logged = exit_code == 0 and reply.failure in ("rate_limit", "login") and not reply.structured
+    logged = exit_code == 0 and reply.failure in WAITING and not reply.structured
     return replace(reply, failure=None) if logged else reply

@@ -47,6 +47,12 @@ class Settings:
         values = {name: stored[name] for name in known}
         return cls(**{**values, "agent_env": tuple(values.get("agent_env") or ())})
 
+    def end(self, began: float) -> float | None:
+        """When a session that began at `began` starts no further experiment. None: no clock ends it. Both are Unix times."""
+        if self.until is not None:
+            return self.until
+        return None if self.hours is None else began + self.hours * 3600
+
     def updated(self, given: Mapping[str, Any]) -> Settings:
         """These settings, with the options that the user gave this time. An option of None was not given.
 

@@ -116,10 +116,12 @@ class Engine:
                 if experiment.commit is not None and experiment.status is None:
                     verdict = self.early_verdict(experiment) or self.train_and_decide(experiment)
                     self.conclude(experiment, *self.verified(experiment, verdict))  # moves the branch, if it is a keep
-            except Exception as damage:
-                if isinstance(damage, (NightError, Stopped)) and not isinstance(damage, DAMAGE):
-                    raise
+            except DAMAGE as damage:
                 self.mend(experiment, damage)
+            except (NightError, Stopped):
+                raise
+            except Exception as mistake:
+                self.mend(experiment, mistake)
 
     def train_and_decide(self, experiment: Experiment) -> Verdict:
         """Train and score the candidate until there is a verdict; a promising one in turns with the best."""

@@ -30,9 +30,8 @@ GIVE_UP_WAITS = 50  # a day of half hours: whoever limits the rate has no more f
 
 def seconds_left(settings: Settings, session_seconds: float, now: float) -> float:
     """Seconds in which experiments may still begin; infinite without --until and --hours. now: Unix time."""
-    if settings.until is not None:
-        return settings.until - now
-    return math.inf if settings.hours is None else settings.hours * 3600 - session_seconds
+    end = settings.end(now - session_seconds)
+    return math.inf if end is None else end - now
 
 
 def over(night: Night, settings: Settings, *, seconds_left: float, free_gb: float) -> tuple[str, str] | None:

@@ -114,7 +114,7 @@ def in_plain_words(night: Night, settings: Settings, agent: str, free_gb: float)
     first = f", {seeds} for the baseline first{minutes}" if night.best is None else ""
     number = settings.experiments
     count = "" if number is None else f"{number} experiment{'s' * (number != 1)}"
-    end = settings.until if settings.hours is None else time.time() + settings.hours * 3600
+    end = settings.end(time.time())
     ends = "" if end is None else f"until {time.strftime('%a %H:%M', time.localtime(end))}"
     lines.append(f"time: {each} a training{first}; then {' or '.join(filter(None, [count, ends]))}")
     limit = "no limit on what the agent costs (--max-cost sets one)"

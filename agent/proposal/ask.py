@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.coders.choice import arguments
-from agent.coders.coder import Coder, CoderError, Job, Reply, believed, usage_of
+from agent.coders.coder import WAITING, Coder, CoderError, Job, Reply, believed, usage_of
 from agent.errors import Stopped
 from agent.files import DEEPEST, GIB, MOST_ENTRIES, directory_bytes, read_plain, remove
 from agent.git import guard
@@ -28,7 +28,6 @@ from agent.process import child
 from agent.text import failure_record, one_line, redact
 
 LINGER_SECONDS = 30.0  # that an agent may go on after its final message, when nothing is left to come but its exit
-WAITING = ("rate_limit", "login")  # what an agent may sit on until a limit ends it
 AGENT_BYTES = 4 * GIB  # in the worktree and the agent's scratch folder together: room for a virtual environment
 LARGEST_OUTPUT = 64 << 20  # bytes; the spawner keeps far less of an output
 

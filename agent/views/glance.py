@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from agent.files import read_part
+from agent.journal.settings import Settings
 from agent.journal.state import Experiment, Night, Trial
 from agent.text import one_line, safe_tail
 
@@ -41,7 +42,8 @@ def at_a_glance(night: Night, running: bool, sigma: float, folder: Path | None =
     training is looked up."""
     best = night.leader if night.best is not None else None
     now = night.open
-    doing = phase(night) if now and running else "not finished" if now else "between two experiments" if running else ""
+    busy, idle = (phase(night), "not finished") if now else ("between two experiments", "")
+    doing = busy if running else idle
     return {
         "tag": night.tag, "running": running, "ended": night.ended, "why_ended": ENDS.get(night.ended or "", night.ended),
         "started": night.started, "last": night.last, "sigma": sigma,
@@ -122,8 +124,7 @@ def left(night: Night, now: float) -> dict[str, Any]:
     done, settings = night.done, night.settings
     recent = [e for e in done[-RECENT:] if e.ended > e.started]
     pace = fmean(e.ended - e.started for e in recent) if recent else None
-    asked, hours, money = settings.get("experiments"), settings.get("hours"), settings.get("max_cost")
-    end = settings.get("until") or (night.session + hours * 3600 if hours is not None and night.session else None)
+    asked, money, end = settings.get("experiments"), settings.get("max_cost"), Settings.from_json(settings).end(night.session)
     seconds = max(0.0, end - now) if end is not None else None
     counts = [asked - len(done)] if asked is not None else []
     if seconds is not None and pace:
