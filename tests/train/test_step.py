@@ -4,7 +4,8 @@ These tests look into the file, so they run on the copy in tests/pinned, whateve
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -302,12 +303,18 @@ def small_model(buckets: tuple[int, ...]) -> tuple[GPT, dict[str, mx.array], dic
     return model, params, moments
 
 
+def forecast(*arguments: Any) -> Callable[[int], float]:
+    """As expected_memory, but the highest of three: how soon MLX frees an array on a CPU depends on what else the machine does."""
+    found = [train_mlx.expected_memory(*arguments) for _ in range(3)]
+    return lambda passes: max(expected(passes) for expected in found)
+
+
 @pytest.mark.parametrize(
     ("rows", "buckets", "accumulate"), [(16, (), 1), (16, (97, 101), 1), (64, (97, 101), 1), (16, (97, 101), 4)])
 def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...], accumulate: int) -> None:
     model, params, moments = small_model(buckets)
     step = make_step(model, accumulate)
-    expected = train_mlx.expected_memory(model, params, moments, step, rows * accumulate, rows, 64)(accumulate)
+    expected = forecast(model, params, moments, step, rows * accumulate, rows, 64)(accumulate)
     x = np.zeros((rows, 64), np.int32)
     mx.reset_peak_memory()
     for i in range(4):
@@ -322,7 +329,7 @@ def test_expected_memory_falls_with_the_passes_a_step_is_cut_into() -> None:
     found = []
     for passes in (2, 16):
         model, params, moments = small_model((997, 1009))
-        expected = train_mlx.expected_memory(model, params, moments, make_step(model, passes), 64, 64 // passes, 64)
+        expected = forecast(model, params, moments, make_step(model, passes), 64, 64 // passes, 64)
         found.append((expected(2), expected(16)))
     assert found[0][1] < 0.5 * found[0][0]
     assert found[0][1] == pytest.approx(found[1][1], rel=0.15)
