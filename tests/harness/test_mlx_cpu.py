@@ -1,5 +1,8 @@
 """The kernels of harness/mlx_cpu.py compute what MLX's own compute."""
 
+import platform
+import resource
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -47,3 +50,14 @@ def test_cross_entropy_equals_mlx(size: float) -> None:
                     for f in (cpu_cross_entropy, mx.fast.cross_entropy))
     assert close([ours[0], ours[1]], [theirs[0], theirs[1]])
     assert cpu_cross_entropy(logits, targets).shape == (2, 5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+def test_a_freed_array_gives_its_memory_to_the_next() -> None:
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        mx.eval(mx.zeros(2**24) + 1)                                            # 64 MiB: 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    assert min(page_faults() for _ in range(3)) < 1000
