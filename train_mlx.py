@@ -16,9 +16,9 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 
-# On a GPU `attention` is mx.fast.scaled_dot_product_attention, `cross_entropy` is mx.fast.cross_entropy. On a CPU both are faster
+# On a GPU these are mx.async_eval, mx.fast.scaled_dot_product_attention and mx.fast.cross_entropy. On a CPU they are faster
 # replacements, and mx.compile is off. Import this module before MLX: on Linux it loads a fast BLAS.
-from harness.mlx_cpu import GPU, attention, cross_entropy
+from harness.mlx_cpu import GPU, async_eval, attention, cross_entropy
 from prepare_mlx import (
     Progress,
     check_memory,
@@ -473,7 +473,7 @@ def make_step(model, accumulation_steps):
             if rows is not None:
                 ngram_grads.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else tree_map(mx.add, total, (loss, grads))
-            mx.async_eval(total, ngram_grads)  # start now, so that only one micro-batch has its activations in memory
+            async_eval(total, ngram_grads)  # start now, so that only one micro-batch has its activations in memory
         return apply(params, moments, rates, *total, ngram_grads)
 
     return step
@@ -561,8 +561,8 @@ def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
     saving_peak = sum(a.nbytes for _, a in tree_flatten((params, moments))) + table // 2  # it makes a bfloat16 copy of the tables
     # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
     kept = sum(p.nbytes for p in params.values()) - table + 4 * rows * seq_len * model.config.n_embd * (table > 0)
-    one_pass = extrapolate(peak_of_pass, micro_rows)
-    return lambda passes: max(update_peak, saving_peak, one_pass(rows // passes) + kept * (passes > 1))
+    at_once, by_rows = 1 if GPU else 2, extrapolate(peak_of_pass, micro_rows)   # a CPU runs two passes at once, one on each stream
+    return lambda passes: max(update_peak, saving_peak, by_rows(rows // passes * min(passes, at_once)) + kept * (passes > 1))
 
 
 def train(run):

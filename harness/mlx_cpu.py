@@ -1,8 +1,9 @@
 """
-`attention` and `cross_entropy` for train_mlx.py: MLX's own fused kernels on a GPU, faster replacements on a CPU.
+`attention`, `cross_entropy` and `async_eval` for train_mlx.py: MLX's own functions on a GPU, faster replacements on a CPU.
 
 MLX's CPU backend computes `exp` slowly (12 to 13 ms for a million elements on one x86-64 core, the version below 3 to 8 ms), and
-both kernels need it for most of their time. On a CPU, importing this module also switches mx.compile off. On Linux it loads a fast
+both kernels need it for most of their time. It computes everything but matrix products on one core, so `async_eval` gives the
+gradient accumulation steps to two cores. On a CPU, importing this module also switches mx.compile off. On Linux it loads a fast
 BLAS as well, and lets malloc keep freed memory. MLX takes the BLAS only if it is loaded first, so import this module before
 `mlx.core`.
 """
@@ -28,7 +29,7 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # large arrays too come from the heap: a mapping of their own would be returned when freed
 
 
-load_fast_blas()
+load_fast_blas(threads=max(1, (os.cpu_count() or 1) // 2))  # each of two streams computes its own matrix products
 
 import mlx.core as mx  # noqa: E402
 
@@ -36,8 +37,11 @@ if os.environ.get("AUTORESEARCH_DEVICE") == "cpu":  # a Mac or a GPU machine tra
     mx.set_default_device(mx.cpu)
 GPU = mx.default_device() == mx.Device(mx.gpu)
 BAND = 128  # queries; smaller bands compute fewer scores, and need more and smaller matrix products
+BLOCK = 2**20  # logits of a block of cross entropy; smaller blocks take less memory and more time
 if not GPU:
     keep_freed_memory()
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")  # MLX starts operations breadth first, so that both streams have work
+    FIRST, SECOND = mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
     mx.disable_compile()  # on the CPU it needs a C++ compiler for half a minute and saves a tenth of a step at best
 
 
@@ -79,12 +83,57 @@ def cpu_attention(q, k, v, *, scale, mask):
 def cpu_cross_entropy(logits, targets):
     """Nats of every token: logits fp32 [..., V], targets int [...] -> fp32 [...]; same arguments as mx.fast.cross_entropy.
 
-    The gradient reuses the forward pass's exponentials.
+    Large logits go through in blocks of rows, because the temporary arrays of `exp` would take several times their memory.
     """
+    return (cross_entropy_by_block if logits.size > 2 * BLOCK else plain_cross_entropy)(logits, targets)
+
+
+def plain_cross_entropy(logits, targets):
+    """The gradient reuses the forward pass's exponentials."""
     shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))     # [..., V]
     chosen = mx.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]   # [...]
     return mx.log(exp(shifted).sum(axis=-1)) - chosen
 
 
+@mx.custom_function
+def cross_entropy_by_block(logits, targets):
+    return one_by_one(plain_cross_entropy, logits, targets).reshape(targets.shape)
+
+
+@cross_entropy_by_block.vjp
+def cross_entropy_by_block_vjp(primals, cotangent, nats):
+    """Computes the exponentials again: softmax of the logits, less 1 at the target."""
+    def gradient(x, t, c, nats):
+        chosen = mx.take_along_axis(x, t[:, None], axis=-1)                     # [n, 1]
+        return (c[:, None] * exp(x - (nats[:, None] + chosen))).at[mx.arange(len(t)), t].add(-c)
+
+    logits, targets = primals
+    return one_by_one(gradient, logits, targets, cotangent, nats).reshape(logits.shape), mx.zeros_like(targets)
+
+
+def one_by_one(function, logits, *others):
+    """Concatenate function(logits [n, V], *others [n]) over blocks of n rows. Each block waits for the one before it."""
+    V, results = logits.shape[-1], []
+    n = max(1, BLOCK // V)
+    arrays = [logits.reshape(-1, V), *(a.reshape(-1) for a in others)]
+    for start in range(0, len(arrays[0]), n):
+        block = [a[start:start + n] for a in arrays]
+        results.append(function(*(mx.depends(block, results[-1:]) if results else block)))
+    return mx.concatenate(results)
+
+
+def cpu_async_eval(*trees):
+    """Used after each gradient accumulation step: two of them run at the same time, on two streams.
+
+    The first call starts nothing; what is built after it goes to the second stream. The second call starts both and changes back.
+    """
+    if mx.default_stream(mx.cpu) == FIRST:
+        mx.set_default_stream(SECOND)
+    else:
+        mx.set_default_stream(FIRST)
+        mx.async_eval(*trees)
+
+
 attention = mx.fast.scaled_dot_product_attention if GPU else cpu_attention
 cross_entropy = mx.fast.cross_entropy if GPU else cpu_cross_entropy
+async_eval = mx.async_eval if GPU else cpu_async_eval

@@ -1,4 +1,4 @@
-"""The kernels of harness/mlx_cpu.py compute what MLX's own compute."""
+"""The functions of harness/mlx_cpu.py compute what MLX's own compute."""
 
 import resource
 import sys
@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from harness.mlx_cpu import BAND, cpu_attention, cpu_cross_entropy, exp
+from harness import mlx_cpu
+from harness.mlx_cpu import BAND, cpu_async_eval, cpu_attention, cpu_cross_entropy, exp
 
 
 def close(a: list[mx.array], b: list[mx.array], tolerance: float = 1e-5) -> bool:
@@ -43,13 +44,39 @@ def test_attention_hands_other_masks_and_fewer_key_heads_to_mlx() -> None:
     assert close([cpu_attention(q, k, k, scale=1.0, mask="causal")], [expected])
 
 
+@pytest.mark.parametrize("block", [1, 61, 200, 2**20])  # logits: less than a row, one row, three rows and a rest, all rows
 @pytest.mark.parametrize("size", [1.0, 1000.0])
-def test_cross_entropy_equals_mlx(size: float) -> None:
+def test_cross_entropy_equals_mlx(monkeypatch: pytest.MonkeyPatch, size: float, block: int) -> None:
+    monkeypatch.setattr(mlx_cpu, "BLOCK", block)
     logits, targets = size * mx.random.normal((2, 5, 61), key=mx.random.key(1)), mx.random.randint(0, 61, (2, 5))
-    ours, theirs = (mx.value_and_grad(lambda x, f=f: f(x, targets).sum())(logits)
+    weights = mx.random.normal((2, 5), key=mx.random.key(2))                    # a gradient of its own for each token
+    ours, theirs = (mx.value_and_grad(lambda x, f=f: (f(x, targets) * weights).sum())(logits)
                     for f in (cpu_cross_entropy, mx.fast.cross_entropy))
     assert close([ours[0], ours[1]], [theirs[0], theirs[1]])
     assert cpu_cross_entropy(logits, targets).shape == (2, 5)
+
+
+def test_cross_entropy_of_large_logits_needs_little_more_than_their_gradient() -> None:
+    logits, targets = mx.zeros((8192, 1024)), mx.zeros(8192, mx.int32)
+    mx.eval(logits, targets)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(lambda x: cpu_cross_entropy(x, targets).sum())(logits))
+    assert mx.get_peak_memory() - before < 4 * logits.nbytes, "plain_cross_entropy takes 8 times as much"
+
+
+def test_async_eval_runs_two_passes_at_once_on_two_streams_and_loses_none() -> None:
+    first = mx.default_stream(mx.cpu)
+    used, total = [], mx.zeros(3)
+    for i in range(5):  # the last one has no partner
+        used.append(mx.default_stream(mx.cpu))
+        total = total + mx.full(3, 10**i)
+        cpu_async_eval({"total": total})
+    assert used[0] == used[2] == used[4] == first
+    assert used[1] == used[3] != first
+    assert total.tolist() == [11111] * 3
+    cpu_async_eval(total)
+    assert mx.default_stream(mx.cpu) == first
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's malloc")

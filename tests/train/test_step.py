@@ -62,6 +62,7 @@ def test_the_compiled_step_equals_the_eager_step(compiled: None, monkeypatch: py
     """Through the end of the first epoch, by MLX's own kernels, as on a GPU."""
     monkeypatch.setattr(train_mlx, "attention", mx.fast.scaled_dot_product_attention)
     monkeypatch.setattr(train_mlx, "cross_entropy", mx.fast.cross_entropy)
+    monkeypatch.setattr(train_mlx, "async_eval", mx.async_eval)
     with_compile, losses = steps(6, accumulate=accumulate)
     mx.disable_compile()
     without, eager_losses = steps(6, accumulate=accumulate)
@@ -75,8 +76,8 @@ def test_nothing_is_traced_again_over_a_whole_run(compiled: None, monkeypatch: p
 
     A function is traced when it is called. Nothing is evaluated, because a CPU would compile C++ for most of a minute first.
     """
-    for name in ("eval", "async_eval"):
-        monkeypatch.setattr(mx, name, lambda *arrays: None)
+    for module, name in ((mx, "eval"), (mx, "async_eval"), (train_mlx, "async_eval")):
+        monkeypatch.setattr(module, name, lambda *arrays: None)
     traces = {"cross_entropy": 0, "update": 0}
     for name in traces:
         original = getattr(train_mlx, name)
@@ -93,14 +94,14 @@ def test_nothing_is_traced_again_over_a_whole_run(compiled: None, monkeypatch: p
     assert traces == {"cross_entropy": 2, "update": 2}, "one for the first epoch, one for all others"
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3, 4])
 def test_accumulation_equals_the_large_batch(parts: int) -> None:
     """By the moments, which are the gradients times a number; weights after one step would hardly know their size."""
     model, params = fresh()
     for i, name in enumerate(params):  # what is 0 at first would leave next to nothing of some gradients
         if name.endswith(("c_proj.weight", "lm_head.weight")):
             params[name] = 0.2 * mx.random.normal(params[name].shape, key=mx.random.key(i))
-    whole = next(batches(8))
+    whole = next(batches(12))
     pieces = zip(np.split(whole[0], parts), np.split(whole[1], parts), strict=True)
     _, at_once, loss = make_step(model, 1)(params, init_optimizer(params), schedule(0, 0), iter([whole]))
     _, in_parts, part_loss = make_step(model, parts)(params, init_optimizer(params), schedule(0, 0), pieces)
