@@ -2,10 +2,10 @@
 `attention`, `cross_entropy` and `async_eval` for train_mlx.py: MLX's own functions on a GPU, faster replacements on a CPU.
 
 MLX's CPU backend computes `exp` slowly (12 to 13 ms for a million elements on one x86-64 core, the version below 3 to 8 ms), and
-both kernels need it for most of their time. It computes everything but matrix products on one core, so `async_eval` gives the
-gradient accumulation steps to two cores. On a CPU, importing this module also switches mx.compile off. On Linux it loads a fast
-BLAS as well, and lets malloc keep freed memory. MLX takes the BLAS only if it is loaded first, so import this module before
-`mlx.core`.
+attention and cross entropy spend most of their time in it. A stream of MLX computes everything but matrix products on one core, so
+`async_eval` runs two gradient accumulation steps at once, each on its own stream. On a CPU, importing this module also switches
+mx.compile off. On Linux it loads a fast BLAS as well, and lets malloc keep freed memory. MLX takes the BLAS only if it is loaded
+first, so import this module before `mlx.core`.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # large arrays too come from the heap: a mapping of their own would be returned when freed
 
 
-load_fast_blas(threads=max(1, (os.cpu_count() or 1) // 2))  # each of two streams computes its own matrix products
+load_fast_blas(threads=0.5)  # half of the cores, because each of two streams computes its own matrix products
 
 import mlx.core as mx  # noqa: E402
 
@@ -40,7 +40,8 @@ BAND = 128  # queries; smaller bands compute fewer scores, and need more and sma
 BLOCK = 2**20  # logits of a block of cross entropy; smaller blocks take less memory and more time
 if not GPU:
     keep_freed_memory()
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")  # MLX starts operations breadth first, so that both streams have work
+    # A graph wider than this is computed depth first: all of one stream's work would come before the other's
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     FIRST, SECOND = mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
     mx.disable_compile()  # on the CPU it needs a C++ compiler for half a minute and saves a tenth of a step at best
 
@@ -83,13 +84,13 @@ def cpu_attention(q, k, v, *, scale, mask):
 def cpu_cross_entropy(logits, targets):
     """Nats of every token: logits fp32 [..., V], targets int [...] -> fp32 [...]; same arguments as mx.fast.cross_entropy.
 
-    Large logits go through in blocks of rows, because the temporary arrays of `exp` would take several times their memory.
+    Large logits are computed in blocks of rows, because the temporary arrays of `exp` would take several times their memory.
     """
-    return (cross_entropy_by_block if logits.size > 2 * BLOCK else plain_cross_entropy)(logits, targets)
+    return plain_cross_entropy(logits, targets) if logits.size <= BLOCK else cross_entropy_by_block(logits, targets)
 
 
 def plain_cross_entropy(logits, targets):
-    """The gradient reuses the forward pass's exponentials."""
+    """As cpu_cross_entropy, in one piece. The gradient reuses the forward pass's exponentials."""
     shifted = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))     # [..., V]
     chosen = mx.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]   # [...]
     return mx.log(exp(shifted).sum(axis=-1)) - chosen
@@ -97,21 +98,21 @@ def plain_cross_entropy(logits, targets):
 
 @mx.custom_function
 def cross_entropy_by_block(logits, targets):
-    return one_by_one(plain_cross_entropy, logits, targets).reshape(targets.shape)
+    return by_block(plain_cross_entropy, logits, targets).reshape(targets.shape)
 
 
 @cross_entropy_by_block.vjp
-def cross_entropy_by_block_vjp(primals, cotangent, nats):
-    """Computes the exponentials again: softmax of the logits, less 1 at the target."""
-    def gradient(x, t, c, nats):
-        chosen = mx.take_along_axis(x, t[:, None], axis=-1)                     # [n, 1]
-        return (c[:, None] * exp(x - (nats[:, None] + chosen))).at[mx.arange(len(t)), t].add(-c)
+def cross_entropy_by_block_vjp(primals, cotangent, _):
+    """The gradient is the softmax of the logits, less 1 at the target. It computes the exponentials again."""
+    def gradient(x, t, c):                                                      # [n, V], [n], [n]
+        e = exp(x - x.max(axis=-1, keepdims=True))
+        return (e * (c[:, None] / e.sum(axis=-1, keepdims=True))).at[mx.arange(len(t)), t].add(-c)
 
     logits, targets = primals
-    return one_by_one(gradient, logits, targets, cotangent, nats).reshape(logits.shape), mx.zeros_like(targets)
+    return by_block(gradient, logits, targets, cotangent).reshape(logits.shape), mx.zeros_like(targets)
 
 
-def one_by_one(function, logits, *others):
+def by_block(function, logits, *others):
     """Concatenate function(logits [n, V], *others [n]) over blocks of n rows. Each block waits for the one before it."""
     V, results = logits.shape[-1], []
     n = max(1, BLOCK // V)
@@ -123,14 +124,17 @@ def one_by_one(function, logits, *others):
 
 
 def cpu_async_eval(*trees):
-    """Used after each gradient accumulation step: two of them run at the same time, on two streams.
+    """Call this after each gradient accumulation step. Every second call starts two of them, each on its own stream.
 
-    The first call starts nothing; what is built after it goes to the second stream. The second call starts both and changes back.
+    The first call of a pair starts nothing. It makes SECOND the default stream, where the next accumulation step is built. So the
+    second call must be given the results of both, for example their sum.
     """
-    if mx.default_stream(mx.cpu) == FIRST:
+    stream = mx.default_stream(mx.cpu)
+    if stream == FIRST:
         mx.set_default_stream(SECOND)
     else:
-        mx.set_default_stream(FIRST)
+        if stream == SECOND:  # another thread has a stream of its own, and there this is mx.async_eval
+            mx.set_default_stream(FIRST)
         mx.async_eval(*trees)
 
 

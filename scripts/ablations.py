@@ -62,6 +62,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Edits]] = {
          "        p, *moments[key] = (mx.concatenate(parts) for parts in zip(*one, strict=True))\n")]),
     "five Newton-Schulz steps": (BASE, {"NEWTON_SCHULZ_STEPS": 5}, []),
     "micro-batches of a quarter of a step": (BASE, {"MICRO_TOKENS": "BATCH_TOKENS // 4"}, []),
+    "passes one after the other": (BASE, {}, [("            async_eval(total, ", "            mx.async_eval(total, ")]),
     "each step awaited": (BASE, {}, [("mx.async_eval(params, moments, loss)", "mx.eval(params, moments, loss)")]),
     "loader in the loop": (BASE, {}, [("def train(", INLINE), ("batches = run.batches(micro_rows, seq_len)",
                                                               "batches = inline(run, micro_rows, seq_len)")]),

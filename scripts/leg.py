@@ -61,7 +61,6 @@ class OnMLX:
 
         def call(params: dict[str, Any], x: Any, y: Any) -> Any:
             result = loss(params, x, y)
-            self.begin(result)
             if self.module.NGRAMS in params:  # as `build` does: a table that the model holds couldn't be updated in place
                 model.ngrams.weight = self.mx.zeros((0,))
             return result
@@ -83,6 +82,10 @@ class OnMLX:
 
     def begin(self, *values: Any) -> None:
         self.mx.async_eval(values)
+
+    def begin_pass(self, before: Any, result: Any) -> None:
+        """As the train file does: on a CPU, every second call begins this pass and the one before."""
+        self.module.async_eval(before, result)
 
     def wait(self) -> None:
         self.mx.synchronize()
@@ -151,6 +154,8 @@ class OnTorch:
 
     def begin(self, *values: Any) -> None:
         """PyTorch begins by itself."""
+
+    begin_pass = begin
 
     def wait(self) -> None:
         self.module.synchronize()
@@ -295,13 +300,12 @@ class Leg:
         first_seconds: dict[str, float] = {}
         measured: dict[str, list[float]] = defaultdict(list)
 
-        def forward_only() -> None:
+        def passes(function: Callable) -> None:
+            before, result = (), ()
             for _ in range(self.passes):
-                on.begin(forward(params, *next(ready)))
-
-        def with_backward() -> None:
-            for _ in range(self.passes):
-                on.begin(*gradients(params, rates, *next(ready))[:2])
+                before, result = result, function(*next(ready))
+                on.begin_pass(before, result)
+            on.begin(result)
 
         def steps_on(source: Iterator) -> Callable:
             def one() -> None:  # returns nothing: whoever held old weights would keep them from being updated in place
@@ -310,7 +314,9 @@ class Leg:
                 on.begin(params, moments, loss)
             return one
 
-        windows = {"forward": forward_only, "gradients": with_backward, "step": steps_on(host), "training": steps_on(loader)}
+        windows = {"forward": lambda: passes(lambda x, y: forward(params, x, y)),
+                   "gradients": lambda: passes(lambda x, y: gradients(params, rates, x, y)[:2]),
+                   "step": steps_on(host), "training": steps_on(loader)}
         names = self.settings["windows"]
         for name in names:
             start = time.perf_counter()

@@ -2,13 +2,15 @@
 
 import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from harness import mlx_cpu
-from harness.mlx_cpu import BAND, cpu_async_eval, cpu_attention, cpu_cross_entropy, exp
+from harness.mlx_cpu import BAND, GPU, cpu_async_eval, cpu_attention, cpu_cross_entropy, exp
 
 
 def close(a: list[mx.array], b: list[mx.array], tolerance: float = 1e-5) -> bool:
@@ -44,7 +46,7 @@ def test_attention_hands_other_masks_and_fewer_key_heads_to_mlx() -> None:
     assert close([cpu_attention(q, k, k, scale=1.0, mask="causal")], [expected])
 
 
-@pytest.mark.parametrize("block", [1, 61, 200, 2**20])  # logits: less than a row, one row, three rows and a rest, all rows
+@pytest.mark.parametrize("block", [1, 200, 2**20])  # logits: less than a row, three rows and a rest, all rows
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 def test_cross_entropy_equals_mlx(monkeypatch: pytest.MonkeyPatch, size: float, block: int) -> None:
     monkeypatch.setattr(mlx_cpu, "BLOCK", block)
@@ -52,31 +54,57 @@ def test_cross_entropy_equals_mlx(monkeypatch: pytest.MonkeyPatch, size: float, 
     weights = mx.random.normal((2, 5), key=mx.random.key(2))                    # a gradient of its own for each token
     ours, theirs = (mx.value_and_grad(lambda x, f=f: (f(x, targets) * weights).sum())(logits)
                     for f in (cpu_cross_entropy, mx.fast.cross_entropy))
-    assert close([ours[0], ours[1]], [theirs[0], theirs[1]])
+    assert close([ours[0]], [theirs[0]])
+    assert close([ours[1]], [theirs[1]])
     assert cpu_cross_entropy(logits, targets).shape == (2, 5)
 
 
-def test_cross_entropy_of_large_logits_needs_little_more_than_their_gradient() -> None:
+def test_cross_entropy_by_block_knows_impossible_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlx_cpu, "BLOCK", 8)
+    logits, targets = mx.array([[1.0, 2.0, -mx.inf, 3.0]] * 3), mx.array([0, 2, 3])
+    nats, gradient = cpu_cross_entropy(logits, targets), mx.grad(lambda x: cpu_cross_entropy(x, targets).sum())(logits)
+    assert nats[1].item() == mx.inf
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_cross_entropy_of_large_logits_takes_less_than_half_the_memory() -> None:
     logits, targets = mx.zeros((8192, 1024)), mx.zeros(8192, mx.int32)
     mx.eval(logits, targets)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda x: cpu_cross_entropy(x, targets).sum())(logits))
-    assert mx.get_peak_memory() - before < 4 * logits.nbytes, "plain_cross_entropy takes 8 times as much"
+
+    def peak(function: Callable) -> int:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda x: function(x, targets).sum())(logits))
+        return mx.get_peak_memory() - before
+
+    assert min(peak(cpu_cross_entropy) for _ in range(3)) < min(peak(mlx_cpu.plain_cross_entropy) for _ in range(3)) / 2
 
 
-def test_async_eval_runs_two_passes_at_once_on_two_streams_and_loses_none() -> None:
-    first = mx.default_stream(mx.cpu)
-    used, total = [], mx.zeros(3)
-    for i in range(5):  # the last one has no partner
-        used.append(mx.default_stream(mx.cpu))
-        total = total + mx.full(3, 10**i)
-        cpu_async_eval({"total": total})
-    assert used[0] == used[2] == used[4] == first
-    assert used[1] == used[3] != first
-    assert total.tolist() == [11111] * 3
-    cpu_async_eval(total)
-    assert mx.default_stream(mx.cpu) == first
+@pytest.mark.skipif(GPU, reason="one stream on a GPU")
+def test_async_eval_starts_two_passes_at_once_on_two_streams_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, used, total, first = [], [], mx.zeros(3), mx.default_stream(mx.cpu)
+    monkeypatch.setattr(mx, "async_eval", started.append)
+    try:
+        for i in range(5):  # the last one has no partner
+            used.append(mx.default_stream(mx.cpu))
+            total = total + mx.full(3, 10**i)
+            cpu_async_eval(total)
+            assert len(started) == (i + 1) // 2
+        assert [stream == first for stream in used] == [True, False, True, False, True]
+        assert total.tolist() == [11111] * 3
+    finally:
+        mx.set_default_stream(first)
+
+
+@pytest.mark.skipif(GPU, reason="one stream on a GPU")
+def test_async_eval_is_that_of_mlx_in_another_thread() -> None:
+    def double() -> list[int]:
+        total = mx.ones(2, mx.int32) * 2
+        cpu_async_eval(total)
+        return total.tolist()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert [pool.submit(double).result() for _ in range(2)] == [[2, 2]] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's malloc")

@@ -16,8 +16,9 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 
-# On a GPU these are mx.async_eval, mx.fast.scaled_dot_product_attention and mx.fast.cross_entropy. On a CPU they are faster
-# replacements, and mx.compile is off. Import this module before MLX: on Linux it loads a fast BLAS.
+# On a GPU `async_eval`, `attention` and `cross_entropy` are MLX's own: mx.async_eval, mx.fast.scaled_dot_product_attention,
+# mx.fast.cross_entropy. On a CPU they are faster replacements, and mx.compile is off. Import this module before MLX: on Linux it
+# loads a fast BLAS.
 from harness.mlx_cpu import GPU, async_eval, attention, cross_entropy
 from prepare_mlx import (
     Progress,
@@ -473,7 +474,7 @@ def make_step(model, accumulation_steps):
             if rows is not None:
                 ngram_grads.append((rows, grads.pop(NGRAMS)))
             total = (loss, grads) if total is None else tree_map(mx.add, total, (loss, grads))
-            async_eval(total, ngram_grads)  # start now, so that only one micro-batch has its activations in memory
+            async_eval(total, ngram_grads)  # start now, so that one micro-batch (on a CPU two) has its activations in memory
         return apply(params, moments, rates, *total, ngram_grads)
 
     return step
@@ -485,11 +486,17 @@ def make_step(model, accumulation_steps):
 
 
 def matmul_probe():
-    """A function that runs one large matrix product, and the FLOPs of that product. Its speed shows whether the machine slows down,
-    and is the reference for MFU on a device of unknown peak."""
+    """A function that runs two large matrix products, and their FLOPs. Its speed shows whether the machine slows down, and is the
+    reference for MFU on a device of unknown peak."""
     n = 4096 if GPU else 1024
     a = mx.random.normal((n, n)).astype(DTYPE)
-    return lambda: mx.eval(a @ a), 2 * n**3
+
+    def products():
+        first = a @ a
+        async_eval(first)  # a CPU computes two at the same time, as it does micro-batches
+        mx.eval(first, a @ a)
+
+    return products, 4 * n**3
 
 
 def memory_limit():
@@ -559,10 +566,17 @@ def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
     _, update_peak = dummy_step(params, moments, step, 1, seq_len)              # with one row, the update takes the most
     table = params[NGRAMS].nbytes if NGRAMS in params else 0
     saving_peak = sum(a.nbytes for _, a in tree_flatten((params, moments))) + table // 2  # it makes a bfloat16 copy of the tables
-    # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
-    kept = sum(p.nbytes for p in params.values()) - table + 4 * rows * seq_len * model.config.n_embd * (table > 0)
-    at_once, by_rows = 1 if GPU else 2, extrapolate(peak_of_pass, micro_rows)   # a CPU runs two passes at once, one on each stream
-    return lambda passes: max(update_peak, saving_peak, by_rows(rows // passes * min(passes, at_once)) + kept * (passes > 1))
+    dense_grads = sum(p.nbytes for p in params.values()) - table
+    ngram_grads = 4 * rows * seq_len * model.config.n_embd * (table > 0)
+    peak_of_rows = extrapolate(peak_of_pass, micro_rows)
+
+    def peak(passes):
+        at_once = min(passes, 1 if GPU else 2)  # a CPU runs two passes at the same time
+        # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
+        kept = (dense_grads * at_once + ngram_grads) * (passes > 1)
+        return max(update_peak, saving_peak, peak_of_rows(rows // passes * at_once) + kept)
+
+    return peak
 
 
 def train(run):
