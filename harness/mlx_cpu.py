@@ -37,7 +37,7 @@ if os.environ.get("AUTORESEARCH_DEVICE") == "cpu":  # a Mac or a GPU machine tra
     mx.set_default_device(mx.cpu)
 GPU = mx.default_device() == mx.Device(mx.gpu)
 BAND = 128  # queries; smaller bands compute fewer scores, and need more and smaller matrix products
-BLOCK = 2**20  # logits of a block of cross entropy; smaller blocks take less memory and more time
+BLOCK = 2**19  # logits of a block of cross entropy; smaller blocks take less memory and more time
 if not GPU:
     keep_freed_memory()
     # A graph wider than this is computed depth first: all of one stream's work would come before the other's
@@ -86,7 +86,7 @@ def cpu_cross_entropy(logits, targets):
 
     Large logits are computed in blocks of rows, because the temporary arrays of `exp` would take several times their memory.
     """
-    return plain_cross_entropy(logits, targets) if logits.size <= BLOCK else cross_entropy_by_block(logits, targets)
+    return plain_cross_entropy(logits, targets) if logits.size <= 2 * BLOCK else cross_entropy_by_block(logits, targets)
 
 
 def plain_cross_entropy(logits, targets):
@@ -98,29 +98,28 @@ def plain_cross_entropy(logits, targets):
 
 @mx.custom_function
 def cross_entropy_by_block(logits, targets):
-    return by_block(plain_cross_entropy, logits, targets).reshape(targets.shape)
+    return by_block(plain_cross_entropy, mx.zeros(targets.shape), logits, targets)
 
 
 @cross_entropy_by_block.vjp
 def cross_entropy_by_block_vjp(primals, cotangent, _):
     """The gradient is the softmax of the logits, less 1 at the target. It computes the exponentials again."""
-    def gradient(x, t, c):                                                      # [n, V], [n], [n]
+    def gradient(x, t, c):                                                      # [n, V], [n], [n] -> [n, V]
         e = exp(x - x.max(axis=-1, keepdims=True))
         return (e * (c[:, None] / e.sum(axis=-1, keepdims=True))).at[mx.arange(len(t)), t].add(-c)
 
     logits, targets = primals
-    return by_block(gradient, logits, targets, cotangent).reshape(logits.shape), mx.zeros_like(targets)
+    return by_block(gradient, mx.zeros_like(logits), logits, targets, cotangent), mx.zeros_like(targets)
 
 
-def by_block(function, logits, *others):
-    """Concatenate function(logits [n, V], *others [n]) over blocks of n rows. Each block waits for the one before it."""
-    V, results = logits.shape[-1], []
-    n = max(1, BLOCK // V)
+def by_block(function, result, logits, *others):
+    """Fill `result` with function(logits [n, V], *others [n]), n rows at a time. Each block waits for the one before it."""
+    V, shape = logits.shape[-1], result.shape
     arrays = [logits.reshape(-1, V), *(a.reshape(-1) for a in others)]
-    for start in range(0, len(arrays[0]), n):
-        block = [a[start:start + n] for a in arrays]
-        results.append(function(*(mx.depends(block, results[-1:]) if results else block)))
-    return mx.concatenate(results)
+    result, n = result.reshape(len(arrays[0]), *shape[others[0].ndim:]), max(1, BLOCK // V)
+    for start in range(0, len(result), n):
+        result[start:start + n] = function(*mx.depends([a[start:start + n] for a in arrays], [result]))
+    return result.reshape(shape)
 
 
 def cpu_async_eval(*trees):
