@@ -104,7 +104,7 @@ def test_a_step_is_refused_with_the_largest_pass_that_fits(limit: float, micro_t
 
 
 @pytest.mark.parametrize(("check", "words"), [
-    (lambda: check_weights(by_depth, 12, 1000 * MB), r"depth 12 take 1\.69 GiB, .* has 0\.98; .* DEPTH = 5,"),  # 6 times 125 MB
+    (lambda: check_weights(by_depth, 12, 1000 * MB), r"depth 12 take 1\.69 GiB, .* has 0\.98; .* DEPTH = 6,"),  # 4 times 216 MB
     (lambda: check_weights(by_depth, 12, 2 * MB), "lower WIDTH or NGRAM_BUCKETS"),
     # passes of one row take 13 MB; depth 2 has weights and moments of 8 MB, depth 1 an eighth of that
     (lambda: check_memory(by_passes, 4, 16, 100, 12 * MB, by_depth, 2), "even passes of one row .* or DEPTH to 1$"),
