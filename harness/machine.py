@@ -152,9 +152,9 @@ def find_dtype(device: str, default: str = "bfloat16") -> str:
 
 def peak_flops(device: str, product: Callable[[], object], flops: float) -> tuple[float, float]:
     """Return (peak, measured) in FLOP/s. `peak`, the reference for MFU, comes from PEAK_TFLOPS; for an unknown device it is
-    `measured`, the fastest of four matrix products.
+    `measured`, the fastest of four calls.
 
-    product: runs one large matrix product of `flops` FLOPs and waits for the result.
+    product: runs large matrix products of `flops` FLOPs in all and waits for the results.
     """
     times = []
     for _ in range(4):

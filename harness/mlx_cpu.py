@@ -20,7 +20,7 @@ def keep_freed_memory():
     """Let glibc's malloc reuse freed memory instead of returning it to the system, on Linux only.
 
     MLX's CPU backend frees every array at once, and the system clears new pages for the next large one. With a vocabulary of 8,192,
-    this saves 28 to 39 % of a training step's time, and the process takes 4 to 26 % more memory (two machines).
+    this saves 28 to 39 % of a training step's time, and the process takes up to a quarter more memory.
     """
     if sys.platform == "linux":
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
@@ -126,7 +126,7 @@ def cpu_async_eval(*trees):
     """Call this after each gradient accumulation step. Every second call starts two of them, each on its own stream.
 
     The first call of a pair starts nothing. It makes SECOND the default stream, where the next accumulation step is built. So the
-    second call must be given the results of both, for example their sum.
+    second call must be given the results of both, for example their sum. After an odd number of calls the next one ends a pair.
     """
     stream = mx.default_stream(mx.cpu)
     if stream == FIRST:

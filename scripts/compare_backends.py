@@ -65,7 +65,7 @@ CANNOT = {
     "mlx": "the backward pass of attention is fused for heads of 64 and 128 channels only",
     "mps": "attention has no fused backward pass and RMSNorm is composed of smaller operations; torch.compile is a prototype",
     "mlx-cuda": "MLX's CUDA backend is younger than its Metal backend",
-    "mlx-cpu": "MLX computes everything but matrix products on one thread for each of two streams",
+    "mlx-cpu": "MLX computes everything but matrix products on two threads, one for each of two passes",
     "cpu": "PyTorch doesn't count the memory of its arrays on a CPU",
 }
 WINDOWS = ("forward", "gradients", "step", "training")                          # each holds what the one before holds, and a part

@@ -83,9 +83,9 @@ class OnMLX:
     def begin(self, *values: Any) -> None:
         self.mx.async_eval(values)
 
-    def begin_pass(self, before: Any, result: Any) -> None:
-        """As the train file does: on a CPU, every second call begins this pass and the one before."""
-        self.module.async_eval(before, result)
+    def begin_pass(self, last: Any, result: Any) -> None:
+        """As the train file does: on a CPU, every second call begins this pass and the last one."""
+        self.module.async_eval(last, result)
 
     def wait(self) -> None:
         self.mx.synchronize()
@@ -301,11 +301,11 @@ class Leg:
         measured: dict[str, list[float]] = defaultdict(list)
 
         def passes(function: Callable) -> None:
-            before, result = (), ()
+            last, result = (), ()
             for _ in range(self.passes):
-                before, result = result, function(*next(ready))
-                on.begin_pass(before, result)
-            on.begin(result)
+                last, result = result, function(*next(ready))
+                on.begin_pass(last, result)
+            on.begin(result)  # if their number is odd, the last one has not begun
 
         def steps_on(source: Iterator) -> Callable:
             def one() -> None:  # returns nothing: whoever held old weights would keep them from being updated in place

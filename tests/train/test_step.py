@@ -389,3 +389,13 @@ def test_schedule_begins_and_ends_where_it_should() -> None:
     assert last == pytest.approx({
         "lr": train_mlx.FINAL_LR_FRAC, "momentum": train_mlx.MUON_MOMENTUM[1], "weight_decay": 0.0, "step": 1000.0,
         "dropout": train_mlx.DROPOUT[-1]})
+
+
+def test_the_matrix_probe_leaves_the_default_stream_as_it_was() -> None:
+    """On a CPU the stream decides which two passes run at once: the probe must not tear pairs apart."""
+    before = mx.default_stream(mx.default_device())
+    product, flops = train_mlx.matmul_probe()
+    for _ in range(3):
+        product()
+        assert mx.default_stream(mx.default_device()) == before
+    assert flops > 0
