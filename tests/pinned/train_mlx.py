@@ -569,15 +569,13 @@ def expected_memory(model, params, moments, step, rows, micro_rows, seq_len):
     _, update_peak = dummy_step(params, moments, step, 1, seq_len)              # with one row, the update takes the most
     table = params[NGRAMS].nbytes if NGRAMS in params else 0
     saving_peak = sum(a.nbytes for _, a in tree_flatten((params, moments))) + table // 2  # it makes a bfloat16 copy of the tables
-    dense_grads = sum(p.nbytes for p in params.values()) - table
-    ngram_grads = 4 * rows * seq_len * model.config.n_embd * (table > 0)
+    # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
+    kept = sum(p.nbytes for p in params.values()) - table + 4 * rows * seq_len * model.config.n_embd * (table > 0)
     peak_of_rows = extrapolate(peak_of_pass, micro_rows)
 
     def peak(passes):
         at_once = min(passes, 1 if GPU else 2)  # a CPU runs two passes at the same time
-        # What accumulation keeps from pass to pass: the sum of the gradients, and the n-gram gradients of all passes
-        kept = (dense_grads * at_once + ngram_grads) * (passes > 1)
-        return max(update_peak, saving_peak, peak_of_rows(rows // passes * at_once) + kept)
+        return max(update_peak, saving_peak, peak_of_rows(rows // passes * at_once) + kept * (passes > 1))
 
     return peak
 
