@@ -1,6 +1,7 @@
 """The machine: peak FLOP/s, tiers, and refusals of what does not fit in memory; and the progress of a training."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,17 @@ import pytest
 
 from harness import HarnessError, kind_of
 from harness.clock import Budget
-from harness.machine import PEAK_TFLOPS, PRESETS, TIERS, check_memory, check_weights, find_dtype, find_tier, peak_flops
+from harness.machine import (
+    PEAK_TFLOPS,
+    PRESETS,
+    TIERS,
+    check_memory,
+    check_weights,
+    find_dtype,
+    find_tier,
+    load_fast_blas,
+    peak_flops,
+)
 from harness.run import Progress
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -206,3 +217,21 @@ def test_a_high_beginning_and_one_bad_step_are_no_divergence(progress: Progress,
 
 def test_the_tiers_are_those_of_the_presets() -> None:
     assert set(TIERS) < set(PRESETS)
+
+
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a BLAS is loaded on Linux only")
+@pytest.mark.parametrize(("given", "threads", "expected"), [
+    ({}, None, {}),
+    ({}, 3, dict.fromkeys(BLAS_THREADS, "3")),
+    ({}, 0.5, dict.fromkeys(BLAS_THREADS, "4")),  # half of eight cores
+    ({"OMP_NUM_THREADS": "2"}, 0.5, {"OMP_NUM_THREADS": "2"}),
+])
+def test_a_limit_of_threads_is_set_unless_the_user_set_one(
+        monkeypatch: pytest.MonkeyPatch, given: dict[str, str], threads: float | None, expected: dict[str, str]) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    load_fast_blas(threads)
+    assert os.environ == expected

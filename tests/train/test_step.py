@@ -323,7 +323,7 @@ def test_peak_memory_is_what_was_expected(rows: int, buckets: tuple[int, ...], a
         mx.async_eval(params, moments, loss)
     mx.eval(params, moments)
     peak = mx.get_peak_memory()
-    assert 0.85 * peak < expected < (1.15 if accumulate == 1 else 1.25) * peak  # two passes on a CPU peak at different moments
+    assert 0.85 * peak < expected < (1.15 if train_mlx.GPU or accumulate == 1 else 1.25) * peak  # a CPU's two passes peak apart
 
 
 def test_expected_memory_falls_with_the_passes_a_step_is_cut_into() -> None:
